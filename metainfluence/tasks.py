@@ -1,0 +1,302 @@
+"""Tasks, data weights, padding and removal.
+
+A *task* is a support set, from which the task's parameters are adapted, and a query set, on which they are judged.
+Stacked tasks carry one more leading axis on every leaf. The *data weights* `w` are the argument by which every datum
+enters the outer objective: 1 by default, 0 for a datum that is removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+
+class Task(NamedTuple):
+    """One task, or stacked tasks with a leading axis `[T]` on every leaf.
+
+    Attributes:
+      support: pytree of arrays `[n_support, ...]`; any dtype, integers and PRNG keys included.
+      query: pytree of arrays `[n_query, ...]`.
+      support_mask: `[n_support]` booleans, False on padding; None where every example is real.
+      query_mask: `[n_query]` booleans, False on padding; None where every example is real.
+    """
+
+    support: PyTree
+    query: PyTree
+    support_mask: Bool[Array, "*T n_support"] | None = None
+    query_mask: Bool[Array, "*T n_query"] | None = None
+
+
+class Weights(NamedTuple):
+    """Data weights of stacked tasks; those of a single task lack the leading axis.
+
+    Attributes:
+      task: `[T]`, the weight w_k of each task in the outer objective.
+      support: `[T, n_support]`, the weight u_kj of each support example in the inner objective.
+      query: `[T, n_query]`, the weight v_kj of each query example in its task's loss.
+    """
+
+    task: Float[Array, "*T"]
+    support: Float[Array, "*T n_support"]
+    query: Float[Array, "*T n_query"]
+
+
+class Sizes(NamedTuple):
+    """Leading axes of the tasks (`()` for a single one), and numbers of support and of query examples."""
+
+    lead: tuple[int, ...]
+    support: int
+    query: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the `Weights`."""
+        return {"task": self.lead, "support": (*self.lead, self.support), "query": (*self.lead, self.query)}
+
+
+def concrete(*trees: PyTree) -> bool:
+    """Whether every leaf has a value now, which is not so under jit, vmap and grad."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def leaf_name(root: str, path: Any) -> str:
+    """Name of a pytree's leaf for error messages, as in `tasks.support['x']`."""
+    return root + jax.tree_util.keystr(path)
+
+
+def _lead(name: str, tree: PyTree, mask: Any, axes: int) -> tuple[int, ...]:
+    """Checks that all leaves and the mask share their first `axes` axes, and returns these."""
+    lead: tuple[int, ...] | None = None
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        shape = jnp.shape(leaf)
+        if len(shape) < axes:
+            raise ValueError(f"{leaf_name(name, path)}: expected at least {axes} leading axes, got shape {shape}")
+        if lead is not None and shape[:axes] != lead:
+            raise ValueError(
+                f"{leaf_name(name, path)}: expected the leading axes {lead} of the other leaves, got shape {shape}"
+            )
+        lead = shape[:axes]
+    if mask is not None:
+        if jnp.result_type(mask) != jnp.bool_:
+            raise TypeError(f"{name}_mask: expected booleans, got {jnp.result_type(mask)}")
+        if lead is not None and jnp.shape(mask) != lead:
+            raise ValueError(f"{name}_mask: expected shape {lead}, got {jnp.shape(mask)}")
+        lead = jnp.shape(mask)
+    return lead if lead is not None else ()
+
+
+def sizes(tasks: Task, *, stacked: bool = True, name: str = "tasks") -> Sizes:
+    """Reads and checks the sizes of stacked tasks, or of one task.
+
+    Raises:
+      TypeError: `tasks` is no `Task`, or a mask does not hold booleans.
+      ValueError: leaves disagree in their leading axes, or a side is empty.
+    """
+    if not isinstance(tasks, Task):
+        raise TypeError(f"{name}: expected a metainfluence.Task, got {type(tasks).__name__}")
+    axes = 2 if stacked else 1
+    support = _lead(f"{name}.support", tasks.support, tasks.support_mask, axes)
+    query = _lead(f"{name}.query", tasks.query, tasks.query_mask, axes)
+    if not query:
+        raise ValueError(f"{name}.query: expected at least one array, got a pytree without leaves")
+    if support and stacked and support[0] != query[0]:
+        raise ValueError(
+            f"{name}.support: expected the {query[0]} tasks of {name}.query on the leading axis, got {support[0]}"
+        )
+    for side, lead, mask in (("support", support, tasks.support_mask), ("query", query, tasks.query_mask)):
+        if 0 in lead:
+            raise ValueError(f"{name}.{side}: expected at least one task and one example, got leading axes {lead}")
+        if mask is not None and concrete(mask) and not np.all(np.any(np.asarray(mask), axis=-1)):
+            where = np.flatnonzero(~np.any(np.atleast_2d(np.asarray(mask)), axis=-1))
+            raise ValueError(f"{name}.{side}_mask: expected a real example in every task, got none in tasks {where}")
+    # A support pytree without leaves is a problem whose inner level reads no data.
+    return Sizes(query[:-1], support[-1] if support else 0, query[-1])
+
+
+def stack_tasks(tasks: Sequence[Task]) -> Task:
+    """Stacks single tasks on a new leading axis, padding ragged ones.
+
+    Padding repeats a task's last example, so that it is valid input for any loss, and the masks tell it apart. Masks
+    stay None on a side where all tasks have the same number of examples and none has a mask.
+
+    Args:
+      tasks: single tasks with equal pytree structures, trailing shapes and dtypes.
+
+    Returns:
+      Task with leaves `[T, n_max, ...]`.
+
+    Raises:
+      ValueError: no tasks, or tasks that differ in structure, trailing shapes or dtypes.
+    """
+    tasks = list(tasks)
+    if not tasks:
+        raise ValueError("tasks: expected at least one task, got an empty sequence")
+    counts = [sizes(task, stacked=False, name=f"tasks[{k}]") for k, task in enumerate(tasks)]
+
+    def side(name: str) -> tuple[PyTree, Any]:
+        lengths = [getattr(count, name) for count in counts]
+        masks = [getattr(task, f"{name}_mask") for task in tasks]
+        longest = max(lengths)
+
+        def stack(path: Any, *leaves: Any) -> Array:
+            for k, leaf in enumerate(leaves):
+                expected = (jnp.shape(leaves[0])[1:], jnp.result_type(leaves[0]))
+                got = (jnp.shape(leaf)[1:], jnp.result_type(leaf))
+                if got != expected:
+                    raise ValueError(
+                        f"{leaf_name(f'tasks[{k}].{name}', path)}: expected trailing shape and dtype {expected} "
+                        f"as in tasks[0], got {got}"
+                    )
+            rows = [np.minimum(np.arange(longest), length - 1) for length in lengths]
+            return jnp.stack([jnp.asarray(leaf)[row] for leaf, row in zip(leaves, rows, strict=True)])
+
+        batches = [getattr(task, name) for task in tasks]
+        for k, batch in enumerate(batches):
+            structure: Any = jax.tree.structure(batch)
+            if structure != jax.tree.structure(batches[0]):
+                raise ValueError(
+                    f"tasks[{k}].{name}: expected the structure {jax.tree.structure(batches[0])} of tasks[0], "
+                    f"got {structure}"
+                )
+        stacked = jax.tree_util.tree_map_with_path(stack, *batches)
+        if all(mask is None for mask in masks) and len(set(lengths)) == 1:
+            return stacked, None
+        filled = [
+            jnp.pad(jnp.ones(length, bool) if mask is None else jnp.asarray(mask), (0, longest - length))
+            for mask, length in zip(masks, lengths, strict=True)
+        ]
+        return stacked, jnp.stack(filled)
+
+    (support, support_mask), (query, query_mask) = side("support"), side("query")
+    return Task(support, query, support_mask, query_mask)
+
+
+def unit_weights(tasks: Task) -> Weights:
+    """Weights of 1 for stacked tasks: `[T]`, `[T, n_support]`, `[T, n_query]`, in JAX's default float dtype."""
+    return _ones(sizes(tasks))
+
+
+def _ones(size: Sizes) -> Weights:
+    return Weights(**{field: jnp.ones(shape) for field, shape in size.shapes().items()})
+
+
+def resolve_weights(weights: Weights | None, tasks: Task, *, stacked: bool = True, name: str = "weights") -> Weights:
+    """Checks `weights` against `tasks`; None means 1 for every datum.
+
+    Raises:
+      TypeError: `weights` is no `Weights`, or holds no floating-point numbers.
+      ValueError: a wrong shape, or a value that is not finite.
+    """
+    size = sizes(tasks, stacked=stacked)
+    if weights is None:
+        return _ones(size)
+    if not isinstance(weights, Weights):
+        raise TypeError(f"{name}: expected metainfluence.Weights, got {type(weights).__name__}")
+    for field, shape in size.shapes().items():
+        value = getattr(weights, field)
+        if jnp.shape(value) != shape:
+            raise ValueError(f"{name}.{field}: expected shape {shape}, got {jnp.shape(value)}")
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise TypeError(f"{name}.{field}: expected floating-point numbers, got {jnp.result_type(value)}")
+        if concrete(value) and not np.all(np.isfinite(np.asarray(value))):
+            raise ValueError(f"{name}.{field}: expected finite numbers, got NaN or infinity")
+    return Weights(*map(jnp.asarray, weights))
+
+
+def drop(weights: Weights, tasks: Any = (), support: Any = (), query: Any = ()) -> Weights:
+    """Sets the weights of removed data to 0.
+
+    Args:
+      weights: weights of stacked tasks.
+      tasks: indices of whole tasks, `[m]`.
+      support: pairs (task, example) of support examples, `[m, 2]`.
+      query: pairs (task, example) of query examples, `[m, 2]`.
+
+    Returns:
+      New weights; the ones given are unchanged.
+
+    Raises:
+      TypeError: indices that are not integers.
+      ValueError: pairs of another shape, or an index out of range.
+    """
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights: expected metainfluence.Weights, got {type(weights).__name__}")
+
+    def clear(field: str, index: Any, argument: str) -> Array:
+        values = jnp.asarray(getattr(weights, field))
+        width = values.ndim
+        index = jnp.asarray(index) if not isinstance(index, Array) else index
+        if index.size == 0:
+            return values
+        if not jnp.issubdtype(index.dtype, jnp.integer):
+            raise TypeError(f"{argument}: expected integer indices, got {index.dtype}")
+        index = jnp.reshape(index, (-1, 1)) if width == 1 and index.ndim <= 1 else index
+        if index.ndim != 2 or index.shape[1] != width:
+            kind = "indices [m]" if width == 1 else "pairs (task, example) [m, 2]"
+            raise ValueError(f"{argument}: expected {kind}, got shape {index.shape}")
+        if concrete(index):
+            for bound, column in zip(values.shape, np.asarray(index).T, strict=True):
+                if column.min() < 0 or column.max() >= bound:
+                    raise ValueError(f"{argument}: expected indices from 0 to {bound - 1}, got {column.tolist()}")
+        return values.at[tuple(index.T)].set(0.0)
+
+    return Weights(clear("task", tasks, "tasks"), clear("support", support, "support"), clear("query", query, "query"))
+
+
+def coefficients(weights: Array, mask: Array | None) -> Array:
+    """Weights of one task's examples times its normaliser: 1/(number of real examples), 0 on padding."""
+    if mask is None:
+        return weights / max(weights.shape[0], 1)
+    return jnp.where(mask, weights, 0.0) / jnp.sum(mask, dtype=weights.dtype)
+
+
+def fill_padding(batch: PyTree, mask: Array | None) -> PyTree:
+    """Replaces padded rows by the first real one, so that whatever stands in the padding cannot reach a result."""
+    if mask is None:
+        return batch
+    rows = jnp.where(mask, jnp.arange(mask.shape[0]), jnp.argmax(mask))
+    return jax.tree.map(lambda leaf: leaf[rows], batch)
+
+
+def reduce_tasks(
+    fn: Callable[[Any], tuple[PyTree, PyTree]], data: PyTree, batch_size: int | None
+) -> tuple[PyTree, PyTree]:
+    """Runs `fn` over chunks of tasks, adding up its first result and concatenating its second.
+
+    Args:
+      fn: maps a chunk of `data`, leading axis b, to (pytree to be summed, pytree of arrays `[b, ...]`).
+      data: pytree of arrays with the tasks on the leading axis.
+      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+    """
+    count = jax.tree.leaves(data)[0].shape[0]
+    if batch_size is None or batch_size >= count:
+        return fn(data)
+    chunks, rest = divmod(count, batch_size)
+    whole = chunks * batch_size
+    head = jax.tree.map(lambda x: x[:whole].reshape(chunks, batch_size, *x.shape[1:]), data)
+    shapes, _ = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], head))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    # Reverse mode through the chunks would otherwise keep the intermediates of all of them.
+    @jax.checkpoint
+    def body(total: PyTree, chunk: PyTree) -> tuple[PyTree, PyTree]:
+        part, each = fn(chunk)
+        return jax.tree.map(jnp.add, total, part), each
+
+    total, each = jax.lax.scan(body, zeros, head)
+    each = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), each)
+    if rest:
+        part, tail = fn(jax.tree.map(lambda x: x[whole:], data))
+        total = jax.tree.map(jnp.add, total, part)
+        each = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), each, tail)
+    return total, each
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Raises ValueError unless `batch_size` is None or a positive integer."""
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size: expected None or a positive integer, got {batch_size!r}")
