@@ -1,0 +1,126 @@
+"""A symmetric linear operator on λ-shaped pytrees: its product, its damping, its shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from metainfluence.tasks import concrete, leaf_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """Structure, shapes and dtypes of the vectors on which an operator acts; hashable, so static under jit."""
+
+    structure: Any
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+
+    @staticmethod
+    def of(tree: PyTree) -> Domain:
+        """Domain of the pytrees that look like `tree`."""
+        leaves, structure = jax.tree.flatten(tree)
+        return Domain(structure, tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves))
+
+    def zeros(self) -> PyTree:
+        """The zero vector."""
+        return jax.tree.unflatten(self.structure, [jnp.zeros(x.shape, x.dtype) for x in self.leaves])
+
+    @property
+    def size(self) -> int:
+        """Number of scalars in a vector."""
+        return sum(leaf.size for leaf in self.leaves)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype in which all leaves can be held."""
+        return jnp.result_type(*(leaf.dtype for leaf in self.leaves))
+
+    def ravel(self, tree: PyTree) -> Float[Array, " size"]:
+        """Concatenates a pytree of this domain to one vector."""
+        return ravel_pytree(tree)[0]
+
+    def unravel(self, vector: Float[Array, " size"]) -> PyTree:
+        """Inverse of `ravel`."""
+        return ravel_pytree(self.zeros())[1](vector)
+
+    def check(self, name: str, tree: PyTree) -> None:
+        """Raises ValueError, naming the argument and the leaf, unless `tree` belongs to this domain."""
+        if jax.tree.structure(tree) != self.structure:
+            raise ValueError(f"{name}: expected a pytree of structure {self.structure}, got {jax.tree.structure(tree)}")
+        for (path, leaf), expected in zip(jax.tree_util.tree_leaves_with_path(tree), self.leaves, strict=True):
+            if jnp.shape(leaf) != expected.shape:
+                raise ValueError(f"{leaf_name(name, path)}: expected shape {expected.shape}, got {jnp.shape(leaf)}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """Symmetric linear operator v ↦ A v + shift · v on pytrees; a registered pytree that crosses jit as an argument.
+
+    Attributes:
+      product: v ↦ A v, a callable that is itself a pytree (`jax.tree_util.Partial`).
+      shift: scalar; damping, and whatever multiple of the identity the curvature adds.
+      domain: structure, shapes and dtypes of v.
+    """
+
+    product: Callable[[PyTree], PyTree]
+    shift: Float[Array, ""]
+    domain: Domain = dataclasses.field(metadata={"static": True})
+
+    def matvec(self, vector: PyTree) -> PyTree:
+        """Product with a pytree of the operator's domain; `vmap` it to multiply several at once."""
+        self.domain.check("vector", vector)
+        return jax.tree.map(lambda a, v: a + self.shift.astype(a.dtype) * v, self.product(vector), vector)
+
+    def flat_matvec(self, vector: Float[Array, " size"]) -> Float[Array, " size"]:
+        """Product with a vector in the flat coordinates of `domain.ravel`."""
+        return self.domain.ravel(self.matvec(self.domain.unravel(vector)))
+
+    def damped(self, damping: Any) -> Operator:
+        """The operator plus `damping` times the identity."""
+        return dataclasses.replace(self, shift=self.shift + jnp.asarray(damping, self.shift.dtype))
+
+    @property
+    def size(self) -> int:
+        """Number of scalars in a vector."""
+        return self.domain.size
+
+    def dense(self, batch_size: int = 64) -> Float[Array, "size size"]:
+        """The matrix, symmetrised, in the flat coordinates of `domain.ravel`; `size` products."""
+        basis = jnp.eye(self.size, dtype=self.domain.dtype)
+        if self.size <= batch_size:
+            matrix = jax.vmap(self.flat_matvec)(basis)
+        else:
+            matrix = jax.lax.map(self.flat_matvec, basis, batch_size=batch_size)
+        return 0.5 * (matrix + matrix.T)
+
+
+def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
+    """Makes an operator of a symmetric linear function.
+
+    Args:
+      matvec: v ↦ A v. Pass a `jax.tree_util.Partial` whose arguments are the arrays that A depends on to have them
+        travel as data through jit; arrays that a plain function closes over are compiled in as constants.
+      like: pytree with the structure, shapes and dtypes of v.
+
+    Returns:
+      Operator without damping.
+    """
+    if not isinstance(matvec, jax.tree_util.Partial):
+        matvec = jax.tree_util.Partial(matvec)
+    domain = Domain.of(like)
+    return Operator(matvec, jnp.zeros((), domain.dtype), domain)
+
+
+def check_damping(damping: Any) -> None:
+    """Raises unless `damping` is a non-negative scalar; traced values cannot be checked."""
+    if isinstance(damping, str) or jnp.ndim(damping) != 0:
+        raise ValueError(f"damping: expected a non-negative number, got {damping!r}")
+    if concrete(damping) and not float(damping) >= 0.0:
+        raise ValueError(f"damping: expected a non-negative number, got {damping!r}")

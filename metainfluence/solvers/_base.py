@@ -1,0 +1,189 @@
+"""What all solvers share: their shape, the report on a solve, and the one place where its status is decided."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from metainfluence.operators import Operator
+
+
+class SolveStatus(enum.IntEnum):
+    """How a solve of H x = b ended."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    INDEFINITE = 2
+    DIVERGED = 3
+    NONFINITE = 4
+
+
+REMEDIES = {
+    SolveStatus.MAX_STEPS: "the residual is above the tolerance after all steps: allow more steps, raise the damping, "
+    "loosen tol, precondition, or compute in float64",
+    SolveStatus.INDEFINITE: "the curvature is not positive along a direction that was met: raise the damping, train "
+    "closer to a minimum, or use a solver for indefinite operators (minres, dense)",
+    SolveStatus.DIVERGED: "the series diverges: an eigenvalue lies outside (0, 2/scale); raise the damping, or let "
+    "the solver find the scale (scale=None)",
+    SolveStatus.NONFINITE: "NaN or infinity: look for it in the data, the weights, meta_params or the inner solve",
+}
+
+
+class SolveInfo(NamedTuple):
+    """Report on solves of H x = b, one entry per right-hand side.
+
+    Attributes:
+      status: integers, see `SolveStatus`.
+      num_matvecs: products with H that the solution rests on, those of the solver's `init`, which all right-hand sides
+        share, and that of the recomputed residual included.
+      relative_residual: ‖b − Hx‖ / ‖b‖, recomputed from the returned x; 0 for b = 0.
+      min_curvature: smallest Rayleigh quotient or eigenvalue of H that was seen; not positive: H is not positive
+        definite.
+      outer_gradient_norm: ‖D_λF‖, how far λ is from the stationary point that the formula presumes; None from a solver
+        alone, which knows no λ.
+      inner_gradient_norm: max over tasks of ‖∂_θ L_in‖ for implicit adaptation, else 0; None from a solver alone.
+    """
+
+    status: Int[Array, "..."]
+    num_matvecs: Int[Array, "..."]
+    relative_residual: Float[Array, "..."]
+    min_curvature: Float[Array, "..."]
+    outer_gradient_norm: Float[Array, "..."] | None = None
+    inner_gradient_norm: Float[Array, "..."] | None = None
+
+
+class Iteration(NamedTuple):
+    """An iterative solver as pure functions, so that the same step runs in `lax.while_loop` and in a Python loop.
+
+    Attributes:
+      start: (operator, state, rhs, x0) -> carry, all vectors flat; x0 may be None.
+      step: (operator, state, carry) -> carry.
+      running: (carry) -> boolean scalar.
+      finish: (carry) -> Outcome.
+    """
+
+    start: Callable[..., Any]
+    step: Callable[..., Any]
+    running: Callable[..., Any]
+    finish: Callable[..., Any]
+
+
+class Outcome(NamedTuple):
+    """What a solver says of its own run; the residual is judged by `report`.
+
+    Attributes:
+      solution: flat vector.
+      num_matvecs: products used so far.
+      min_curvature: smallest Rayleigh quotient or eigenvalue seen.
+      failure: the status if the solve did not converge.
+    """
+
+    solution: Float[Array, " size"]
+    num_matvecs: Any
+    min_curvature: Any
+    failure: Any = SolveStatus.MAX_STEPS
+
+
+class Solver(NamedTuple):
+    """A strategy for H x = b with the operator's work split from the right-hand side's.
+
+    Attributes:
+      init: (operator) -> state: factorise, estimate a scale, build a basis; once.
+      solve: (operator, state, rhs, x0=None) -> (solution, SolveInfo); rhs and solution are pytrees of the operator's
+        domain. `vmap` it over rhs.
+      iteration: for iterative solvers, the pure step behind `solve`; else None.
+    """
+
+    init: Callable[[Operator], Any]
+    solve: Callable[..., tuple[PyTree, SolveInfo]]
+    iteration: Iteration | None = None
+
+
+def reachable(tol: Any, dtype: Any) -> Any:
+    """`tol`, but no less than what rounding lets a recomputed residual reach: 100 eps, 1.2e-5 in float32."""
+    return jnp.maximum(jnp.asarray(tol, dtype), 100 * jnp.finfo(dtype).eps)
+
+
+def report(operator: Operator, rhs: Array, outcome: Outcome, tol: Any) -> SolveInfo:
+    """Recomputes the residual (one product) and decides the status from it."""
+    product = operator.flat_matvec(outcome.solution)
+    residual = norm(rhs - product)
+    square = dot(outcome.solution, outcome.solution)
+    quotient = jnp.where(square > 0, dot(outcome.solution, product) / jnp.where(square > 0, square, 1), jnp.inf)
+    scale = norm(rhs)
+    relative = jnp.where(scale > 0, residual / jnp.where(scale > 0, scale, 1), residual)
+    finite = jnp.isfinite(relative) & jnp.all(jnp.isfinite(outcome.solution))
+    failure = jnp.asarray(outcome.failure, jnp.int32)
+    status = jnp.where(relative <= reachable(tol, relative.dtype), jnp.int32(SolveStatus.CONVERGED), failure)
+    # A solver that has seen why there is no finite answer knows more than the answer tells.
+    unexplained = ~finite & (failure != SolveStatus.INDEFINITE)
+    return SolveInfo(
+        status=jnp.where(unexplained, jnp.int32(SolveStatus.NONFINITE), status),
+        num_matvecs=jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(1),
+        relative_residual=relative,
+        min_curvature=jnp.minimum(jnp.asarray(outcome.min_curvature, relative.dtype), quotient),
+    )
+
+
+def direct(init: Callable[[Operator], Any], apply: Callable[..., Outcome], tol: Callable[[Any], Any]) -> Solver:
+    """A solver of a flat `apply(operator, state, rhs) -> Outcome`; `tol` maps the dtype to a relative residual."""
+
+    def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
+        del x0  # No use for a first guess; accepted so that solvers can be exchanged.
+        operator.domain.check("rhs", rhs)
+        vector = operator.domain.ravel(rhs)
+        outcome = apply(operator, state, vector)
+        info = report(operator, vector, outcome, tol(vector.dtype))
+        return operator.domain.unravel(outcome.solution), info
+
+    return Solver(init, solve)
+
+
+def iterative(init: Callable[[Operator], Any], iteration: Iteration, tol: Any) -> Solver:
+    """A solver that runs `iteration` in `lax.while_loop`."""
+
+    def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
+        operator.domain.check("rhs", rhs)
+        vector = operator.domain.ravel(rhs)
+        if x0 is not None:
+            operator.domain.check("x0", x0)
+            x0 = operator.domain.ravel(x0)
+        carry = jax.lax.while_loop(
+            iteration.running,
+            lambda carry: iteration.step(operator, state, carry),
+            iteration.start(operator, state, vector, x0),
+        )
+        outcome = iteration.finish(carry)
+        return operator.domain.unravel(outcome.solution), report(operator, vector, outcome, tol)
+
+    return Solver(init, solve, iteration)
+
+
+def norm(vector: Array) -> Array:
+    """Euclidean norm of a flat vector."""
+    return jnp.sqrt(dot(vector, vector))
+
+
+def dot(left: Array, right: Array) -> Array:
+    """Inner product of flat vectors at full precision."""
+    return jnp.vdot(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
+def default_max_steps(size: int, max_steps: int | None) -> int:
+    """Steps allowed where the user names none: twice the steps of exact arithmetic, at most 1000."""
+    return max_steps if max_steps is not None else min(2 * size + 10, 1000)
+
+
+def check_positive(name: str, value: Any, *, integer: bool = False) -> None:
+    """Raises ValueError unless `value` is positive (and an integer); traced values cannot be checked."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    kind = "a positive integer" if integer else "a positive number"
+    valid = not isinstance(value, (str, bool)) and jnp.ndim(value) == 0 and (not integer or isinstance(value, int))
+    if not valid or not float(value) > 0:
+        raise ValueError(f"{name}: expected {kind}, got {value!r}")

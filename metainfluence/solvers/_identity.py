@@ -1,0 +1,25 @@
+"""No solve at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from metainfluence.operators import Operator
+from metainfluence.solvers._base import Outcome, Solver, direct
+
+
+def identity() -> Solver:
+    """Takes H for the identity: x = b, the zeroth term of the Neumann series.
+
+    Influence becomes an inner product of gradients, as in TracIn (Pruthi et al., NeurIPS 2020) at one checkpoint. A
+    baseline: its residual is reported like any other's, so `check` refuses it unless H is the identity.
+    """
+
+    def apply(operator: Operator, state: Any, rhs: Array) -> Outcome:
+        del operator, state
+        return Outcome(rhs, 0, jnp.inf)
+
+    return direct(lambda operator: None, apply, lambda dtype: jnp.finfo(dtype).eps ** 0.5)

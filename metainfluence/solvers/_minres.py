@@ -1,0 +1,126 @@
+"""Minimum residuals."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from metainfluence.operators import Operator
+from metainfluence.solvers._base import (
+    Iteration,
+    Outcome,
+    Solver,
+    check_positive,
+    default_max_steps,
+    dot,
+    iterative,
+    norm,
+    reachable,
+)
+
+
+class _Carry(NamedTuple):
+    solution: Array
+    vector: Array
+    previous_vector: Array
+    update: Array
+    previous_update: Array
+    beta: Array
+    cosine: Array
+    previous_cosine: Array
+    sine: Array
+    previous_sine: Array
+    residual_norm: Array
+    stop_norm: Array
+    steps_left: Array
+    matvecs: Array
+    min_curvature: Array
+
+
+def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
+    """MINRES for symmetric operators, indefinite ones included (Paige and Saunders, SIAM J. Numer. Anal. 12, 1975).
+
+    One product per step: the Lanczos recurrence with Givens rotations. Among all iterates of the Krylov space it
+    returns the one of smallest residual. At negative curvature the solution is that of the linear system, which is then
+    a saddle's and not a minimum's: see `SolveInfo.min_curvature`.
+
+    Args:
+      tol: relative residual ‖b − Hx‖/‖b‖ at which the solve counts as converged; less than 100 eps (1.2e-5 in float32)
+        is out of rounding's reach and taken for that.
+      max_steps: steps allowed; None for min(2 · size + 10, 1000).
+
+    Raises:
+      ValueError: `tol` or `max_steps` not positive.
+    """
+    check_positive("tol", tol)
+    if max_steps is not None:
+        check_positive("max_steps", max_steps, integer=True)
+
+    def start(operator: Operator, state: Any, rhs: Array, x0: Array | None) -> _Carry:
+        del state
+        residual = rhs if x0 is None else rhs - operator.flat_matvec(x0)
+        beta, zero = norm(residual), jnp.zeros_like(rhs)
+        one, nought = jnp.ones((), rhs.dtype), jnp.zeros((), rhs.dtype)
+        return _Carry(
+            solution=zero if x0 is None else x0,
+            vector=residual / jnp.where(beta > 0, beta, 1),
+            previous_vector=zero,
+            update=zero,
+            previous_update=zero,
+            beta=nought,
+            cosine=one,
+            previous_cosine=one,
+            sine=nought,
+            previous_sine=nought,
+            residual_norm=beta,
+            # The recursion's residual drifts from the true one, by which convergence is judged in the end.
+            stop_norm=0.9 * reachable(tol, rhs.dtype) * norm(rhs),
+            steps_left=jnp.int32(default_max_steps(operator.size, max_steps)),
+            matvecs=jnp.int32(0 if x0 is None else 1),
+            min_curvature=jnp.full((), jnp.inf, rhs.dtype),
+        )
+
+    def running(carry: _Carry) -> Array:
+        size = jnp.abs(carry.residual_norm)
+        return (size > carry.stop_norm) & jnp.isfinite(size) & (carry.steps_left > 0)
+
+    def step(operator: Operator, state: Any, carry: _Carry) -> _Carry:
+        del state
+        product = operator.flat_matvec(carry.vector)
+        alpha = dot(carry.vector, product)
+        remainder = product - alpha * carry.vector - carry.beta * carry.previous_vector
+        beta = norm(remainder)
+        # Column of the tridiagonal matrix under the two last rotations, then the new rotation that clears beta.
+        diagonal = carry.cosine * alpha - carry.previous_cosine * carry.sine * carry.beta
+        rho = jnp.sqrt(diagonal**2 + beta**2)
+        above = carry.sine * alpha + carry.previous_cosine * carry.cosine * carry.beta
+        above_twice = carry.previous_sine * carry.beta
+        singular = ~(rho > 0)
+        rho = jnp.where(singular, 1, rho)
+        cosine, sine = diagonal / rho, beta / rho
+        update = (carry.vector - above_twice * carry.previous_update - above * carry.update) / rho
+        return _Carry(
+            solution=carry.solution + jnp.where(singular, 0, cosine * carry.residual_norm) * update,
+            vector=remainder / jnp.where(beta > 0, beta, 1),
+            previous_vector=carry.vector,
+            update=update,
+            previous_update=carry.update,
+            beta=beta,
+            cosine=cosine,
+            previous_cosine=carry.cosine,
+            sine=sine,
+            previous_sine=carry.sine,
+            residual_norm=jnp.where(singular, carry.residual_norm, -sine * carry.residual_norm),
+            stop_norm=carry.stop_norm,
+            # A Krylov space that closes on a singular operator holds no better iterate.
+            steps_left=jnp.where(singular, 0, carry.steps_left - 1),
+            matvecs=carry.matvecs + 1,
+            min_curvature=jnp.minimum(carry.min_curvature, alpha),
+        )
+
+    def finish(carry: _Carry) -> Outcome:
+        return Outcome(carry.solution, carry.matvecs, carry.min_curvature)
+
+    return iterative(lambda operator: None, Iteration(start, step, running, finish), tol)
