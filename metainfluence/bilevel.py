@@ -1,0 +1,268 @@
+"""The problem: pure functions put together to the outer objective.
+
+F(λ, w) = (1/T) Σ_k w_k · L_k(λ, w) + R(λ),    L_k = Σ_j b_kj v_kj · ℓ_out(θ_k(λ, w), λ; query_kj)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from metainfluence.adaptation import Adaptation, Loss, check_floating, check_losses, check_scalar, weighted_sum
+from metainfluence.tasks import (
+    Task,
+    Weights,
+    check_batch_size,
+    coefficients,
+    concrete,
+    fill_padding,
+    leaf_name,
+    reduce_tasks,
+    resolve_weights,
+)
+
+
+class Bilevel(NamedTuple):
+    """A meta-learning problem as pure functions of one task and its `Weights`; made by `bilevel`, `from_task_loss`.
+
+    Attributes:
+      outer: (params, meta_params, task, weights) -> L_k.
+      adapt: (meta_params, task, weights) -> params; None where the task loss is not split into levels.
+      inner_gradient_norm: (params, meta_params, task, weights) -> ‖∂_θ L_in‖; None unless adaptation is implicit.
+      outputs: (params, meta_params, task) -> the model's outputs on the query set; None without a head.
+      head: (outputs, task, weights) -> L_k; None without a head.
+      meta_regularizer: (meta_params) -> R; None for 0.
+    """
+
+    outer: Callable[[PyTree, PyTree, Task, Weights], Array]
+    adapt: Callable[[PyTree, Task, Weights], PyTree] | None = None
+    inner_gradient_norm: Callable[[PyTree, PyTree, Task, Weights], Array] | None = None
+    outputs: Callable[[PyTree, PyTree, Task], PyTree] | None = None
+    head: Callable[[PyTree, Task, Weights], Array] | None = None
+    meta_regularizer: Callable[[PyTree], Array] | None = None
+
+
+def bilevel(
+    outer_loss: Callable[[PyTree, PyTree, PyTree], PyTree],
+    adapt: Adaptation | Callable[[PyTree, PyTree, Array], PyTree],
+    *,
+    meta_regularizer: Callable[[PyTree], Array] | None = None,
+    outer_head: Callable[[PyTree, PyTree], Float[Array, " n"]] | None = None,
+) -> Bilevel:
+    """Puts a problem together.
+
+    Args:
+      outer_loss: (params, meta_params, query) -> losses `[n_query]`; with `outer_head`, the model: (params,
+        meta_params, query) -> outputs.
+      adapt: (meta_params, support, coefficients) -> params, from `metainfluence.adaptation`.
+      meta_regularizer: (meta_params) -> scalar R, as made by `l2`.
+      outer_head: (outputs, query) -> losses `[n_query]`, which makes the outer loss head ∘ model, as Gauss–Newton
+        needs.
+
+    Raises:
+      TypeError: an argument that is not callable.
+      ValueError: at trace time, losses that are not one per example.
+    """
+    for name, value in (("outer_loss", outer_loss), ("adapt", adapt)):
+        if not callable(value):
+            raise TypeError(f"{name}: expected a function, got {value!r}")
+
+    def adapted(meta_params: PyTree, task: Task, weights: Weights) -> PyTree:
+        support = fill_padding(task.support, task.support_mask)
+        return adapt(meta_params, support, coefficients(weights.support, task.support_mask))
+
+    def outputs(params: PyTree, meta_params: PyTree, task: Task) -> PyTree:
+        return outer_loss(params, meta_params, fill_padding(task.query, task.query_mask))
+
+    def head(outputs: PyTree, task: Task, weights: Weights) -> Array:
+        losses = outputs
+        if outer_head is not None:
+            losses = outer_head(outputs, fill_padding(task.query, task.query_mask))
+        name = "outer_loss" if outer_head is None else "outer_head"
+        return weighted_sum(
+            check_losses(losses, weights.query.shape[0], name), coefficients(weights.query, task.query_mask)
+        )
+
+    def outer(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
+        return head(outputs(params, meta_params, task), task, weights)
+
+    def inner_gradient_norm(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
+        support = fill_padding(task.support, task.support_mask)
+        return measure(params, meta_params, support, coefficients(weights.support, task.support_mask))
+
+    measure: Any = getattr(adapt, "inner_gradient_norm", None)
+    return Bilevel(
+        outer=outer,
+        adapt=adapted,
+        inner_gradient_norm=None if measure is None else inner_gradient_norm,
+        outputs=None if outer_head is None else outputs,
+        head=None if outer_head is None else head,
+        meta_regularizer=meta_regularizer,
+    )
+
+
+def from_task_loss(
+    task_loss: Callable[[PyTree, Task, Weights], Array],
+    *,
+    meta_regularizer: Callable[[PyTree], Array] | None = None,
+) -> Bilevel:
+    """Makes a problem of an existing meta-learning loss, adaptation included.
+
+    Only the exact curvature is to be had, since the levels cannot be told apart.
+
+    Args:
+      task_loss: (meta_params, task, weights) -> scalar L_k, for one task and its weights. The function itself
+        multiplies the losses of its support and query examples by `weights.support` and `weights.query`, which are 0 on
+        padding; the task's own weight enters outside.
+      meta_regularizer: (meta_params) -> scalar R.
+
+    Raises:
+      TypeError: `task_loss` is not callable.
+      ValueError: at trace time, a loss that is no scalar.
+    """
+    if not callable(task_loss):
+        raise TypeError(f"task_loss: expected a function, got {task_loss!r}")
+
+    def outer(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
+        del params
+        support, query = weights.support, weights.query
+        if task.support_mask is not None:
+            support = jnp.where(task.support_mask, support, 0.0)
+        if task.query_mask is not None:
+            query = jnp.where(task.query_mask, query, 0.0)
+        filled = task._replace(
+            support=fill_padding(task.support, task.support_mask), query=fill_padding(task.query, task.query_mask)
+        )
+        return check_scalar(task_loss(meta_params, filled, Weights(weights.task, support, query)), "task_loss")
+
+    return Bilevel(outer, meta_regularizer=meta_regularizer)
+
+
+def per_example(scalar_loss: Callable[[PyTree, PyTree, PyTree], Array]) -> Loss:
+    """Turns a mean-reduced loss (params, meta_params, batch) -> scalar into one loss per example.
+
+    The loss is run on batches of one example each, under vmap; a loss whose examples influence each other, as through
+    batch normalisation, is not the mean of these.
+    """
+
+    def losses(params: PyTree, meta_params: PyTree, batch: PyTree) -> Array:
+        def single(example: PyTree) -> Array:
+            value = scalar_loss(params, meta_params, jax.tree.map(lambda leaf: leaf[None], example))
+            return check_scalar(value, "scalar_loss")
+
+        return jax.vmap(single)(batch)
+
+    return losses
+
+
+def l2(delta: float) -> Callable[[PyTree], Array]:
+    """The meta-regulariser R(λ) = δ/2 · ‖λ‖².
+
+    Raises:
+      ValueError: `delta` is negative or not finite.
+    """
+    if concrete(delta) and not (jnp.ndim(delta) == 0 and 0 <= float(delta) < float("inf")):
+        raise ValueError(f"delta: expected a non-negative number, got {delta!r}")
+
+    def regularizer(meta_params: PyTree) -> Array:
+        squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(meta_params)]
+        return delta / 2 * sum(squares[1:], squares[0])
+
+    return regularizer
+
+
+def check_meta_params(meta_params: PyTree) -> None:
+    """Raises, naming the leaf, unless λ holds finite floating-point numbers; traced values cannot be checked."""
+    check_floating(meta_params, "meta_params")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(meta_params):
+        if concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError(f"{leaf_name('meta_params', path)}: expected finite numbers, got NaN or infinity")
+
+
+def evaluate(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) -> tuple[Array, Array]:
+    """L_k and ‖∂_θ L_in‖ of one task, by one adaptation."""
+    if problem.adapt is None:
+        loss = problem.outer(None, meta_params, task, weights)
+        return loss, jnp.zeros_like(loss)
+    params = problem.adapt(meta_params, task, weights)
+    loss = problem.outer(params, meta_params, task, weights)
+    return loss, stationarity(problem, params, meta_params, task, weights, loss)
+
+
+def stationarity(
+    problem: Bilevel, params: PyTree, meta_params: PyTree, task: Task, weights: Weights, loss: Array
+) -> Array:
+    """‖∂_θ L_in‖ at `params` in the dtype of `loss`, without derivatives; 0 unless adaptation is implicit."""
+    if problem.inner_gradient_norm is None:
+        return jnp.zeros_like(loss)
+    frozen = jax.lax.stop_gradient((params, meta_params, weights))
+    return problem.inner_gradient_norm(frozen[0], frozen[1], task, frozen[2]).astype(loss.dtype)
+
+
+def meta_regularization(problem: Bilevel, meta_params: PyTree) -> Array:
+    """R(λ), 0 where the problem has none."""
+    if problem.meta_regularizer is None:
+        return jnp.zeros((), jnp.result_type(*jax.tree.leaves(meta_params)))
+    return check_scalar(problem.meta_regularizer(meta_params), "meta_regularizer")
+
+
+def task_loss(problem: Bilevel) -> Callable[..., Float[Array, ""]]:
+    """Makes (meta_params, task, weights=None) -> L_k, the adapted task's loss on its query set.
+
+    The task's own weight w_k does not enter here but in the objective. Differentiable in meta_params and weights.
+    """
+
+    def run(meta_params: PyTree, task: Task, weights: Weights | None = None) -> Array:
+        check_meta_params(meta_params)
+        weights = resolve_weights(weights, task, stacked=False)
+        return evaluate(problem, meta_params, task, weights)[0]
+
+    return run
+
+
+def total_gradient(problem: Bilevel) -> Callable[..., PyTree]:
+    """Makes (meta_params, task, weights=None) -> D_λ L_k, a pytree like meta_params; `vmap` it over tasks.
+
+    D_λ L_k = ∂_λ L_k + (dθ_k/dλ)ᵀ ∂_θ L_k: Theorem 4.1 of arXiv 2501.15963.
+    """
+    return jax.grad(task_loss(problem))
+
+
+def total_objective(problem: Bilevel, *, batch_size: int | None = None) -> Callable[..., Float[Array, ""]]:
+    """Makes (meta_params, tasks, weights=None) -> F, the outer objective.
+
+    Args:
+      problem: the problem.
+      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+    """
+    check_batch_size(batch_size)
+
+    def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Array:
+        check_meta_params(meta_params)
+        weights = resolve_weights(weights, tasks)
+        total, _ = reduce_tasks(
+            lambda chunk: weighted_losses(problem, meta_params, *chunk), (tasks, weights), batch_size
+        )
+        return total / weights.task.shape[0] + meta_regularization(problem, meta_params)
+
+    return run
+
+
+def weighted_losses(problem: Bilevel, meta_params: PyTree, tasks: Task, weights: Weights) -> tuple[Array, Array]:
+    """Σ_k w_k L_k over stacked tasks, and ‖∂_θ L_in‖ of each."""
+    losses, norms = jax.vmap(lambda task, w: evaluate(problem, meta_params, task, w))(tasks, weights)
+    return weighted_sum(losses, weights.task), norms
+
+
+def query_loss(problem: Bilevel, *, batch_size: int | None = None) -> Callable[..., Float[Array, ""]]:
+    """Makes the usual target (meta_params, test_tasks) -> mean of L_k at unit weights, without the meta-regulariser."""
+    objective = total_objective(problem._replace(meta_regularizer=None), batch_size=batch_size)
+
+    def target(meta_params: PyTree, test_tasks: Task) -> Array:
+        return objective(meta_params, test_tasks)
+
+    return target

@@ -1,0 +1,317 @@
+"""Which second-order operator stands for the total Hessian H = D_λ D_λ F.
+
+Every curvature is the Hessian, at λ, of a *surrogate* of the task loss that is built at λ: the loss itself, the loss
+with θ(λ) replaced by its tangent, by a constant, and so on. What they have in common (chunks over tasks, linearising
+once, damping) is then written once, in `total_hessian`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, PyTree
+
+from metainfluence.adaptation import weighted_sum
+from metainfluence.bilevel import (
+    Bilevel,
+    check_meta_params,
+    evaluate,
+    meta_regularization,
+    stationarity,
+    weighted_losses,
+)
+from metainfluence.operators import Operator, check_damping, from_matvec
+from metainfluence.tasks import Task, Weights, check_batch_size, reduce_tasks, resolve_weights
+
+Surrogate = Callable[[Bilevel, PyTree, Task, Weights], Callable[[PyTree], tuple[Array, Array]]]
+
+
+class Curvature(NamedTuple):
+    """A choice of second-order operator.
+
+    Attributes:
+      name: for messages.
+      surrogate: (problem, λ0, task, weights) -> function λ -> (surrogate of L_k, ‖∂_θ L_in‖) whose Hessian at λ0 is the
+        task's share of the operator.
+      shift: (problem, λ0, task, weights) -> scalar s_k; (1/T) Σ_k w_k s_k times the identity is added; None for
+        nothing.
+      needs: which part of the problem it needs beyond the task loss: None, "adapt" or "outer_head".
+      keeps_gradient: whether the surrogate's gradient at λ0 is the total gradient.
+      is_exact: whether the surrogate is the task loss itself.
+    """
+
+    name: str
+    surrogate: Surrogate
+    shift: Callable[[Bilevel, PyTree, Task, Weights], Array] | None = None
+    needs: str | None = None
+    keeps_gradient: bool = True
+    is_exact: bool = False
+
+
+def _tangent(fn: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """The value of `fn` at a point, and its first-order Taylor polynomial there."""
+    value, rate = jax.linearize(fn, at)
+
+    def polynomial(point: PyTree) -> PyTree:
+        return jax.tree.map(jnp.add, value, rate(jax.tree.map(jnp.subtract, point, at)))
+
+    return value, polynomial
+
+
+def _adapt(problem: Bilevel, task: Task, weights: Weights) -> Callable[[PyTree], PyTree]:
+    assert problem.adapt is not None
+    adapt = problem.adapt
+    return lambda meta_params: adapt(meta_params, task, weights)
+
+
+def exact() -> Curvature:
+    """The total Hessian itself, third-order terms included: forward over reverse through the adaptation."""
+
+    def surrogate(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Callable[[PyTree], Any]:
+        del at
+        return lambda meta_params: evaluate(problem, meta_params, task, weights)
+
+    return Curvature("exact", surrogate, is_exact=True)
+
+
+def _linearized(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Callable[[PyTree], Any]:
+    params, tangent = _tangent(_adapt(problem, task, weights), at)
+
+    def loss(meta_params: PyTree) -> tuple[Array, Array]:
+        value = problem.outer(tangent(meta_params), meta_params, task, weights)
+        return value, stationarity(problem, params, at, task, weights, value)
+
+    return loss
+
+
+def linearized() -> Curvature:
+    """Drops the terms with d²θ/dλ²: θ(λ) is replaced by its tangent at λ."""
+    return Curvature("linearized", _linearized, needs="adapt")
+
+
+def gamma() -> Curvature:
+    """Theorem 5.1 of arXiv 2501.15963: `linearized`, and Γ I with Γ = (1/T) Σ_k w_k ‖∂_θ L_k‖₁ for what it drops."""
+
+    def shift(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Array:
+        params = _adapt(problem, task, weights)(at)
+        slope = jax.grad(problem.outer)(params, at, task, weights)
+        sizes = [jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(slope)]
+        return sum(sizes[1:], sizes[0])
+
+    return Curvature("gamma", _linearized, shift, needs="adapt")
+
+
+def gauss_newton() -> Curvature:
+    """Generalised Gauss–Newton: the head's Hessian between total Jacobians of the model's outputs.
+
+    Positive semidefinite where the head is convex in the outputs. Needs `bilevel(model, adapt, outer_head=head)`.
+    """
+
+    def surrogate(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Callable[[PyTree], Any]:
+        adapt = _adapt(problem, task, weights)
+        assert problem.outputs is not None
+        assert problem.head is not None
+        model, head = problem.outputs, problem.head
+
+        def forward(meta_params: PyTree) -> tuple[PyTree, PyTree]:
+            params = adapt(meta_params)
+            return model(params, meta_params, task), params
+
+        (_, params), tangent = _tangent(forward, at)
+
+        def loss(meta_params: PyTree) -> tuple[Array, Array]:
+            value = head(tangent(meta_params)[0], task, weights)
+            return value, stationarity(problem, params, at, task, weights, value)
+
+        return loss
+
+    return Curvature("gauss_newton", surrogate, needs="outer_head")
+
+
+def direct() -> Curvature:
+    """Ignores dθ/dλ, as if the adapted parameters were constants: ∂²_λ L_k.
+
+    The mistake that the paper corrects, kept to be measured.
+    """
+
+    def surrogate(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Callable[[PyTree], Any]:
+        params = jax.lax.stop_gradient(_adapt(problem, task, weights)(at))
+
+        def loss(meta_params: PyTree) -> tuple[Array, Array]:
+            value = problem.outer(params, meta_params, task, weights)
+            return value, stationarity(problem, params, at, task, weights, value)
+
+        return loss
+
+    return Curvature("direct", surrogate, needs="adapt", keeps_gradient=False)
+
+
+class Expansion(NamedTuple):
+    """The outer objective's gradient map (λ, w) ↦ D_λF to first order at a point; a pytree, callables included.
+
+    Attributes:
+      gradient: D_λF, a pytree like λ.
+      inner_gradient_norm: max over tasks of ‖∂_θ L_in‖.
+      operator: its derivative in λ, the Hessian, or what the curvature puts in its place.
+      mixed: (direction in w) -> ∂_w D_λF · direction, a pytree like λ.
+      mixed_transposed: (vector like λ) -> ∂_w ⟨D_λF, vector⟩, as Weights.
+    """
+
+    gradient: PyTree
+    inner_gradient_norm: Array
+    operator: Operator
+    mixed: Callable[[Weights], PyTree]
+    mixed_transposed: Callable[[PyTree], Weights]
+
+
+def check_curvature(problem: Bilevel, curvature: Curvature) -> None:
+    """Raises ValueError where the curvature needs what the problem lacks."""
+    if not isinstance(curvature, Curvature):
+        raise TypeError(f"curvature: expected one of metainfluence.curvature, as exact(), got {curvature!r}")
+    if curvature.needs == "adapt" and problem.adapt is None:
+        raise ValueError(
+            f"curvature: {curvature.name} expected a problem made by bilevel(outer_loss, adapt), whose levels can be "
+            "told apart, got one made by from_task_loss; use curvature.exact()"
+        )
+    if curvature.needs == "outer_head" and problem.head is None:
+        raise ValueError(
+            f"curvature: {curvature.name} expected a problem made by bilevel(model, adapt, outer_head=head), got one "
+            "without outer_head"
+        )
+
+
+def gradient_map(problem: Bilevel, batch_size: int | None) -> Callable[..., tuple[PyTree, Array]]:
+    """Makes (curvature, at, tasks, meta_params, weights) -> (∇F by the surrogates built at `at`, max ‖∂_θ L_in‖)."""
+
+    def gradient(
+        curvature: Curvature, at: PyTree, tasks: Task, meta_params: PyTree, weights: Weights
+    ) -> tuple[PyTree, Array]:
+        def chunk(data: tuple[Task, Weights]) -> tuple[PyTree, Array]:
+            def total(meta_params: PyTree) -> tuple[Array, Array]:
+                def single(task: Task, weights: Weights) -> tuple[Array, Array]:
+                    return curvature.surrogate(problem, at, task, weights)(meta_params)
+
+                losses, norms = jax.vmap(single)(*data)
+                return weighted_sum(losses, data[1].task), norms
+
+            return jax.grad(total, has_aux=True)(meta_params)
+
+        total, norms = reduce_tasks(chunk, (tasks, weights), batch_size)
+        regularizer = jax.grad(lambda meta_params: meta_regularization(problem, meta_params))(meta_params)
+        count = weights.task.shape[0]
+        return jax.tree.map(lambda g, r: g / count + r, total, regularizer), jnp.max(norms)
+
+    return gradient
+
+
+def expand(problem: Bilevel, curvature: Curvature, batch_size: int | None) -> Callable[..., Expansion]:
+    """Makes (meta_params, tasks, weights) -> Expansion; arguments are the caller's to check.
+
+    With all tasks at once the gradient map is linearised here, so that a product runs its linear part only; of the
+    exact curvature that one linear map holds the mixed derivative too. In chunks, whose intermediates are not kept,
+    each product runs the map again.
+    """
+    gradient = gradient_map(problem, batch_size)
+
+    def recomputed(at: PyTree, tasks: Task, weights: Weights, vector: PyTree) -> PyTree:
+        return jax.jvp(lambda m: gradient(curvature, at, tasks, m, weights)[0], (at,), (vector,))[1]
+
+    def mixed(at: PyTree, tasks: Task, weights: Weights, direction: Weights) -> PyTree:
+        return jax.jvp(lambda w: gradient(exact(), at, tasks, at, w)[0], (weights,), (direction,))[1]
+
+    def mixed_transposed(at: PyTree, tasks: Task, weights: Weights, vector: PyTree) -> Weights:
+        count = weights.task.shape[0]
+
+        # Reverse over forward: one derivative along the vector, then those in all weights at once.
+        def chunk(data: tuple[Task, Weights]) -> tuple[tuple[()], Weights]:
+            def slope(weights: Weights) -> Array:
+                losses = lambda m: weighted_losses(problem, m, data[0], weights)[0] / count  # noqa: E731
+                return jax.jvp(losses, (at,), (vector,))[1]
+
+            return (), jax.grad(slope)(data[1])
+
+        return reduce_tasks(chunk, (tasks, weights), batch_size)[1]
+
+    def shift(at: PyTree, tasks: Task, weights: Weights) -> Array:
+        def chunk(data: tuple[Task, Weights]) -> tuple[Array, tuple[()]]:
+            assert curvature.shift is not None
+            shifts = jax.vmap(functools.partial(curvature.shift, problem, at))(*data)
+            return weighted_sum(shifts, data[1].task), ()
+
+        return reduce_tasks(chunk, (tasks, weights), batch_size)[0] / weights.task.shape[0]
+
+    def run(meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
+        at = meta_params
+        if batch_size is None and curvature.is_exact:
+            slope, linear, norm = jax.linearize(
+                functools.partial(gradient, curvature, at, tasks), at, weights, has_aux=True
+            )
+            no_step, no_change = jax.tree.map(jnp.zeros_like, (at, weights))
+            operator = from_matvec(Partial(_along_first, linear, no_change), at)
+            by_weights = Partial(_along_second, linear, no_step)
+            return Expansion(slope, norm, operator, by_weights, Partial(_transposed, by_weights, no_change))
+
+        product: Callable[..., PyTree]
+        if batch_size is None:
+            slope, product, norm = jax.linearize(lambda m: gradient(curvature, at, tasks, m, weights), at, has_aux=True)
+        else:
+            slope, norm = gradient(curvature, at, tasks, at, weights)
+            product = Partial(recomputed, at, tasks, weights)
+        if not curvature.keeps_gradient:
+            slope, norm = gradient(exact(), at, tasks, at, weights)
+        operator = from_matvec(product, at)
+        if curvature.shift is not None:
+            operator = operator.damped(shift(at, tasks, weights))
+        data = (at, tasks, weights)
+        return Expansion(slope, norm, operator, Partial(mixed, *data), Partial(mixed_transposed, *data))
+
+    return run
+
+
+def _along_first(linear: Callable[..., PyTree], second: PyTree, first: PyTree) -> PyTree:
+    return linear(first, second)
+
+
+# Partial(linear, no_step) would take `linear`, itself a Partial, for a static function and its arrays for constants.
+def _along_second(linear: Callable[..., PyTree], first: PyTree, second: PyTree) -> PyTree:
+    return linear(first, second)
+
+
+def _transposed(linear: Callable[..., PyTree], like: PyTree, vector: PyTree) -> PyTree:
+    return jax.linear_transpose(linear, like)(vector)[0]
+
+
+def total_hessian(
+    problem: Bilevel, curvature: Curvature | None = None, *, damping: Any = 0.0, batch_size: int | None = None
+) -> Callable[..., Operator]:
+    """Makes (meta_params, tasks, weights=None) -> Operator, the total Hessian H = D_λ D_λ F plus damping · I.
+
+    The operator is a pytree that may cross jit; `operator.matvec(v)` takes and returns pytrees like meta_params, and
+    can be mapped over v.
+
+    Args:
+      problem: the problem.
+      curvature: one of `metainfluence.curvature`; None for `exact()`.
+      damping: non-negative number added to every eigenvalue. F is a mean over tasks, so it does not depend on T.
+      batch_size: tasks per chunk, which bounds the memory at the cost of running the gradient map again in every
+        product; None takes all tasks at once and keeps what its linearisation needs.
+
+    Raises:
+      ValueError: a curvature that needs what the problem lacks, or a negative damping.
+    """
+    curvature = exact() if curvature is None else curvature
+    check_curvature(problem, curvature)
+    check_damping(damping)
+    check_batch_size(batch_size)
+    expansion = expand(problem, curvature, batch_size)
+
+    def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Operator:
+        check_meta_params(meta_params)
+        return expansion(meta_params, tasks, resolve_weights(weights, tasks)).operator.damped(damping)
+
+    return run
