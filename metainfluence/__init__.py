@@ -1,0 +1,37 @@
+"""metainfluence: which meta-training tasks and examples made a meta-learned model what it is."""
+
+from metainfluence import adaptation as adaptation
+from metainfluence import baselines as baselines
+from metainfluence import curvature as curvature
+from metainfluence import operators as operators
+from metainfluence import solvers as solvers
+from metainfluence.bilevel import Bilevel as Bilevel
+from metainfluence.bilevel import bilevel as bilevel
+from metainfluence.bilevel import from_task_loss as from_task_loss
+from metainfluence.bilevel import l2 as l2
+from metainfluence.bilevel import per_example as per_example
+from metainfluence.bilevel import query_loss as query_loss
+from metainfluence.bilevel import task_loss as task_loss
+from metainfluence.bilevel import total_gradient as total_gradient
+from metainfluence.bilevel import total_objective as total_objective
+from metainfluence.curvature import total_hessian as total_hessian
+from metainfluence.influence import Edit as Edit
+from metainfluence.influence import Influence as Influence
+from metainfluence.influence import Scores as Scores
+from metainfluence.influence import SolveError as SolveError
+from metainfluence.influence import check as check
+from metainfluence.influence import edit as edit
+from metainfluence.influence import group_influence as group_influence
+from metainfluence.influence import influence_scores as influence_scores
+from metainfluence.influence import instance_if as instance_if
+from metainfluence.influence import self_influence as self_influence
+from metainfluence.influence import task_if as task_if
+from metainfluence.operators import Operator as Operator
+from metainfluence.solvers import SolveInfo as SolveInfo
+from metainfluence.solvers import Solver as Solver
+from metainfluence.solvers import SolveStatus as SolveStatus
+from metainfluence.tasks import Task as Task
+from metainfluence.tasks import Weights as Weights
+from metainfluence.tasks import drop as drop
+from metainfluence.tasks import stack_tasks as stack_tasks
+from metainfluence.tasks import unit_weights as unit_weights

@@ -1,0 +1,51 @@
+"""What people would use instead of influence through the total Hessian, returning the same `Scores`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, PyTree
+
+from metainfluence.bilevel import Bilevel
+from metainfluence.influence import Scores, influence_scores
+from metainfluence.solvers import Solver
+from metainfluence.tasks import Task, Weights
+
+
+def direct_if(
+    problem: Bilevel,
+    target: Callable[..., Array],
+    *,
+    solver: Solver | None = None,
+    damping: Any = 0.0,
+    batch_size: int | None = None,
+) -> Callable[..., Scores]:
+    """Makes (meta_params, tasks, *target_args, weights=None) -> Scores that ignore dθ/dλ, in gradient and Hessian.
+
+    Equation 2 of arXiv 2501.15963: influence as if the adapted parameters were constants of λ. The target's gradient is
+    taken as it is. Where the outer loss sees λ only through θ, as in iMAML, all scores are exactly 0.
+
+    Args:
+      problem: the problem, made by `bilevel`.
+      target: as in `influence_scores`, like the other arguments.
+      solver: as in `influence_scores`.
+      damping: as in `influence_scores`.
+      batch_size: as in `influence_scores`.
+
+    Raises:
+      ValueError: a problem made by `from_task_loss`, and as `influence_scores`.
+    """
+    if problem.adapt is None:
+        raise ValueError(
+            "problem: direct_if expected one made by bilevel(outer_loss, adapt), got one of from_task_loss"
+        )
+    adapt = problem.adapt
+
+    def constant(meta_params: PyTree, task: Task, weights: Weights) -> PyTree:
+        return adapt(jax.lax.stop_gradient(meta_params), task, weights)
+
+    return influence_scores(
+        problem._replace(adapt=constant), target, solver=solver, damping=damping, batch_size=batch_size
+    )

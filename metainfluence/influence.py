@@ -1,0 +1,478 @@
+"""Influence: the derivative of the meta-parameters' optimum λ*(w) with respect to the data weights w.
+
+    dλ*/dw = − H⁻¹ · ∂_w D_λ F
+
+Forward mode (a direction in w) gives the change of λ: `task_if`, `instance_if`, `group_influence`, `edit`. Reverse mode
+(a target φ(λ)) solves H s = ∇φ once and gives the scores of all data together: `influence_scores`.
+
+Signs: `delta` is dλ*/dw, the change on up-weighting, so removal is λ − delta. A score is the predicted change of the
+target on removal, − w · dφ/dw: positive, the datum helps (removing it raises the target loss); negative, it harms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from metainfluence import solvers
+from metainfluence.adaptation import check_scalar
+from metainfluence.bilevel import Bilevel, check_meta_params, task_loss
+from metainfluence.curvature import Curvature, Expansion, check_curvature, exact, expand, gradient_map
+from metainfluence.operators import Operator, check_damping
+from metainfluence.solvers import SolveInfo, Solver, SolveStatus
+from metainfluence.tasks import Task, Weights, check_batch_size, concrete, reduce_tasks, resolve_weights, sizes
+
+
+class Influence(NamedTuple):
+    """Derivatives of λ*.
+
+    Attributes:
+      delta: pytree like meta_params; with a leading axis for the data where there are several.
+      info: report on the solves, one entry per right-hand side.
+    """
+
+    delta: PyTree
+    info: SolveInfo
+
+
+class Scores(NamedTuple):
+    """Predicted change of the target when a datum is removed; positive helps, negative harms, padding has 0.
+
+    Attributes:
+      task: `[T]`.
+      support: `[T, n_support]`.
+      query: `[T, n_query]`.
+      info: report on the solves.
+    """
+
+    task: Float[Array, " T"]
+    support: Float[Array, "T n_support"]
+    query: Float[Array, "T n_query"]
+    info: SolveInfo
+
+
+class Edit(NamedTuple):
+    """Edited meta-parameters.
+
+    Attributes:
+      meta_params: λ as predicted for the new weights.
+      info: report on the solves, leading axis 1 + num_newton_steps; here `outer_gradient_norm` is ‖D_λF‖ under the new
+        weights *after* each step, so its last entry tells how far the result is from the new optimum.
+    """
+
+    meta_params: PyTree
+    info: SolveInfo
+
+
+class _Point(NamedTuple):
+    """λ with all that its solves share."""
+
+    meta_params: PyTree
+    tasks: Task
+    weights: Weights
+    expansion: Expansion
+    gradient_norm: Array
+    operator: Operator
+    state: Any
+
+
+class _Method(NamedTuple):
+    """The strategies that all makers take."""
+
+    problem: Bilevel
+    solver: Solver
+    damping: Any
+    expand: Callable[..., Expansion]
+
+    @staticmethod
+    def of(
+        problem: Bilevel, solver: Solver | None, curvature: Curvature | None, damping: Any, batch_size: int | None
+    ) -> _Method:
+        curvature = exact() if curvature is None else curvature
+        solver = solvers.cg() if solver is None else solver
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solver: expected one of metainfluence.solvers, as cg(), got {solver!r}")
+        check_curvature(problem, curvature)
+        check_damping(damping)
+        check_batch_size(batch_size)
+        return _Method(problem, solver, damping, expand(problem, curvature, batch_size))
+
+    def at(self, meta_params: PyTree, tasks: Task, weights: Weights | None) -> _Point:
+        check_meta_params(meta_params)
+        weights = resolve_weights(weights, tasks)
+        expansion = self.expand(meta_params, tasks, weights)
+        operator = expansion.operator.damped(self.damping)
+        norm = optax.tree.norm(expansion.gradient)
+        return _Point(meta_params, tasks, weights, expansion, norm, operator, self.solver.init(operator))
+
+    def solve(self, point: _Point, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
+        solution, info = self.solver.solve(point.operator, point.state, rhs)
+        info = info._replace(
+            outer_gradient_norm=point.gradient_norm,
+            inner_gradient_norm=point.expansion.inner_gradient_norm,
+        )
+        return solution, info
+
+    def solve_direction(self, point: _Point, direction: Weights) -> tuple[PyTree, SolveInfo]:
+        """dλ*/dw along a direction in w."""
+        direction = jax.tree.map(lambda d, w: d.astype(w.dtype), direction, point.weights)
+        mixed = point.expansion.mixed(direction)
+        return self.solve(point, jax.tree.map(jnp.negative, mixed))
+
+    def solve_all(self, point: _Point, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
+        """Solves for right-hand sides on a leading axis, in step: one batched product per step."""
+        return jax.vmap(lambda rhs: self.solve(point, rhs))(rhs)
+
+
+def _term_gradient(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> PyTree:
+    """D_λ of one task's term of F, w_k L_k / T."""
+    loss = task_loss(problem)
+
+    def term(meta_params: PyTree) -> Array:
+        value = loss(meta_params, task, weights)
+        return value * weights.task.astype(value.dtype) / count
+
+    return jax.grad(term)(meta_params)
+
+
+def _sensitivities(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> Weights:
+    """∂_w D_λF for all weights of one task: `Weights` of pytrees like λ, with the weights' axes leading."""
+    columns = jax.jacfwd(lambda w: _term_gradient(problem, meta_params, task, w, count))(weights)
+    # jacfwd nests the weights inside the leaves of λ, with their axes last.
+    leaves, structure = jax.tree.flatten(columns, is_leaf=lambda node: isinstance(node, Weights))
+
+    def field(name: str) -> PyTree:
+        axes = getattr(weights, name).ndim
+        arrays = [jnp.moveaxis(getattr(leaf, name), -1, 0) if axes else getattr(leaf, name) for leaf in leaves]
+        return jax.tree.unflatten(structure, arrays)
+
+    return Weights(*(field(name) for name in Weights._fields))
+
+
+def task_if(
+    problem: Bilevel,
+    *,
+    solver: Solver | None = None,
+    curvature: Curvature | None = None,
+    damping: Any = 0.0,
+    batch_size: int | None = None,
+) -> Callable[..., Influence]:
+    """Makes (meta_params, tasks, weights=None) -> Influence of every task: task-IF.
+
+    delta[k] = dλ*/dw_k = − H⁻¹ D_λ L_k / T, so that λ − delta[k] predicts λ without task k (arXiv 2501.15963, §4). All
+    T right-hand sides are stepped together, with one batched Hessian product per step.
+
+    Args:
+      problem: the problem.
+      solver: one of `metainfluence.solvers`; None for `cg()`.
+      curvature: one of `metainfluence.curvature`; None for `exact()`.
+      damping: non-negative number added to every eigenvalue of H.
+      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+
+    Returns:
+      Function whose delta has leaves `[T, ...]`, and info `[T]`.
+
+    Raises:
+      ValueError: as `total_hessian`; and for tasks, weights or meta_params that are malformed or not finite.
+    """
+    method = _Method.of(problem, solver, curvature, damping, batch_size)
+    loss = task_loss(problem)
+
+    def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Influence:
+        point = method.at(meta_params, tasks, weights)
+        count = point.weights.task.shape[0]
+
+        def chunk(data: tuple[Task, Weights]) -> tuple[tuple[()], PyTree]:
+            gradients = jax.vmap(lambda task, w: jax.grad(loss)(meta_params, task, w))(*data)
+            return (), jax.tree.map(lambda g: -g / count, gradients)
+
+        _, rhs = reduce_tasks(chunk, (tasks, point.weights), batch_size)
+        return Influence(*method.solve_all(point, rhs))
+
+    return run
+
+
+def instance_if(
+    problem: Bilevel,
+    side: str,
+    *,
+    solver: Solver | None = None,
+    curvature: Curvature | None = None,
+    damping: Any = 0.0,
+    batch_size: int | None = None,
+) -> Callable[..., Influence]:
+    """Makes (meta_params, tasks, index, weights=None) -> Influence of every example on one side of task `index`.
+
+    delta[j] = dλ*/dw of example j. For a query example − H⁻¹ (w_k b_kj/T) D_λ ℓ_out; for a support example − H⁻¹ ∂_u
+    D_λF, the mixed derivative through the adapted parameters, which contains every term of the paper's D_λP with the
+    opposite sign. λ − delta[j] predicts λ without the example, on either side.
+
+    Args:
+      problem: the problem.
+      side: "support" or "query".
+      solver: as in `task_if`, like the other arguments.
+      curvature: as in `task_if`.
+      damping: as in `task_if`.
+      batch_size: as in `task_if`.
+
+    Returns:
+      Function whose delta has leaves `[n, ...]`, and info `[n]`; 0 for padding.
+
+    Raises:
+      ValueError: an unknown side, an index out of range, and as `task_if`.
+    """
+    if side not in ("support", "query"):
+        raise ValueError(f"side: expected 'support' or 'query', got {side!r}")
+    method = _Method.of(problem, solver, curvature, damping, batch_size)
+
+    def run(meta_params: PyTree, tasks: Task, index: Any, weights: Weights | None = None) -> Influence:
+        count = sizes(tasks).lead[0]
+        if jnp.ndim(index) != 0 or not jnp.issubdtype(jnp.result_type(index), jnp.integer):
+            raise TypeError(f"index: expected one integer, got {index!r}")
+        if concrete(index) and not 0 <= int(index) < count:
+            raise ValueError(f"index: expected a task from 0 to {count - 1}, got {int(index)}")
+        point = method.at(meta_params, tasks, weights)
+        task, own = jax.tree.map(lambda leaf: leaf[index], (tasks, point.weights))
+
+        def gradient(values: Array) -> PyTree:
+            return _term_gradient(problem, meta_params, task, own._replace(**{side: values}), count)
+
+        columns = jax.jacfwd(gradient)(getattr(own, side))
+        rhs = jax.tree.map(lambda leaf: -jnp.moveaxis(leaf, -1, 0), columns)
+        return Influence(*method.solve_all(point, rhs))
+
+    return run
+
+
+def group_influence(
+    problem: Bilevel,
+    *,
+    solver: Solver | None = None,
+    curvature: Curvature | None = None,
+    damping: Any = 0.0,
+    batch_size: int | None = None,
+) -> Callable[..., Influence]:
+    """Makes (meta_params, tasks, direction, weights=None) -> Influence along a direction in the data weights.
+
+    delta = (dλ*/dw) · direction, by one solve. λ + delta predicts λ at the weights w + direction; to remove a group,
+    pass the direction `new_weights − weights`.
+
+    Args:
+      problem: the problem.
+      solver: as in `task_if`, like the other arguments.
+      curvature: as in `task_if`.
+      damping: as in `task_if`.
+      batch_size: as in `task_if`.
+
+    Raises:
+      ValueError: a direction of the wrong shape or not finite, and as `task_if`.
+    """
+    method = _Method.of(problem, solver, curvature, damping, batch_size)
+
+    def run(meta_params: PyTree, tasks: Task, direction: Weights, weights: Weights | None = None) -> Influence:
+        direction = resolve_weights(direction, tasks, name="direction")
+        point = method.at(meta_params, tasks, weights)
+        return Influence(*method.solve_direction(point, direction))
+
+    return run
+
+
+def influence_scores(
+    problem: Bilevel,
+    target: Callable[..., Array],
+    *,
+    solver: Solver | None = None,
+    curvature: Curvature | None = None,
+    damping: Any = 0.0,
+    batch_size: int | None = None,
+) -> Callable[..., Scores]:
+    """Makes (meta_params, tasks, *target_args, weights=None) -> Scores of all tasks and all examples, by one solve.
+
+    Solves H s = ∇φ, then − dφ/dw = ∂_w ⟨D_λF, s⟩ by one transposed product with the mixed derivative ∂_w D_λF.
+
+    Args:
+      problem: the problem.
+      target: φ: (meta_params, *target_args) -> scalar, as made by `query_loss`. Its arguments are passed on at the
+        call, so that held-out data are data to jit.
+      solver: as in `task_if`, like the other arguments.
+      curvature: as in `task_if`.
+      damping: as in `task_if`.
+      batch_size: as in `task_if`.
+
+    Returns:
+      Function whose scores are − w · dφ/dw at the current weights: the predicted change of φ on removal, in its units.
+
+    Raises:
+      ValueError: a target that is no scalar, and as `task_if`.
+    """
+    if not callable(target):
+        raise TypeError(f"target: expected a function (meta_params, *target_args) -> scalar, got {target!r}")
+    method = _Method.of(problem, solver, curvature, damping, batch_size)
+
+    def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
+        point = method.at(meta_params, tasks, weights)
+        slope = jax.grad(lambda m: check_scalar(target(m, *target_args), "target"))(meta_params)
+        direction, info = method.solve(point, slope)
+        sensitivity = point.expansion.mixed_transposed(direction)
+        task, support, query = jax.tree.map(jnp.multiply, point.weights, sensitivity)
+        return Scores(task, support, query, info)
+
+    return run
+
+
+def self_influence(
+    problem: Bilevel,
+    *,
+    solver: Solver | None = None,
+    curvature: Curvature | None = None,
+    damping: Any = 0.0,
+    batch_size: int | None = None,
+) -> Callable[..., Scores]:
+    """Makes (meta_params, tasks, weights=None) -> Scores of every datum on its own term of F.
+
+    With g = ∂_w D_λF of a datum, its score is w · gᵀ H⁻¹ g: the predicted change of ∂F/∂w, the datum's own term of F,
+    on its removal. Not negative where H is positive definite. High values mark data that λ had to be bent for. One
+    solve per datum, all of a task's in step.
+
+    Args:
+      problem: the problem.
+      solver: as in `task_if`, like the other arguments.
+      curvature: as in `task_if`.
+      damping: as in `task_if`.
+      batch_size: as in `task_if`.
+
+    Returns:
+      Function whose info has leaves `[T, 1 + n_support + n_query]`: the task, its support and its query examples.
+    """
+    method = _Method.of(problem, solver, curvature, damping, batch_size)
+
+    def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Scores:
+        point = method.at(meta_params, tasks, weights)
+        count = point.weights.task.shape[0]
+
+        def single(data: tuple[Task, Weights]) -> tuple[Weights, SolveInfo]:
+            task, own = data
+            columns = _sensitivities(problem, meta_params, task, own, count)
+            task_column = jax.tree.map(lambda leaf: leaf[None], columns.task)
+            rhs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), task_column, columns.support, columns.query)
+            solution, info = method.solve_all(point, rhs)
+            products = jax.vmap(optax.tree.vdot)(rhs, solution)
+            split = 1 + own.support.shape[0]
+            parts = Weights(products[0], products[1:split], products[split:])
+            return jax.tree.map(lambda w, p: w * p.astype(w.dtype), own, parts), info
+
+        (task, support, query), info = jax.lax.map(single, (tasks, point.weights))
+        return Scores(task, support, query, info)
+
+    return run
+
+
+def edit(
+    problem: Bilevel,
+    *,
+    solver: Solver | None = None,
+    curvature: Curvature | None = None,
+    damping: Any = 0.0,
+    batch_size: int | None = None,
+    num_newton_steps: int = 1,
+) -> Callable[..., Edit]:
+    """Makes (meta_params, tasks, new_weights, weights=None) -> Edit: λ at new data weights, without retraining.
+
+    First order: λ + (dλ*/dw) · (new_weights − weights). Then `num_newton_steps` Newton steps on F at the new weights,
+    λ − H⁻¹ D_λF, each with the Hessian at the point reached.
+
+    Args:
+      problem: the problem.
+      solver: as in `task_if`, like the other arguments.
+      curvature: as in `task_if`.
+      damping: as in `task_if`.
+      batch_size: as in `task_if`.
+      num_newton_steps: steps after the first-order one, at least 0.
+
+    Raises:
+      ValueError: `num_newton_steps` negative, new weights of the wrong shape or not finite, and as `task_if`.
+    """
+    if isinstance(num_newton_steps, bool) or not isinstance(num_newton_steps, int) or num_newton_steps < 0:
+        raise ValueError(f"num_newton_steps: expected a non-negative integer, got {num_newton_steps!r}")
+    method = _Method.of(problem, solver, curvature, damping, batch_size)
+    gradient = gradient_map(problem, batch_size)
+
+    def run(meta_params: PyTree, tasks: Task, new_weights: Weights, weights: Weights | None = None) -> Edit:
+        check_meta_params(meta_params)
+        old = resolve_weights(weights, tasks)
+        new = jax.tree.map(
+            lambda w, like: w.astype(like.dtype), resolve_weights(new_weights, tasks, name="new_weights"), old
+        )
+        direction = jax.tree.map(jnp.subtract, new, old)
+
+        # The first-order step and Newton's differ in the right-hand side and the weights, and share one compiled body.
+        def step(current: PyTree, first: Array) -> tuple[PyTree, tuple[SolveInfo, Array, Array]]:
+            here = method.at(current, tasks, optax.tree.where(first, old, new))
+            expansion = here.expansion
+            rhs = jax.lax.cond(first, lambda: expansion.mixed(direction), lambda: expansion.gradient)
+            change, info = method.solve(here, rhs)
+            return jax.tree.map(jnp.subtract, current, change), (
+                info,
+                here.gradient_norm,
+                expansion.inner_gradient_norm,
+            )
+
+        edited, (info, norms, inner_norms) = jax.lax.scan(step, meta_params, jnp.arange(1 + num_newton_steps) == 0)
+        final, final_inner = gradient(exact(), edited, tasks, edited, new)
+        info = info._replace(
+            outer_gradient_norm=jnp.append(norms[1:], optax.tree.norm(final)),
+            inner_gradient_norm=jnp.append(inner_norms[1:], final_inner),
+        )
+        return Edit(edited, info)
+
+    return run
+
+
+class SolveError(RuntimeError):
+    """Right-hand sides that were not solved."""
+
+
+def check(result: Any) -> Any:
+    """Raises `SolveError` unless every solve behind `result` converged; for use outside jit.
+
+    Args:
+      result: an `Influence`, `Scores`, `Edit` or `SolveInfo`.
+
+    Returns:
+      `result`, unchanged.
+
+    Raises:
+      SolveError: naming the right-hand sides that failed, how, and what to do.
+      TypeError: `result` carries no `SolveInfo`, or is traced.
+    """
+    info = result if isinstance(result, SolveInfo) else getattr(result, "info", None)
+    if not isinstance(info, SolveInfo):
+        raise TypeError(f"result: expected a result with SolveInfo, got {type(result).__name__}")
+    if not concrete(info):
+        raise TypeError("result: expected values, got traced arrays; call metainfluence.check outside jit")
+    status = np.asarray(info.status)
+    lines = []
+    for kind in SolveStatus:
+        failed = np.argwhere(status == kind)
+        if kind == SolveStatus.CONVERGED or not len(failed):
+            continue
+        named = ", ".join(
+            str(tuple(index.tolist())) if index.size > 1 else str(*index.tolist()) for index in failed[:8]
+        )
+        which = f"right-hand sides {named}{' …' if len(failed) > 8 else ''}" if status.ndim else "the right-hand side"
+        select = tuple(failed[0])
+        lines.append(
+            f"{len(failed)} of {status.size} solves ended {kind.name} ({which}; first: relative residual "
+            f"{float(np.asarray(info.relative_residual)[select]):.2e}, smallest curvature "
+            f"{float(np.asarray(info.min_curvature)[select]):.2e}, "
+            f"{int(np.asarray(info.num_matvecs)[select])} products): {solvers.REMEDIES[kind]}"
+        )
+    if lines:
+        raise SolveError("; ".join(lines))
+    return result
