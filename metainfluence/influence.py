@@ -109,10 +109,19 @@ class _Method(NamedTuple):
         expansion = self.expand(meta_params, tasks, weights)
         operator = expansion.operator.damped(self.damping)
         norm = optax.tree.norm(expansion.gradient)
-        return _Point(meta_params, tasks, weights, expansion, norm, operator, self.solver.init(operator))
+        state = jax.lax.stop_gradient(self.solver.init(jax.lax.stop_gradient(operator)))
+        return _Point(meta_params, tasks, weights, expansion, norm, operator, state)
 
     def solve(self, point: _Point, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
-        solution, info = self.solver.solve(point.operator, point.state, rhs)
+        fixed = jax.lax.stop_gradient(point.operator)
+        # Differentiated as the solution that it is, and not through the solver's steps.
+        solution, info = jax.lax.custom_linear_solve(
+            point.operator.matvec,
+            rhs,
+            lambda _, rhs: self.solver.solve(fixed, point.state, rhs),
+            symmetric=True,
+            has_aux=True,
+        )
         info = info._replace(
             outer_gradient_norm=point.gradient_norm,
             inner_gradient_norm=point.expansion.inner_gradient_norm,

@@ -23,6 +23,23 @@ class _Cholesky(NamedTuple):
     smallest_diagonal: Array
 
 
+# Under vmap one factorisation at a time: XLA's batched calls of LAPACK on CPU (jaxlib 0.10.2, 64 matrices, 2 cores) were
+# seen to wait for each other for ever.
+@jax.custom_batching.sequential_vmap
+def _eigh(matrix: Array) -> tuple[Array, Array]:
+    return tuple(jnp.linalg.eigh(matrix))
+
+
+@jax.custom_batching.sequential_vmap
+def _cholesky(matrix: Array) -> Array:
+    return jnp.linalg.cholesky(matrix)
+
+
+@jax.custom_batching.sequential_vmap
+def _cho_solve(factor: Array, rhs: Array) -> Array:
+    return jax.scipy.linalg.cho_solve((factor, True), rhs)
+
+
 def _rounding(operator_size: int, dtype: Any) -> Any:
     return operator_size * jnp.finfo(dtype).eps
 
@@ -50,7 +67,7 @@ def dense(*, method: str = "eigh") -> Solver:
 
 
 def _eigh_init(operator: Operator) -> _Eigen:
-    return _Eigen(*jnp.linalg.eigh(operator.dense()))
+    return _Eigen(*_eigh(operator.dense()))
 
 
 def _eigh_solve(operator: Operator, state: _Eigen, rhs: Array) -> Outcome:
@@ -65,7 +82,7 @@ def _eigh_solve(operator: Operator, state: _Eigen, rhs: Array) -> Outcome:
 
 def _cholesky_init(operator: Operator) -> _Cholesky:
     matrix = operator.dense()
-    factor = jnp.linalg.cholesky(matrix)
+    factor = _cholesky(matrix)
     pivots = jnp.diagonal(factor) ** 2
     # A pivot that rounding alone could have made positive would give finite nonsense.
     positive = jnp.min(pivots) > _rounding(operator.size, factor.dtype) * jnp.max(pivots)
@@ -73,7 +90,7 @@ def _cholesky_init(operator: Operator) -> _Cholesky:
 
 
 def _cholesky_solve(operator: Operator, state: _Cholesky, rhs: Array) -> Outcome:
-    solution = jax.scipy.linalg.cho_solve((state.factor, True), rhs)
+    solution = _cho_solve(state.factor, rhs)
     solution = jnp.where(state.positive, solution, jnp.nan)
     failure = jnp.where(
         state.positive | ~jnp.isfinite(state.smallest_diagonal),
