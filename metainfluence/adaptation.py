@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence import operators, solvers
 from metainfluence.solvers._base import check_positive
-from metainfluence.tasks import leaf_name
+from metainfluence.tasks import described, is_array, leaf_name
 
 Loss = Callable[[PyTree, PyTree, PyTree], Float[Array, " n"]]
 Init = Callable[[PyTree, PyTree], PyTree]
@@ -45,9 +45,9 @@ class Adaptation(NamedTuple):
 
 def check_losses(losses: Any, count: int, name: str) -> Array:
     """Raises ValueError unless `losses` is one number per example."""
-    if jnp.shape(losses) != (count,):
+    if not is_array(losses) or jnp.shape(losses) != (count,):
         raise ValueError(
-            f"{name}: expected one loss per example, shape ({count},), got shape {jnp.shape(losses)}; "
+            f"{name}: expected one loss per example, shape ({count},), got {described(losses)}; "
             "metainfluence.per_example turns a mean-reduced loss into one per example"
         )
     return losses
@@ -60,10 +60,8 @@ def weighted_sum(losses: Array, coefficients: Array) -> Array:
 
 def check_scalar(value: Any, name: str) -> Array:
     """Raises ValueError unless `value` is a real scalar."""
-    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise ValueError(
-            f"{name}: expected a real scalar, got shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
-        )
+    if not is_array(value) or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(f"{name}: expected a real scalar, got {described(value)}")
     return value
 
 

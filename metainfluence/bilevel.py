@@ -229,7 +229,14 @@ def total_gradient(problem: Bilevel) -> Callable[..., PyTree]:
 
     D_λ L_k = ∂_λ L_k + (dθ_k/dλ)ᵀ ∂_θ L_k: Theorem 4.1 of arXiv 2501.15963.
     """
-    return jax.grad(task_loss(problem))
+    gradient = jax.grad(task_loss(problem))
+
+    def run(meta_params: PyTree, task: Task, weights: Weights | None = None) -> PyTree:
+        # Under grad these values are traced, and cannot be looked at.
+        check_meta_params(meta_params)
+        return gradient(meta_params, task, resolve_weights(weights, task, stacked=False))
+
+    return run
 
 
 def total_objective(problem: Bilevel, *, batch_size: int | None = None) -> Callable[..., Float[Array, ""]]:

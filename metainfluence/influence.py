@@ -26,7 +26,17 @@ from metainfluence.bilevel import Bilevel, check_meta_params, task_loss
 from metainfluence.curvature import Curvature, Expansion, check_curvature, exact, expand, gradient_map
 from metainfluence.operators import Operator, check_damping
 from metainfluence.solvers import SolveInfo, Solver, SolveStatus
-from metainfluence.tasks import Task, Weights, check_batch_size, concrete, reduce_tasks, resolve_weights, sizes
+from metainfluence.tasks import (
+    Task,
+    Weights,
+    check_batch_size,
+    concrete,
+    described,
+    is_array,
+    reduce_tasks,
+    resolve_weights,
+    sizes,
+)
 
 
 class Influence(NamedTuple):
@@ -242,8 +252,8 @@ def instance_if(
 
     def run(meta_params: PyTree, tasks: Task, index: Any, weights: Weights | None = None) -> Influence:
         count = sizes(tasks).lead[0]
-        if jnp.ndim(index) != 0 or not jnp.issubdtype(jnp.result_type(index), jnp.integer):
-            raise TypeError(f"index: expected one integer, got {index!r}")
+        if not is_array(index) or jnp.ndim(index) != 0 or not jnp.issubdtype(jnp.result_type(index), jnp.integer):
+            raise TypeError(f"index: expected one integer, got {described(index)}")
         if concrete(index) and not 0 <= int(index) < count:
             raise ValueError(f"index: expected a task from 0 to {count - 1}, got {int(index)}")
         point = method.at(meta_params, tasks, weights)

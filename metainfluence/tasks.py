@@ -63,6 +63,18 @@ def concrete(*trees: PyTree) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array or a number, and not a pytree or anything else."""
+    return isinstance(value, (jax.Array, np.ndarray, np.generic, int, float))
+
+
+def described(value: Any) -> str:
+    """What `value` is, for error messages."""
+    if not is_array(value):
+        return f"{type(value).__name__} {value!r}"
+    return f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
+
+
 def leaf_name(root: str, path: Any) -> str:
     """Name of a pytree's leaf for error messages, as in `tasks.support['x']`."""
     return root + jax.tree_util.keystr(path)

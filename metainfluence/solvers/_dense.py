@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,21 +24,12 @@ class _Cholesky(NamedTuple):
     smallest_diagonal: Array
 
 
-# Under vmap one factorisation at a time: XLA's batched calls of LAPACK on CPU (jaxlib 0.10.2, 64 matrices, 2 cores) were
-# seen to wait for each other for ever.
-@jax.custom_batching.sequential_vmap
-def _eigh(matrix: Array) -> tuple[Array, Array]:
-    return tuple(jnp.linalg.eigh(matrix))
-
-
-@jax.custom_batching.sequential_vmap
-def _cholesky(matrix: Array) -> Array:
-    return jnp.linalg.cholesky(matrix)
-
-
-@jax.custom_batching.sequential_vmap
-def _cho_solve(factor: Array, rhs: Array) -> Array:
-    return jax.scipy.linalg.cho_solve((factor, True), rhs)
+# Under vmap one call at a time: XLA's batched calls of LAPACK on CPU (jaxlib 0.10.2, 64 matrices, 2 cores) were seen to
+# wait for each other for ever.
+_one_by_one: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.custom_batching.sequential_vmap
+_eigh = _one_by_one(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
+_cholesky = _one_by_one(jnp.linalg.cholesky)
+_cho_solve = _one_by_one(lambda factor, rhs: jax.scipy.linalg.cho_solve((factor, True), rhs))
 
 
 def _rounding(operator_size: int, dtype: Any) -> Any:
