@@ -69,7 +69,10 @@ def _eigh_solve(operator: Operator, state: _Eigen, rhs: Array) -> Outcome:
     precision = jax.lax.Precision.HIGHEST
     components = jnp.matmul(state.vectors.T, rhs, precision=precision)
     solution = jnp.matmul(state.vectors, inverse * components, precision=precision)
-    return Outcome(solution, operator.size, state.values[0], SolveStatus.INDEFINITE)
+    failure = jnp.where(
+        jnp.all(jnp.isfinite(solution)), jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.NONFINITE)
+    )
+    return Outcome(solution, operator.size, state.values[0], failure)
 
 
 def _cholesky_init(operator: Operator) -> _Cholesky:

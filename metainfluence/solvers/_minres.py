@@ -36,6 +36,8 @@ class _Carry(NamedTuple):
     stop_norm: Array
     steps_left: Array
     matvecs: Array
+    pivot: Array
+    direction_square: Array
     min_curvature: Array
 
 
@@ -79,6 +81,8 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
             stop_norm=0.9 * reachable(tol, rhs.dtype) * norm(rhs),
             steps_left=jnp.int32(default_max_steps(operator.size, max_steps)),
             matvecs=jnp.int32(0 if x0 is None else 1),
+            pivot=one,
+            direction_square=nought,
             min_curvature=jnp.full((), jnp.inf, rhs.dtype),
         )
 
@@ -98,6 +102,12 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
         above = carry.sine * alpha + carry.previous_cosine * carry.cosine * carry.beta
         above_twice = carry.previous_sine * carry.beta
         singular = ~(rho > 0)
+        # The conjugate directions of the Krylov space, of which the tridiagonal matrix's LDLᵀ gives the curvatures (the
+        # pivots) and lengths without the vectors: one is negative as soon as the space holds negative curvature.
+        tiny = jnp.finfo(alpha.dtype).tiny ** 0.5
+        ratio = carry.beta / jnp.where(jnp.abs(carry.pivot) > tiny, carry.pivot, tiny)
+        pivot = alpha - carry.beta * ratio
+        direction_square = 1 + ratio**2 * carry.direction_square
         rho = jnp.where(singular, 1, rho)
         cosine, sine = diagonal / rho, beta / rho
         update = (carry.vector - above_twice * carry.previous_update - above * carry.update) / rho
@@ -117,7 +127,9 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
             # A Krylov space that closes on a singular operator holds no better iterate.
             steps_left=jnp.where(singular, 0, carry.steps_left - 1),
             matvecs=carry.matvecs + 1,
-            min_curvature=jnp.minimum(carry.min_curvature, alpha),
+            pivot=pivot,
+            direction_square=direction_square,
+            min_curvature=jnp.minimum(carry.min_curvature, pivot / direction_square),
         )
 
     def finish(carry: _Carry) -> Outcome:
