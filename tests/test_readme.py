@@ -23,7 +23,7 @@ def test_example_finds_the_planted_task(x64, capsys):
     scope = {}
     # A reader runs it in a fresh interpreter, whose promotion is not strict.
     with jax.enable_x64(x64), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(example(), str(README), "exec"), scope)  # noqa: S102
+        exec(compile(example(), str(README), "exec"), scope)
     assert scope["worst"].tolist() == [7]
     problem, held_out = scope["problem"], scope["held_out"]
     with jax.enable_x64(x64), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

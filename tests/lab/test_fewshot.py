@@ -113,7 +113,7 @@ def test_too_much_to_ask(source, change, message):
 
 
 def test_share_out_of_range(tasks):
-    with pytest.raises(ValueError, match="share: expected a number between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"share: expected a number between 0 and 1, got 1\.5"):
         fewshot.flip_labels(tasks, [0], share=1.5, seed=0)
 
 

@@ -39,7 +39,7 @@ def test_round_trip(tasks, scores, tmp_path):
     }
     columns = table.to_pydict()
     assert columns["role"] == ["task"] * 3 + ["support"] * 6 + ["query"] * 12
-    assert columns["task"] == [0, 1, 2] + np.repeat([0, 1, 2], 2).tolist() + np.repeat([0, 1, 2], 4).tolist()
+    assert columns["task"] == [0, 1, 2, *np.repeat([0, 1, 2], 2).tolist(), *np.repeat([0, 1, 2], 4).tolist()]
     assert columns["example"] == [None] * 3 + tasks.support_ids.ravel().tolist() + tasks.query_ids.ravel().tolist()
     assert columns["score"] == np.concatenate([np.ravel(scores.task), *map(np.ravel, scores[1:3])]).tolist()
     assert columns["harm"][:3] == ["clean", "flipped labels", "shortcut"]

@@ -1,0 +1,1 @@
+"""Brute-force references, written from the mathematics and never from the library's code."""
