@@ -7,6 +7,7 @@ of the network, learned learning rates.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ Objective = Callable[[PyTree], Float[Array, ""]]
 Minimizer = Callable[[Objective, PyTree], PyTree]
 
 
-class Adaptation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
     """A way to adapt, callable as (meta_params, support, coefficients `[n_support]`) -> params.
 
     Attributes:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence.adaptation import Adaptation, Loss, check_floating, check_losses, check_scalar, weighted_sum
@@ -179,7 +180,7 @@ def check_meta_params(meta_params: PyTree) -> None:
     """Raises, naming the leaf, unless λ holds finite floating-point numbers; traced values cannot be checked."""
     check_floating(meta_params, "meta_params")
     for path, leaf in jax.tree_util.tree_leaves_with_path(meta_params):
-        if concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+        if concrete(leaf) and not np.all(np.isfinite(np.asarray(leaf))):
             raise ValueError(f"{leaf_name('meta_params', path)}: expected finite numbers, got NaN or infinity")
 
 

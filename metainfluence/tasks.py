@@ -241,12 +241,13 @@ def drop(weights: Weights, tasks: Any = (), support: Any = (), query: Any = ()) 
     def clear(field: str, index: Any, argument: str) -> Array:
         values = jnp.asarray(getattr(weights, field))
         width = values.ndim
-        index = jnp.asarray(index) if not isinstance(index, Array) else index
+        # NumPy's, since under jit JAX would make a tracer of it, whose range cannot be checked.
+        index = index if isinstance(index, Array) else np.asarray(index)
         if index.size == 0:
             return values
         if not jnp.issubdtype(index.dtype, jnp.integer):
             raise TypeError(f"{argument}: expected integer indices, got {index.dtype}")
-        index = jnp.reshape(index, (-1, 1)) if width == 1 and index.ndim <= 1 else index
+        index = index.reshape(-1, 1) if width == 1 and index.ndim <= 1 else index
         if index.ndim != 2 or index.shape[1] != width:
             kind = "indices [m]" if width == 1 else "pairs (task, example) [m, 2]"
             raise ValueError(f"{argument}: expected {kind}, got shape {index.shape}")

@@ -6,7 +6,10 @@ from importlib.metadata import version
 # Compiling takes far longer here than running, and without XLA's newer emitters a quarter of the time. XLA aborts on a
 # flag that it does not know.
 if version("jaxlib").startswith(("0.8", "0.9", "0.10")):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 # LAPACK's own threads, beside those of XLA and of the other test process, only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

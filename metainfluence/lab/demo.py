@@ -97,8 +97,8 @@ def largest_eigenvalue(operator: mi.Operator) -> float:
 def check_programs(trained: float, evaluated: float, info: mi.SolveInfo) -> None:
     """Compare what separately compiled programs say of the same thing.
 
-    XLA's CPU compiler has been seen to make, of one and the same program, now and then an executable whose heads are not
-    fitted: every number after that would be wrong without a sign of it.
+    XLA's CPU compiler has been seen to make, of one and the same program, now and then an executable whose heads are
+    not fitted: every number after that would be wrong without a sign of it.
 
     Args:
       trained: F before the last training step.

@@ -11,7 +11,7 @@ from metainfluence.lab.detection import detection_curve
 from metainfluence.lab.fewshot import CLEAN, FLIPPED, SHORTCUT
 
 HARM_COLORS = {CLEAN: "#b8bec6", FLIPPED: "#d1495b", SHORTCUT: "#2a6fb0"}
-METHOD_COLORS = ("#1b1b1b", "#d1495b", "#2a6fb0", "#8a8f98", "#5b8c5a", "#b07d2b")
+METHOD_COLORS = ("#1b1b1b", "#e08e1b", "#3c8d5a", "#8a8f98", "#7b5ea7", "#a0522d")  # none stands for a kind of harm
 
 
 def ranking_and_detection(

@@ -22,7 +22,7 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], *, few_runs: bool = False):
         self._function = function
-        self._options: dict[str, str | bool] | None = {"xla_cpu_use_fusion_emitters": "false"} if few_runs else None
+        self._options: dict[str, str | bool] | None = {"xla_cpu_use_fusion_emitters": False} if few_runs else None
         self._executables: dict[Any, Any] = {}
         self.compile_seconds = 0.0
         self.run_seconds = 0.0

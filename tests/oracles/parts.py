@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ class Spec(NamedTuple):
 
         Under `jit` JAX traces the adaptation once for all functions of the library that are built on the problem.
         """
-        adapt = self.adapt._replace(adapt=jax.jit(self.adapt.adapt))
+        adapt = dataclasses.replace(self.adapt, adapt=jax.jit(self.adapt.adapt))
         return mi.bilevel(self.model, adapt, meta_regularizer=self.meta_regularizer, outer_head=self.head)
 
 
