@@ -7,6 +7,7 @@ once, damping) is then written once, in `total_hessian`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ from metainfluence.bilevel import (
     stationarity,
     weighted_losses,
 )
-from metainfluence.operators import Operator, check_damping, from_matvec
-from metainfluence.tasks import Task, Weights, check_batch_size, reduce_tasks, resolve_weights
+from metainfluence.operators import Losses, Operator, check_damping, from_matvec
+from metainfluence.tasks import Task, Weights, check_batch_size, coefficients, reduce_tasks, resolve_weights
 
 Surrogate = Callable[[Bilevel, PyTree, Task, Weights], Callable[[PyTree], tuple[Array, Array]]]
 
@@ -245,7 +246,25 @@ def expand(problem: Bilevel, curvature: Curvature, batch_size: int | None) -> Ca
 
         return reduce_tasks(chunk, (tasks, weights), batch_size)[0] / weights.task.shape[0]
 
+    def described(operator: Operator, at: PyTree, tasks: Task, weights: Weights) -> Operator:
+        """The operator with what solvers can use besides its products."""
+        count = weights.task.shape[0]
+        losses = None if problem.adapt is None else Partial(_outer_losses(problem), at, tasks, weights)
+        return dataclasses.replace(
+            operator, losses=losses, sample=Partial(sample, at, tasks, weights), num_groups=count
+        )
+
+    def sample(at: PyTree, tasks: Task, weights: Weights, number: int) -> Operator:
+        # A fixed key: the same λ and tasks give the same operator, and the order of the tasks means nothing.
+        chosen = jax.random.permutation(jax.random.key(0), weights.task.shape[0])[:number]
+        part = jax.tree.map(lambda leaf: leaf[chosen], (tasks, weights))
+        return expand(problem, curvature, batch_size)(at, *part).operator
+
     def run(meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
+        expansion = expanded(meta_params, tasks, weights)
+        return expansion._replace(operator=described(expansion.operator, meta_params, tasks, weights))
+
+    def expanded(meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
         at = meta_params
         if batch_size is None and curvature.is_exact:
             slope, linear, norm = jax.linearize(
@@ -271,6 +290,25 @@ def expand(problem: Bilevel, curvature: Curvature, batch_size: int | None) -> Ca
         return Expansion(slope, norm, operator, Partial(mixed, *data), Partial(mixed_transposed, *data))
 
     return run
+
+
+def _outer_losses(problem: Bilevel) -> Callable[[PyTree, Task, Weights], Losses]:
+    def losses(at: PyTree, tasks: Task, weights: Weights) -> Losses:
+        """The query losses at adapted parameters that are held fixed."""
+        assert problem.adapt is not None
+        assert problem.query_losses is not None
+        query_losses = problem.query_losses
+        params = jax.vmap(problem.adapt, in_axes=(None, 0, 0))(at, tasks, weights)
+        scale = (weights.task / weights.task.shape[0])[:, None]
+        return Losses(
+            function=lambda meta_params, data: query_losses(data[0], meta_params, data[1]),
+            point=at,
+            data=(params, tasks),
+            coefficients=scale * jax.vmap(coefficients)(weights.query, tasks.query_mask),
+            regularizer=problem.meta_regularizer,
+        )
+
+    return losses
 
 
 def _along_first(linear: Callable[..., PyTree], second: PyTree, first: PyTree) -> PyTree:

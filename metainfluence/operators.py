@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,27 @@ class Domain:
                 raise ValueError(f"{leaf_name(name, path)}: expected shape {expected.shape}, got {jnp.shape(leaf)}")
 
 
+class Losses(NamedTuple):
+    """Losses of whose sum an operator is the Hessian, or nearly: Σ_g Σ_j c_gj ℓ(point, data_g)_j + r(point).
+
+    What factorisations need that know layers, and not only products. Data come in groups, the tasks of the outer
+    objective, or a single one of an inner objective.
+
+    Attributes:
+      function: ℓ, (point, data of one group) -> losses `[n]`.
+      point: pytree of the operator's domain.
+      data: pytree of arrays `[G, ...]`.
+      coefficients: `[G, n]`.
+      regularizer: r, (point) -> scalar; None for 0.
+    """
+
+    function: Callable[[PyTree, PyTree], Float[Array, " n"]]
+    point: PyTree
+    data: PyTree
+    coefficients: Float[Array, "G n"]
+    regularizer: Callable[[PyTree], Float[Array, ""]] | None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operator:
@@ -67,11 +88,18 @@ class Operator:
       product: v ↦ A v, a callable that is itself a pytree (`jax.tree_util.Partial`).
       shift: scalar; damping, and whatever multiple of the identity the curvature adds.
       domain: structure, shapes and dtypes of v.
+      losses: () -> `Losses`, for solvers that need more than products; None where the operator has none to show.
+      sample: (number) -> the operator of that many groups, chosen at random: a cheaper one that resembles it; None
+        where it is not a sum over groups.
+      num_groups: how many groups it is a sum over; 1 where it is not.
     """
 
     product: Callable[[PyTree], PyTree]
     shift: Float[Array, ""]
     domain: Domain = dataclasses.field(metadata={"static": True})
+    losses: Callable[[], Losses] | None = None
+    sample: Callable[[int], Operator] | None = None
+    num_groups: int = dataclasses.field(default=1, metadata={"static": True})
 
     def matvec(self, vector: PyTree) -> PyTree:
         """Product with a pytree of the operator's domain; `vmap` it to multiply several at once."""

@@ -23,6 +23,17 @@ class SolveStatus(enum.IntEnum):
     NONFINITE = 4
 
 
+class Choice(enum.IntEnum):
+    """What `auto` solved with."""
+
+    DENSE = 0
+    KRYLOV = 1
+    DENSE_ABSOLUTE = 2
+    KRYLOV_ABSOLUTE = 3
+    CG = 4
+    MINRES = 5
+
+
 REMEDIES = {
     SolveStatus.MAX_STEPS: "the residual is above the tolerance after all steps: allow more steps, raise the damping, "
     "loosen tol, precondition, or compute in float64",
@@ -47,6 +58,10 @@ class SolveInfo(NamedTuple):
       outer_gradient_norm: ‖D_λF‖, how far λ is from the stationary point that the formula presumes; None from a solver
         alone, which knows no λ.
       inner_gradient_norm: max over tasks of ‖∂_θ L_in‖ for implicit adaptation, else 0; None from a solver alone.
+      effective_curvature: ‖b‖ / ‖x‖, the curvature that the solution met; with the residual and the smallest curvature
+        it bounds the solution's error.
+      choice: what `auto` chose, see `Choice`; None from other solvers.
+      damping: what was added to every eigenvalue of H; None from a solver alone.
     """
 
     status: Int[Array, "..."]
@@ -55,6 +70,9 @@ class SolveInfo(NamedTuple):
     min_curvature: Float[Array, "..."]
     outer_gradient_norm: Float[Array, "..."] | None = None
     inner_gradient_norm: Float[Array, "..."] | None = None
+    effective_curvature: Float[Array, "..."] | None = None
+    choice: Int[Array, "..."] | None = None
+    damping: Float[Array, "..."] | None = None
 
 
 class Iteration(NamedTuple):
@@ -97,11 +115,45 @@ class Solver(NamedTuple):
       solve: (operator, state, rhs, x0=None) -> (solution, SolveInfo); rhs and solution are pytrees of the operator's
         domain. `vmap` it over rhs.
       iteration: for iterative solvers, the pure step behind `solve`; else None.
+      solve_many: (operator, state, rhs) -> (solutions, SolveInfo) for right-hand sides on a leading axis, where they
+        gain from each other; None for `solve` under vmap.
+      init_matvecs: (state) -> products that `init` took.
     """
 
     init: Callable[[Operator], Any]
     solve: Callable[..., tuple[PyTree, SolveInfo]]
     iteration: Iteration | None = None
+    solve_many: Callable[..., tuple[PyTree, SolveInfo]] | None = None
+    init_matvecs: Callable[[Any], Any] = lambda state: 0
+
+
+class Preconditioner(NamedTuple):
+    """A solver put to work as a linear map on flat vectors.
+
+    Attributes:
+      apply: (vector) -> vector.
+      init_matvecs: products that its `init` took.
+      matvecs: products that each application takes.
+    """
+
+    apply: Callable[[Float[Array, " size"]], Float[Array, " size"]]
+    init_matvecs: Any
+    matvecs: Any
+
+
+def preconditioner_of(solver: Solver | None, operator: Operator, state: Any) -> Preconditioner:
+    """The solver's map for one operator; the identity for None."""
+    if solver is None:
+        return Preconditioner(lambda vector: vector, 0, 0)
+
+    def apply(vector: Array) -> tuple[PyTree, SolveInfo]:
+        return solver.solve(operator, state, operator.domain.unravel(vector))
+
+    init_matvecs = jnp.asarray(solver.init_matvecs(state), jnp.int32)
+    # What `report` adds for its residual is not run here, where nobody asks for it.
+    info = apply(jnp.zeros(operator.size, operator.domain.dtype))[1]
+    own = info.num_matvecs - init_matvecs - 1
+    return Preconditioner(lambda vector: operator.domain.ravel(apply(vector)[0]), init_matvecs, own)
 
 
 def reachable(tol: Any, dtype: Any) -> Any:
@@ -127,24 +179,39 @@ def report(operator: Operator, rhs: Array, outcome: Outcome, tol: Any) -> SolveI
         num_matvecs=jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(1),
         relative_residual=relative,
         min_curvature=jnp.minimum(jnp.asarray(outcome.min_curvature, relative.dtype), quotient),
+        effective_curvature=scale / jnp.where(square > 0, jnp.sqrt(square), 1),
     )
 
 
-def direct(init: Callable[[Operator], Any], apply: Callable[..., Outcome], tol: Callable[[Any], Any]) -> Solver:
-    """A solver of a flat `apply(operator, state, rhs) -> Outcome`; `tol` maps the dtype to a relative residual."""
+def direct(
+    init: Callable[[Operator], Any],
+    apply: Callable[..., Outcome],
+    tol: Callable[[Any], Any],
+    init_matvecs: Callable[[Any], Any] = lambda state: 0,
+    system: Callable[[Operator, Any], Operator] = lambda operator, state: operator,
+) -> Solver:
+    """A solver of a flat `apply(operator, state, rhs) -> Outcome`.
+
+    `tol` maps the dtype to a relative residual, and `system` tells which operator's residual that is.
+    """
 
     def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
         del x0  # No use for a first guess; accepted so that solvers can be exchanged.
         operator.domain.check("rhs", rhs)
         vector = operator.domain.ravel(rhs)
         outcome = apply(operator, state, vector)
-        info = report(operator, vector, outcome, tol(vector.dtype))
+        info = report(system(operator, state), vector, outcome, tol(vector.dtype))
         return operator.domain.unravel(outcome.solution), info
 
-    return Solver(init, solve)
+    return Solver(init, solve, init_matvecs=init_matvecs)
 
 
-def iterative(init: Callable[[Operator], Any], iteration: Iteration, tol: Any) -> Solver:
+def iterative(
+    init: Callable[[Operator], Any],
+    iteration: Iteration,
+    tol: Any,
+    init_matvecs: Callable[[Any], Any] = lambda state: 0,
+) -> Solver:
     """A solver that runs `iteration` in `lax.while_loop`."""
 
     def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
@@ -161,7 +228,7 @@ def iterative(init: Callable[[Operator], Any], iteration: Iteration, tol: Any) -
         outcome = iteration.finish(carry)
         return operator.domain.unravel(outcome.solution), report(operator, vector, outcome, tol)
 
-    return Solver(init, solve, iteration)
+    return Solver(init, solve, iteration, init_matvecs=init_matvecs)
 
 
 def norm(vector: Array) -> Array:

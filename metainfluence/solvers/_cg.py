@@ -18,6 +18,7 @@ from metainfluence.solvers._base import (
     dot,
     iterative,
     norm,
+    preconditioner_of,
     reachable,
 )
 
@@ -45,7 +46,8 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
       tol: relative residual ‖b − Hx‖/‖b‖ at which the solve counts as converged; less than 100 eps (1.2e-5 in float32)
         is out of rounding's reach and taken for that.
       max_steps: steps allowed; None for min(2 · size + 10, 1000).
-      preconditioner: any solver whose `solve` is a fixed positive definite linear map close to H⁻¹.
+      preconditioner: any solver whose `solve` is a fixed positive definite linear map close to H⁻¹, as `nystrom`,
+        `sampled` or `ekfac`.
 
     Raises:
       ValueError: `tol` or `max_steps` not positive.
@@ -54,19 +56,14 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
     if max_steps is not None:
         check_positive("max_steps", max_steps, integer=True)
 
-    def precondition(operator: Operator, state: Any, residual: Array) -> Array:
-        if preconditioner is None:
-            return residual
-        domain = operator.domain
-        return domain.ravel(preconditioner.solve(operator, state, domain.unravel(residual))[0])
-
     def init(operator: Operator) -> Any:
         return None if preconditioner is None else preconditioner.init(operator)
 
     def start(operator: Operator, state: Any, rhs: Array, x0: Array | None) -> _Carry:
         solution = jnp.zeros_like(rhs) if x0 is None else x0
         residual = rhs if x0 is None else rhs - operator.flat_matvec(x0)
-        direction = precondition(operator, state, residual)
+        linear = preconditioner_of(preconditioner, operator, state)
+        direction = linear.apply(residual)
         return _Carry(
             solution=solution,
             residual=residual,
@@ -76,7 +73,7 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
             # The recursion's residual drifts from the true one, by which convergence is judged in the end.
             stop_norm=0.9 * reachable(tol, rhs.dtype) * norm(rhs),
             steps_left=jnp.int32(default_max_steps(operator.size, max_steps)),
-            matvecs=jnp.int32(0 if x0 is None else 1),
+            matvecs=jnp.int32(x0 is not None) + linear.init_matvecs + linear.matvecs,
             min_curvature=jnp.full((), jnp.inf, rhs.dtype),
             indefinite=jnp.bool_(False),
         )
@@ -91,7 +88,8 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
         indefinite = curvature <= 0
         length = jnp.where(indefinite, 0, carry.inner / jnp.where(indefinite, 1, curvature))
         residual = carry.residual - length * product
-        preconditioned = precondition(operator, state, residual)
+        linear = preconditioner_of(preconditioner, operator, state)
+        preconditioned = linear.apply(residual)
         inner = dot(residual, preconditioned)
         return _Carry(
             solution=carry.solution + length * carry.direction,
@@ -101,7 +99,7 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
             residual_norm=norm(residual),
             stop_norm=carry.stop_norm,
             steps_left=carry.steps_left - 1,
-            matvecs=carry.matvecs + 1,
+            matvecs=carry.matvecs + 1 + linear.matvecs,
             min_curvature=jnp.minimum(carry.min_curvature, curvature / dot(carry.direction, carry.direction)),
             indefinite=indefinite,
         )
@@ -110,4 +108,7 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
         failure = jnp.where(carry.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))
         return Outcome(carry.solution, carry.matvecs, carry.min_curvature, failure)
 
-    return iterative(init, Iteration(start, step, running, finish), tol)
+    def init_matvecs(state: Any) -> Any:
+        return 0 if preconditioner is None else preconditioner.init_matvecs(state)
+
+    return iterative(init, Iteration(start, step, running, finish), tol, init_matvecs)

@@ -9,27 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from metainfluence import _lapack
 from metainfluence.operators import Operator
 from metainfluence.solvers._base import Outcome, Solver, SolveStatus, direct
-
-
-class _Eigen(NamedTuple):
-    values: Array
-    vectors: Array
+from metainfluence.subspace import Ritz, turned
 
 
 class _Cholesky(NamedTuple):
     factor: Array
     positive: Array
     smallest_diagonal: Array
-
-
-# Under vmap one call at a time: XLA's batched calls of LAPACK on CPU (jaxlib 0.10.2, 64 matrices, 2 cores) were seen to
-# wait for each other for ever.
-_one_by_one: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.custom_batching.sequential_vmap
-_eigh = _one_by_one(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
-_cholesky = _one_by_one(jnp.linalg.cholesky)
-_cho_solve = _one_by_one(lambda factor, rhs: jax.scipy.linalg.cho_solve((factor, True), rhs))
 
 
 def _rounding(operator_size: int, dtype: Any) -> Any:
@@ -40,7 +29,7 @@ def _residual_tol(dtype: Any) -> Any:
     return jnp.finfo(dtype).eps ** 0.5
 
 
-def dense(*, method: str = "eigh") -> Solver:
+def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
     """Forms the matrix (`size` products) and factorises it once.
 
     `"eigh"` takes any symmetric operator; components along eigenvalues that are zero to working precision are left out
@@ -48,36 +37,52 @@ def dense(*, method: str = "eigh") -> Solver:
     INDEFINITE. `"cholesky"` is faster and needs a positive definite operator: where it is not one to working precision,
     the solution is NaN and the status INDEFINITE. The solve counts as converged at a relative residual of √eps.
 
+    Args:
+      method: "eigh" or "cholesky".
+      absolute: solve with |H| + δI instead, see `lanczos`; "eigh" only.
+
     Raises:
-      ValueError: another `method`.
+      ValueError: another `method`, or "cholesky" with `absolute`.
     """
     if method == "eigh":
-        return direct(_eigh_init, _eigh_solve, _residual_tol)
-    if method == "cholesky":
-        return direct(_cholesky_init, _cholesky_solve, _residual_tol)
-    raise ValueError(f"method: expected 'eigh' or 'cholesky', got {method!r}")
+        return by_eigenvalues(lambda smallest: jnp.full_like(smallest, absolute, bool))
+    if method != "cholesky":
+        raise ValueError(f"method: expected 'eigh' or 'cholesky', got {method!r}")
+    if absolute:
+        raise ValueError("absolute: expected False with method 'cholesky', which knows no eigenvalues, got True")
+    return direct(_cholesky_init, _cholesky_solve, _residual_tol, lambda state: len(state.factor))
 
 
-def _eigh_init(operator: Operator) -> _Eigen:
-    return _Eigen(*_eigh(operator.dense()))
+def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
+    """A solver by all eigenvalues, with |H| in place of H where `turn(smallest eigenvalue)`, damping included."""
 
+    def init(operator: Operator) -> Ritz:
+        values, vectors = _lapack.eigh(operator.dense())
+        unshifted = values - operator.shift
+        return Ritz(unshifted, vectors.T, jnp.zeros_like(values), jnp.ones_like(values, bool))
 
-def _eigh_solve(operator: Operator, state: _Eigen, rhs: Array) -> Outcome:
-    size = jnp.abs(state.values)
-    zero = size <= _rounding(operator.size, rhs.dtype) * jnp.max(size)
-    inverse = jnp.where(zero, 0, 1 / jnp.where(zero, 1, state.values))
-    precision = jax.lax.Precision.HIGHEST
-    components = jnp.matmul(state.vectors.T, rhs, precision=precision)
-    solution = jnp.matmul(state.vectors, inverse * components, precision=precision)
-    failure = jnp.where(
-        jnp.all(jnp.isfinite(solution)), jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.NONFINITE)
-    )
-    return Outcome(solution, operator.size, state.values[0], failure)
+    def solve(operator: Operator, state: Ritz, rhs: Array) -> Outcome:
+        smallest = state.values[0] + operator.shift
+        values = jnp.where(turn(smallest), jnp.abs(state.values), state.values) + operator.shift
+        size = jnp.abs(values)
+        zero = size <= _rounding(operator.size, rhs.dtype) * jnp.max(size)
+        inverse = jnp.where(zero, 0, 1 / jnp.where(zero, 1, values))
+        precision = jax.lax.Precision.HIGHEST
+        components = jnp.matmul(state.vectors, rhs, precision=precision)
+        solution = jnp.matmul(inverse * components, state.vectors, precision=precision)
+        finite = jnp.all(jnp.isfinite(solution))
+        failure = jnp.where(finite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.NONFINITE))
+        return Outcome(solution, operator.size, smallest, failure)
+
+    def system(operator: Operator, state: Ritz) -> Operator:
+        return turned(operator, state._replace(valid=state.valid & turn(state.values[0] + operator.shift)))
+
+    return direct(init, solve, _residual_tol, lambda state: len(state.values), system)
 
 
 def _cholesky_init(operator: Operator) -> _Cholesky:
     matrix = operator.dense()
-    factor = _cholesky(matrix)
+    factor = _lapack.cholesky(matrix)
     pivots = jnp.diagonal(factor) ** 2
     # A pivot that rounding alone could have made positive would give finite nonsense.
     positive = jnp.min(pivots) > _rounding(operator.size, factor.dtype) * jnp.max(pivots)
@@ -85,7 +90,7 @@ def _cholesky_init(operator: Operator) -> _Cholesky:
 
 
 def _cholesky_solve(operator: Operator, state: _Cholesky, rhs: Array) -> Outcome:
-    solution = _cho_solve(state.factor, rhs)
+    solution = _lapack.cho_solve(state.factor, rhs)
     solution = jnp.where(state.positive, solution, jnp.nan)
     failure = jnp.where(
         state.positive | ~jnp.isfinite(state.smallest_diagonal),

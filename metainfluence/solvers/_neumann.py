@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from metainfluence.solvers._base import (
     dot,
     iterative,
     norm,
+    preconditioner_of,
 )
 
 _POWER_STEPS = 20
@@ -26,10 +28,12 @@ _POWER_STEPS = 20
 class _State(NamedTuple):
     scale: Array
     matvecs: Array
+    preconditioner: Any
 
 
 class _Carry(NamedTuple):
     solution: Array
+    residual: Array
     term: Array
     scale: Array
     terms_left: Array
@@ -38,27 +42,34 @@ class _Carry(NamedTuple):
     diverged: Array
 
 
-def largest_eigenvalue(operator: Operator, num_steps: int = _POWER_STEPS, seed: int = 0) -> Array:
-    """Estimate, from below, of the largest absolute eigenvalue by power iteration; `num_steps` products."""
+def largest_eigenvalue(
+    operator: Operator, num_steps: int = _POWER_STEPS, seed: int = 0, after: Callable[[Array], Array] = lambda x: x
+) -> Array:
+    """Estimate, from below, of the largest absolute eigenvalue of `after` ∘ operator; `num_steps` products."""
     vector = jax.random.normal(jax.random.key(seed), (operator.size,), operator.domain.dtype)
 
     def step(vector: Array, _: None) -> tuple[Array, Array]:
         size = norm(vector)
-        product = operator.flat_matvec(vector / jnp.where(size > 0, size, 1))
+        product = after(operator.flat_matvec(vector / jnp.where(size > 0, size, 1)))
         return product, norm(product)
 
     return jax.lax.scan(step, vector, length=num_steps)[1][-1]
 
 
-def neumann(num_terms: int, *, scale: float | None = None, tol: Any = 1e-6) -> Solver:
-    """Truncated Neumann series H⁻¹b ≈ s Σ_{j<J} (I − sH)ʲ b.
+def neumann(
+    num_terms: int, *, scale: float | None = None, preconditioner: Solver | None = None, tol: Any = 1e-6
+) -> Solver:
+    """Truncated Neumann series H⁻¹b ≈ s Σ_{j<J} (I − sH)ʲ b, or, with a preconditioner P, s Σ_{j<J} (I − sPH)ʲ P b.
 
-    It converges for eigenvalues in (0, 2/s), at the rate of the smallest one, by one product per term. Terms that grow
-    prove that an eigenvalue lies outside: the series stops there, with status DIVERGED.
+    It converges for eigenvalues of (P)H in (0, 2/s), at the rate of the smallest one, by one product per term. The
+    relative residual is the norm of the first term left out, (I − sHP)ᴶ b, and the tail's is at most that over the
+    smallest eigenvalue. Terms that grow prove that an eigenvalue lies outside: the series stops there, with status
+    DIVERGED.
 
     Args:
       num_terms: J, at least 1; J = 1 is s · b.
       scale: s; None for 1 over the largest absolute eigenvalue, from 20 power iterations in `init`.
+      preconditioner: any solver whose `solve` is a fixed positive definite linear map, as `ekfac` or `nystrom`.
       tol: relative residual ‖b − Hx‖/‖b‖ at which the truncated series counts as converged; less than 100 eps (1.2e-5
         in float32) is out of rounding's reach and taken for that.
 
@@ -71,18 +82,24 @@ def neumann(num_terms: int, *, scale: float | None = None, tol: Any = 1e-6) -> S
         check_positive("scale", scale)
 
     def init(operator: Operator) -> _State:
+        state = None if preconditioner is None else preconditioner.init(operator)
+        linear = preconditioner_of(preconditioner, operator, state)
         if scale is not None:
-            return _State(jnp.asarray(scale, operator.domain.dtype), jnp.int32(0))
-        return _State(1.0 / largest_eigenvalue(operator), jnp.int32(_POWER_STEPS))
+            return _State(jnp.asarray(scale, operator.domain.dtype), jnp.int32(linear.init_matvecs), state)
+        largest = largest_eigenvalue(operator, after=linear.apply)
+        matvecs = linear.init_matvecs + _POWER_STEPS * (1 + linear.matvecs)
+        return _State(1.0 / largest, jnp.asarray(matvecs, jnp.int32), state)
 
     def start(operator: Operator, state: _State, rhs: Array, x0: Array | None) -> _Carry:
-        first_guess = x0 is not None
+        linear = preconditioner_of(preconditioner, operator, state.preconditioner)
+        residual = rhs if x0 is None else rhs - operator.flat_matvec(x0)
         return _Carry(
             solution=x0 if x0 is not None else jnp.zeros_like(rhs),
-            term=rhs if x0 is None else rhs - operator.flat_matvec(x0),
+            residual=residual,
+            term=linear.apply(residual),
             scale=state.scale,
             terms_left=jnp.int32(num_terms),
-            matvecs=state.matvecs + jnp.int32(first_guess),
+            matvecs=state.matvecs + jnp.int32(x0 is not None) + linear.matvecs,
             min_curvature=jnp.full((), jnp.inf, rhs.dtype),
             diverged=jnp.bool_(False),
         )
@@ -91,19 +108,23 @@ def neumann(num_terms: int, *, scale: float | None = None, tol: Any = 1e-6) -> S
         return (carry.terms_left > 0) & ~carry.diverged & jnp.all(jnp.isfinite(carry.term))
 
     def step(operator: Operator, state: _State, carry: _Carry) -> _Carry:
-        del state
+        linear = preconditioner_of(preconditioner, operator, state.preconditioner)
         product = operator.flat_matvec(carry.term)
-        term = carry.term - carry.scale * product
-        before, after = norm(carry.term), norm(term)
-        rounding = 8 * jnp.finfo(term.dtype).eps
-        curvature = dot(carry.term, product) / jnp.where(before > 0, before**2, 1)
+        residual = carry.residual - carry.scale * product
+        term = linear.apply(residual)
+        # In the preconditioner's inner product the iteration is symmetric, and no term may grow.
+        before, after = dot(carry.residual, carry.term), dot(residual, term)
+        rounding = 16 * jnp.finfo(term.dtype).eps
+        square = dot(carry.term, carry.term)
+        curvature = dot(carry.term, product) / jnp.where(square > 0, square, 1)
         return _Carry(
             solution=carry.solution + carry.scale * carry.term,
+            residual=residual,
             term=term,
             scale=carry.scale,
             terms_left=carry.terms_left - 1,
-            matvecs=carry.matvecs + 1,
-            min_curvature=jnp.minimum(carry.min_curvature, jnp.where(before > 0, curvature, jnp.inf)),
+            matvecs=carry.matvecs + 1 + linear.matvecs,
+            min_curvature=jnp.minimum(carry.min_curvature, jnp.where(square > 0, curvature, jnp.inf)),
             diverged=after > before * (1 + rounding),
         )
 
@@ -111,4 +132,4 @@ def neumann(num_terms: int, *, scale: float | None = None, tol: Any = 1e-6) -> S
         failure = jnp.where(carry.diverged, jnp.int32(SolveStatus.DIVERGED), jnp.int32(SolveStatus.MAX_STEPS))
         return Outcome(carry.solution, carry.matvecs, carry.min_curvature, failure)
 
-    return iterative(init, Iteration(start, step, running, finish), tol)
+    return iterative(init, Iteration(start, step, running, finish), tol, lambda state: state.matvecs)

@@ -1,0 +1,147 @@
+"""The default solver, which looks at the operator and says what it chose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from metainfluence.operators import Operator
+from metainfluence.solvers._base import (
+    Choice,
+    Preconditioner,
+    SolveInfo,
+    Solver,
+    SolveStatus,
+    check_positive,
+    preconditioner_of,
+)
+from metainfluence.solvers._block_cg import default_max_size, grown, of_block
+from metainfluence.solvers._cg import cg
+from metainfluence.solvers._dense import by_eigenvalues
+from metainfluence.solvers._minres import minres
+from metainfluence.solvers._sampled import sampled
+
+# Fewer tasks than this make no sample from which the whole could be told.
+_LEAST_TASKS = 64
+
+# Where a basis takes more bytes, going through it in every step costs more than the products that it saves.
+_QUICK = 1e8
+
+
+def auto(
+    *, tol: Any = 1e-6, max_size: int | None = None, dense_size: int = 200, absolute: bool = True, memory: float = 2e9
+) -> Solver:
+    """Chooses a solver by the operator's size and spectrum; `SolveInfo.choice` says which.
+
+    Up to `dense_size` meta-parameters the matrix is formed and diagonalised. Above, `block_cg`, from 64 tasks on
+    preconditioned by `sampled()`. Where the damped operator turns out not to be positive definite, the solve goes on
+    with |H| + δI in the same basis (`absolute`), or by MINRES. Where the basis would take more than 100 MB, and to go
+    through it more than the products that it saves, `cg` comes first; where that meets negative curvature, all is
+    solved as above, or, if the basis would take more than `memory`, by MINRES.
+
+    Args:
+      tol: relative residual ‖b − Hx‖/‖b‖ at which the solve counts as converged.
+      max_size: vectors in `block_cg`'s basis; None for its default.
+      dense_size: largest number of meta-parameters for which the matrix is formed; 0 for none.
+      absolute: what to do where the operator is indefinite: solve with |H| + δI, as saddle-free Newton does, or, if
+        False, with H itself.
+      memory: bytes that bases may take.
+
+    Raises:
+      ValueError: `tol`, `max_size` or `memory` not positive, or `dense_size` negative.
+    """
+    check_positive("tol", tol)
+    check_positive("memory", memory)
+    if max_size is not None:
+        check_positive("max_size", max_size, integer=True)
+    if isinstance(dense_size, bool) or not isinstance(dense_size, int) or dense_size < 0:
+        raise ValueError(f"dense_size: expected a non-negative integer, got {dense_size!r}")
+    exact = by_eigenvalues(lambda smallest: (smallest <= 0) & absolute)
+
+    def rule(operator: Operator) -> str:
+        if operator.size <= dense_size:
+            return "dense"
+        if bytes_of_basis(operator) > _QUICK:
+            return "large"
+        return "sampled" if operator.sample is not None and operator.num_groups >= _LEAST_TASKS else "plain"
+
+    def bytes_of_basis(operator: Operator) -> int:
+        vectors = 2 * (default_max_size(operator, 1) if max_size is None else max_size)
+        return vectors * operator.size * jnp.dtype(operator.domain.dtype).itemsize
+
+    def parts(operator: Operator) -> Solver | None:
+        return {"dense": exact, "sampled": sampled()}.get(rule(operator))
+
+    def init(operator: Operator) -> Any:
+        solver = parts(operator)
+        # The number of products is kept beside the state, since `init_matvecs` sees no operator to choose by.
+        state = None if solver is None else solver.init(operator)
+        return state, jnp.int32(0 if solver is None else solver.init_matvecs(state))
+
+    def run(operator: Operator, state: Any, rhs: Array, guesses: Array | None) -> tuple[Array, SolveInfo]:
+        chosen, solver = rule(operator), parts(operator)
+        if chosen == "dense":
+            solutions, info = jax.vmap(lambda b: flat(exact, operator, state[0], b))(rhs)
+            turned = absolute & (info.min_curvature <= 0)
+            return solutions, info._replace(choice=choice(Choice.DENSE, Choice.DENSE_ABSOLUTE, turned))
+        if chosen == "large":
+            return large(operator, rhs, guesses)
+        return in_basis(operator, rhs, guesses, preconditioner_of(solver, operator, state[0]))
+
+    def in_basis(
+        operator: Operator, rhs: Array, guesses: Array | None, linear: Preconditioner, before: Any = 0
+    ) -> tuple[Array, SolveInfo]:
+        solutions, info, growth = grown(
+            operator,
+            rhs,
+            tol=tol,
+            max_size=max_size,
+            block_size=16,
+            absolute=False,
+            turn=absolute,
+            guesses=guesses,
+            linear=linear,
+        )
+        turned = jnp.broadcast_to(growth.turned, info.status.shape)
+        info = info._replace(
+            num_matvecs=info.num_matvecs + before, choice=choice(Choice.KRYLOV, Choice.KRYLOV_ABSOLUTE, turned)
+        )
+        if absolute:
+            return solutions, info
+        return jax.lax.cond(
+            growth.indefinite, lambda: by_minres(operator, rhs, info.num_matvecs[0]), lambda: (solutions, info)
+        )
+
+    def by_minres(operator: Operator, rhs: Array, before: Any) -> tuple[Array, SolveInfo]:
+        return jax.vmap(lambda b: flat(minres(tol=tol), operator, None, b, before, Choice.MINRES))(rhs)
+
+    def large(operator: Operator, rhs: Array, guesses: Array | None) -> tuple[Array, SolveInfo]:
+        solutions, info = jax.vmap(lambda b: flat(cg(tol=tol), operator, None, b, 0, Choice.CG))(rhs)
+        spent = jnp.max(info.num_matvecs)
+
+        def otherwise() -> tuple[Array, SolveInfo]:
+            if not absolute or bytes_of_basis(operator) > memory:
+                return by_minres(operator, rhs, spent)
+            return in_basis(operator, rhs, guesses, preconditioner_of(None, operator, None), spent)
+
+        indefinite = jnp.any(info.status == SolveStatus.INDEFINITE)
+        return jax.lax.cond(indefinite, otherwise, lambda: (solutions, info))
+
+    return of_block(init, run, lambda state: state[1])
+
+
+def choice(plain: Choice, absolute: Choice, turned: Array) -> Array:
+    """Codes of what was chosen, one for each right-hand side."""
+    return jnp.where(turned, jnp.int32(absolute), jnp.int32(plain))
+
+
+def flat(
+    solver: Solver, operator: Operator, state: Any, rhs: Array, before: Any = 0, chosen: Choice | None = None
+) -> tuple[Array, SolveInfo]:
+    """Solves for a flat right-hand side, after `before` products that led here."""
+    solution, info = solver.solve(operator, state, operator.domain.unravel(rhs))
+    code = None if chosen is None else jnp.int32(chosen)
+    return operator.domain.ravel(solution), info._replace(num_matvecs=info.num_matvecs + before, choice=code)

@@ -1,0 +1,148 @@
+"""Block conjugate gradients: one growing basis for all right-hand sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from metainfluence import subspace
+from metainfluence.operators import Operator
+from metainfluence.solvers._base import (
+    Preconditioner,
+    SolveInfo,
+    Solver,
+    SolveStatus,
+    check_positive,
+    preconditioner_of,
+    reachable,
+)
+
+
+def block_cg(
+    *,
+    tol: Any = 1e-6,
+    max_size: int | None = None,
+    block_size: int = 16,
+    preconditioner: Solver | None = None,
+    absolute: bool = False,
+) -> Solver:
+    """Conjugate gradients with full orthogonalisation, in a basis that all right-hand sides share.
+
+    Right-hand sides that come together, as those of `task_if`, `instance_if` and `self_influence`, are solved in one
+    subspace. Each step multiplies, in one batch, the `block_size` directions that carry most of the residuals still too
+    large, and takes for every right-hand side the Galerkin solution in all that was multiplied so far (block CG,
+    O'Leary, Linear Algebra Appl. 29, 1980, with directions that add nothing left out). A single right-hand side is
+    plain CG, without its loss of orthogonality. The basis and its products, 2 · max_size vectors, are kept.
+
+    Args:
+      tol: relative residual ‖b − Hx‖/‖b‖ at which a solve counts as converged; less than 100 eps is taken for that.
+      max_size: vectors in the basis, and so products; None for 200 and four for each right-hand side, at most the
+        operator's size.
+      block_size: products in one batch; right-hand sides where there are fewer.
+      preconditioner: any solver whose `solve` is a positive definite linear map close to H⁻¹.
+      absolute: solve with |H| + δI instead, see `lanczos`; the subspace's negative Ritz values are turned round. Else
+        negative curvature ends all the solves, with status INDEFINITE, at the solutions before it was met.
+
+    Raises:
+      ValueError: `tol`, `max_size` or `block_size` not positive.
+    """
+    check_positive("tol", tol)
+    check_positive("block_size", block_size, integer=True)
+    if max_size is not None:
+        check_positive("max_size", max_size, integer=True)
+
+    def init(operator: Operator) -> Any:
+        return None if preconditioner is None else preconditioner.init(operator)
+
+    def init_matvecs(state: Any) -> Any:
+        return 0 if preconditioner is None else preconditioner.init_matvecs(state)
+
+    def run(operator: Operator, state: Any, rhs: Array, guesses: Array | None) -> tuple[Array, SolveInfo]:
+        solutions, info, _ = grown(
+            operator,
+            rhs,
+            tol=tol,
+            max_size=max_size,
+            block_size=block_size,
+            absolute=absolute,
+            guesses=guesses,
+            linear=preconditioner_of(preconditioner, operator, state),
+        )
+        return solutions, info
+
+    return of_block(init, run, init_matvecs)
+
+
+def default_max_size(operator: Operator, count: int) -> int:
+    """Vectors in the basis for `count` right-hand sides: 200 and four for each, at most the operator's size."""
+    return min(operator.size, 200 + 4 * count)
+
+
+def of_block(init: Any, run: Any, init_matvecs: Any) -> Solver:
+    """A solver of a flat `run(operator, state, rhs [k, n], guesses) -> (solutions, SolveInfo)`."""
+
+    def solve_many(operator: Operator, state: Any, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
+        solutions, info = run(operator, state, jax.vmap(operator.domain.ravel)(rhs), None)
+        return jax.vmap(operator.domain.unravel)(solutions), info
+
+    def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
+        operator.domain.check("rhs", rhs)
+        if x0 is not None:
+            operator.domain.check("x0", x0)
+            x0 = operator.domain.ravel(x0)[None]
+        solutions, info = run(operator, state, operator.domain.ravel(rhs)[None], x0)
+        return operator.domain.unravel(solutions[0]), jax.tree.map(lambda leaf: leaf[0], info)
+
+    return Solver(init, solve, solve_many=solve_many, init_matvecs=init_matvecs)
+
+
+def grown(
+    operator: Operator,
+    rhs: Array,
+    *,
+    tol: Any,
+    max_size: int | None,
+    block_size: int,
+    absolute: bool,
+    linear: Preconditioner,
+    guesses: Array | None = None,
+    turn: bool = False,
+) -> tuple[Array, SolveInfo, subspace.Growth]:
+    """Solutions for flat right-hand sides, the report on them, and the subspace in which they lie."""
+    count = len(rhs)
+    finite = jnp.all(jnp.isfinite(rhs), axis=1)
+    # One right-hand side that is not finite would spoil the basis of all.
+    usable = jnp.where(finite[:, None], rhs, 0)
+    capacity = default_max_size(operator, count) if max_size is None else max_size
+    goal = reachable(tol, usable.dtype)
+    growth = subspace.grow(
+        operator,
+        usable,
+        # Convergence is judged by the same residuals, and wants no margin but rounding's.
+        tol=0.99 * goal,
+        capacity=capacity,
+        block_size=block_size,
+        absolute=absolute,
+        turn=turn,
+        guesses=guesses,
+        precondition=linear.apply,
+    )
+    scale = jnp.linalg.norm(usable, axis=1)
+    residual = jnp.linalg.norm(growth.residuals, axis=1) / jnp.where(scale > 0, scale, 1)
+    failure = jnp.where(growth.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))
+    status = jnp.where(residual <= goal, jnp.int32(SolveStatus.CONVERGED), failure)
+    broken = ~finite | ~jnp.isfinite(residual) | ~growth.finite
+    ritz = subspace.ritz(growth.subspace)
+    info = SolveInfo(
+        status=jnp.where(broken, jnp.int32(SolveStatus.NONFINITE), status),
+        num_matvecs=jnp.full(count, linear.init_matvecs + growth.num_products * (1 + linear.matvecs), jnp.int32),
+        relative_residual=jnp.where(finite, residual, jnp.nan),
+        min_curvature=jnp.full(count, jnp.min(jnp.where(ritz.valid, ritz.values, jnp.inf)) + operator.shift),
+    )
+    solutions = subspace.combine(growth.subspace, growth.coordinates)
+    length = jnp.linalg.norm(solutions, axis=1)
+    info = info._replace(effective_curvature=scale / jnp.where(length > 0, length, 1))
+    return jnp.where(broken[:, None], jnp.nan, solutions), info, growth

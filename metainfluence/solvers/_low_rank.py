@@ -1,0 +1,78 @@
+"""Low-rank solves: a basis made once, which all right-hand sides share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from metainfluence import subspace
+from metainfluence.operators import Operator
+from metainfluence.solvers._base import Outcome, Solver, check_positive, direct, reachable
+
+
+def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6) -> Solver:
+    """Solves in the Ritz space of `rank` Lanczos vectors, with the damping alone on its complement.
+
+    H + δI ≈ Σ_i (θ_i + δ) y_i y_iᵀ + δ (I − Σ_i y_i y_iᵀ). The basis comes from a random vector, with full
+    reorthogonalisation. A right-hand side costs no product but that of its residual, which tells what is left out: the
+    solve counts as converged where that is nothing. Without damping the smallest |θ_i| stands in its place.
+
+    Args:
+      rank: products of `init`, and size of the basis; at most the operator's size is used.
+      absolute: solve with |H| + δI instead, as saddle-free Newton does (Dauphin et al., NeurIPS 2014): where λ is not
+        quite a minimum, directions of negative curvature then count as ones of positive curvature and do not turn the
+        answer round. The residual is that of H with the signs of the negative Ritz values turned.
+      seed: of the start vector.
+      tol: relative residual at which the solve counts as converged; less than 100 eps is taken for that.
+
+    Raises:
+      ValueError: `rank` is no positive integer, or `tol` not positive.
+    """
+    check_positive("rank", rank, integer=True)
+
+    def init(operator: Operator) -> subspace.Ritz:
+        first, rest = jax.random.split(jax.random.key(seed))
+        start = jax.random.normal(first, (operator.size,), operator.domain.dtype)
+        return subspace.ritz(subspace.lanczos(operator, min(rank, operator.size), start, rest))
+
+    return _low_rank(init, absolute, tol)
+
+
+def nystrom(rank: int, *, seed: int = 0, tol: Any = 1e-6) -> Solver:
+    """Solves with a randomised Nyström approximation, (Â + δI)⁻¹, mostly to precondition `cg`.
+
+    Â has rank `rank` and is positive semidefinite (Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44, 2023).
+    Unlike `lanczos` it multiplies all vectors of its basis in one batch. As a solver alone it is as good as the
+    spectrum decays; the residual tells.
+
+    Args:
+      rank: products of `init`, and size of the basis; at most the operator's size is used.
+      seed: of the random basis.
+      tol: relative residual at which the solve counts as converged; less than 100 eps is taken for that.
+
+    Raises:
+      ValueError: `rank` is no positive integer, or `tol` not positive.
+    """
+    check_positive("rank", rank, integer=True)
+
+    def init(operator: Operator) -> subspace.Ritz:
+        return subspace.nystrom(operator, min(rank, operator.size), jax.random.key(seed))
+
+    return _low_rank(init, False, tol)
+
+
+def _low_rank(init: Any, absolute: bool, tol: Any) -> Solver:
+    check_positive("tol", tol)
+
+    def solve(operator: Operator, state: subspace.Ritz, rhs: Array) -> Outcome:
+        solution = subspace.low_rank_inverse(state, rhs, operator.shift, absolute)
+        smallest = jnp.min(jnp.where(state.valid, state.values, jnp.inf)) + operator.shift
+        return Outcome(solution, len(state.values), smallest)
+
+    def system(operator: Operator, state: subspace.Ritz) -> Operator:
+        return subspace.turned(operator, state) if absolute else operator
+
+    return direct(init, solve, lambda dtype: reachable(tol, dtype), lambda state: len(state.values), system)

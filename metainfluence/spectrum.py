@@ -1,0 +1,114 @@
+"""The total Hessian's spectrum: Ritz values with their residuals, and a density of eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from metainfluence import subspace
+from metainfluence.bilevel import Bilevel
+from metainfluence.curvature import Curvature, total_hessian
+from metainfluence.operators import Operator
+from metainfluence.solvers._base import check_positive
+from metainfluence.tasks import Task, Weights
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues as a Krylov subspace sees them, damping not included.
+
+    Attributes:
+      values: Ritz values θ, ascending, `[rank]`.
+      residuals: ‖H y − θ y‖ for the unit Ritz vector y, `[rank]`, from products and not from a recurrence: an
+        eigenvalue lies within that distance of θ.
+      valid: `[rank]`, False behind the last Ritz value, where the operator has fewer dimensions.
+      nodes: Ritz values of each random probe, `[num_probes, rank]`.
+      weights: of these in the probe, `[num_probes, rank]`; 0 where not valid.
+    """
+
+    values: Float[Array, " rank"]
+    residuals: Float[Array, " rank"]
+    valid: Bool[Array, " rank"]
+    nodes: Float[Array, "num_probes rank"]
+    weights: Float[Array, "num_probes rank"]
+
+    @property
+    def smallest(self) -> Float[Array, ""]:
+        """The smallest Ritz value; the smallest eigenvalue is not above it."""
+        return self.values[0]
+
+    @property
+    def largest(self) -> Float[Array, ""]:
+        """The largest Ritz value; the largest eigenvalue is not below it."""
+        return jnp.max(jnp.where(self.valid, self.values, -jnp.inf))
+
+    def density(self, points: Float[Array, " k"], width: Any) -> Float[Array, " k"]:
+        """Density of eigenvalues at some points, smoothed by a Gaussian of the given width; it integrates to 1.
+
+        Raises:
+          ValueError: no probes were asked for, or `width` is not positive.
+        """
+        check_positive("width", width)
+        if self.nodes.shape[0] == 0:
+            raise ValueError("num_probes: expected at least 1 for a density, got a spectrum without probes")
+        distance = (points[:, None, None] - self.nodes[None]) / width
+        bumps = jnp.exp(-0.5 * distance**2) / (width * jnp.sqrt(2 * jnp.pi))
+        return jnp.mean(jnp.sum(bumps * self.weights[None], axis=2), axis=1)
+
+
+def spectrum(
+    problem: Bilevel, curvature: Curvature | None = None, *, batch_size: int | None = None
+) -> Callable[..., Spectrum]:
+    """Makes (meta_params, tasks, weights=None, *, rank=50, num_probes=0, seed=0) -> Spectrum of the total Hessian.
+
+    Lanczos' method with full reorthogonalisation; where the Krylov space closes early, it goes on from a random vector,
+    so that no ghost takes the place of an eigenvalue. The density is by stochastic Lanczos quadrature (Ubaru, Chen and
+    Saad, SIAM J. Matrix Anal. Appl. 38, 2017) with `num_probes` probes of random signs, `rank` products each.
+
+    Args:
+      problem: the problem.
+      curvature: one of `metainfluence.curvature`; None for `exact()`.
+      batch_size: tasks per chunk, which bounds the memory.
+
+    Raises:
+      ValueError: as `total_hessian`; `rank` no positive integer or `num_probes` negative.
+    """
+    hessian = total_hessian(problem, curvature, batch_size=batch_size)
+
+    def run(
+        meta_params: PyTree,
+        tasks: Task,
+        weights: Weights | None = None,
+        *,
+        rank: int = 50,
+        num_probes: int = 0,
+        seed: int = 0,
+    ) -> Spectrum:
+        return of_operator(hessian(meta_params, tasks, weights), rank=rank, num_probes=num_probes, seed=seed)
+
+    return run
+
+
+def of_operator(operator: Operator, *, rank: int = 50, num_probes: int = 0, seed: int = 0) -> Spectrum:
+    """The spectrum of any operator, its shift included."""
+    check_positive("rank", rank, integer=True)
+    if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 0:
+        raise ValueError(f"num_probes: expected a non-negative integer, got {num_probes!r}")
+    size, dtype = min(rank, operator.size), operator.domain.dtype
+    first, *keys = jax.random.split(jax.random.key(seed), 2 + num_probes)
+    start = jax.random.normal(first, (operator.size,), dtype)
+    found = subspace.ritz(subspace.lanczos(operator, size, start, keys[0]))
+
+    def probe(key: Array) -> tuple[Array, Array]:
+        direction = jax.random.rademacher(key, (operator.size,), dtype) / jnp.sqrt(jnp.asarray(operator.size, dtype))
+        ritz = subspace.ritz(subspace.lanczos(operator, size, direction, jax.random.fold_in(key, 1)))
+        return ritz.values + operator.shift, jnp.where(ritz.valid, jnp.vecdot(ritz.vectors, direction[None]) ** 2, 0)
+
+    nodes, weights = jnp.zeros((0, size), dtype), jnp.zeros((0, size), dtype)
+    if num_probes:
+        nodes, weights = jax.lax.map(probe, jnp.stack(keys[1:]))
+    values = jnp.where(found.valid, found.values + operator.shift, jnp.nan)
+    return Spectrum(values, jnp.where(found.valid, found.residuals, jnp.nan), found.valid, nodes, weights)
