@@ -169,6 +169,16 @@ def implicit(
     objective = _inner_objective(inner_loss, regularizer)
     gradient = jax.grad(objective)
 
+    def inner_losses(params: PyTree, operands: tuple[PyTree, PyTree, Array]) -> operators.Losses:
+        meta_params, support, coefficients = operands
+        return operators.Losses(
+            function=lambda params, data: inner_loss(params, meta_params, data),
+            point=params,
+            data=jax.tree.map(lambda leaf: leaf[None], support),
+            coefficients=coefficients[None],
+            regularizer=None if regularizer is None else lambda params: regularizer(params, meta_params),
+        )
+
     @jax.custom_jvp
     def minimum(params: PyTree, meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
         return minimize(lambda params: objective(params, meta_params, support, coefficients), params)
@@ -185,7 +195,9 @@ def implicit(
         # The factorisation is a fixed tool of the solve: no derivative runs through it.
         fixed = jax.lax.stop_gradient((params, operands))
         _, product = jax.linearize(lambda params: gradient(params, *fixed[1]), fixed[0])
-        operator = operators.from_matvec(product, params)
+        operator = dataclasses.replace(
+            operators.from_matvec(product, params), losses=jax.tree_util.Partial(inner_losses, *fixed)
+        )
         solver = solvers.cg(tol=accurate_tol(params)) if linear_solver is None else linear_solver
         state = solver.init(operator)
 
@@ -323,7 +335,10 @@ def newton_cg(*, tol: float | None = None, max_steps: int = 100) -> Minimizer:
             )
             return _Newton(kept, value, grad, norm, carry.steps_left - 1, stalled)
 
-        return jax.lax.while_loop(running, step, first).params
+        last = jax.lax.while_loop(running, step, first)
+        # Where the objective is NaN there is no minimum, and the start must not pass for one.
+        found = jnp.isfinite(last.value) & jnp.isfinite(last.norm)
+        return jax.tree.map(lambda leaf: jnp.where(found, leaf, jnp.nan), last.params)
 
     return minimize
 
@@ -349,7 +364,8 @@ def optax_minimizer(optimizer: optax.GradientTransformation, num_steps: int, *, 
 
         def running(carry: Any) -> Array:
             _, _, (_, grad), steps_left = carry
-            active = jnp.bool_(True) if tol is None else optax.tree.norm(grad) > tol
+            # Not `>`, which NaN would end, with a start that passes for a minimum.
+            active = jnp.bool_(True) if tol is None else ~(optax.tree.norm(grad) <= tol)
             return active & (steps_left > 0)
 
         def step(carry: Any) -> Any:

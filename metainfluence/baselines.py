@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from metainfluence.bilevel import Bilevel
 from metainfluence.influence import Scores, influence_scores
-from metainfluence.solvers import Solver
+from metainfluence.solvers import Solver, ekfac
 from metainfluence.tasks import Task, Weights
 
 
@@ -49,3 +49,30 @@ def direct_if(
     return influence_scores(
         problem._replace(adapt=constant), target, solver=solver, damping=damping, batch_size=batch_size
     )
+
+
+def ekfac_if(
+    problem: Bilevel,
+    target: Callable[..., Array],
+    *,
+    reestimate: bool = True,
+    damping: Any = 0.0,
+    batch_size: int | None = None,
+) -> Callable[..., Scores]:
+    """Makes (meta_params, tasks, *target_args, weights=None) -> Scores: `direct_if`, solved by `solvers.ekfac`.
+
+    Influence as it is computed for large networks (Grosse et al., arXiv 2308.03296), as if the adapted parameters were
+    constants of λ. The outer loss must call the layers that hold the meta-parameters, declared or of Flax.
+
+    Args:
+      problem: the problem, made by `bilevel`.
+      target: as in `influence_scores`.
+      reestimate: as in `solvers.ekfac`; False for K-FAC.
+      damping: as in `influence_scores`.
+      batch_size: as in `influence_scores`, and for the factors.
+
+    Raises:
+      ValueError: as `direct_if` and `solvers.ekfac`.
+    """
+    solver = ekfac(reestimate=reestimate, batch_size=batch_size)
+    return direct_if(problem, target, solver=solver, damping=damping, batch_size=batch_size)

@@ -33,6 +33,7 @@ class Bilevel(NamedTuple):
     Attributes:
       outer: (params, meta_params, task, weights) -> L_k.
       adapt: (meta_params, task, weights) -> params; None where the task loss is not split into levels.
+      query_losses: (params, meta_params, task) -> losses `[n_query]`; None where adapt is.
       inner_gradient_norm: (params, meta_params, task, weights) -> ‖∂_θ L_in‖; None unless adaptation is implicit.
       outputs: (params, meta_params, task) -> the model's outputs on the query set; None without a head.
       head: (outputs, task, weights) -> L_k; None without a head.
@@ -41,6 +42,7 @@ class Bilevel(NamedTuple):
 
     outer: Callable[[PyTree, PyTree, Task, Weights], Array]
     adapt: Callable[[PyTree, Task, Weights], PyTree] | None = None
+    query_losses: Callable[[PyTree, PyTree, Task], Array] | None = None
     inner_gradient_norm: Callable[[PyTree, PyTree, Task, Weights], Array] | None = None
     outputs: Callable[[PyTree, PyTree, Task], PyTree] | None = None
     head: Callable[[PyTree, Task, Weights], Array] | None = None
@@ -79,14 +81,18 @@ def bilevel(
     def outputs(params: PyTree, meta_params: PyTree, task: Task) -> PyTree:
         return outer_loss(params, meta_params, fill_padding(task.query, task.query_mask))
 
+    def losses_of(outputs: PyTree, task: Task) -> Array:
+        if outer_head is None:
+            return outputs
+        return outer_head(outputs, fill_padding(task.query, task.query_mask))
+
+    def query_losses(params: PyTree, meta_params: PyTree, task: Task) -> Array:
+        return losses_of(outputs(params, meta_params, task), task)
+
     def head(outputs: PyTree, task: Task, weights: Weights) -> Array:
-        losses = outputs
-        if outer_head is not None:
-            losses = outer_head(outputs, fill_padding(task.query, task.query_mask))
         name = "outer_loss" if outer_head is None else "outer_head"
-        return weighted_sum(
-            check_losses(losses, weights.query.shape[0], name), coefficients(weights.query, task.query_mask)
-        )
+        losses = check_losses(losses_of(outputs, task), weights.query.shape[0], name)
+        return weighted_sum(losses, coefficients(weights.query, task.query_mask))
 
     def outer(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         return head(outputs(params, meta_params, task), task, weights)
@@ -99,6 +105,7 @@ def bilevel(
     return Bilevel(
         outer=outer,
         adapt=adapted,
+        query_losses=query_losses,
         inner_gradient_norm=None if measure is None else inner_gradient_norm,
         outputs=None if outer_head is None else outputs,
         head=None if outer_head is None else head,

@@ -1,12 +1,21 @@
 """Strategies for H x = b, all of the shape `Solver(init, solve)`; write that NamedTuple to add one."""
 
+from metainfluence.solvers._anytime import Trace as Trace
+from metainfluence.solvers._anytime import anytime as anytime
+from metainfluence.solvers._auto import auto as auto
 from metainfluence.solvers._base import REMEDIES as REMEDIES
+from metainfluence.solvers._base import Choice as Choice
 from metainfluence.solvers._base import Iteration as Iteration
 from metainfluence.solvers._base import SolveInfo as SolveInfo
 from metainfluence.solvers._base import Solver as Solver
 from metainfluence.solvers._base import SolveStatus as SolveStatus
+from metainfluence.solvers._block_cg import block_cg as block_cg
 from metainfluence.solvers._cg import cg as cg
 from metainfluence.solvers._dense import dense as dense
+from metainfluence.solvers._ekfac import ekfac as ekfac
 from metainfluence.solvers._identity import identity as identity
+from metainfluence.solvers._low_rank import lanczos as lanczos
+from metainfluence.solvers._low_rank import nystrom as nystrom
 from metainfluence.solvers._minres import minres as minres
 from metainfluence.solvers._neumann import neumann as neumann
+from metainfluence.solvers._sampled import sampled as sampled
