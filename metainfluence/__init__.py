@@ -3,6 +3,8 @@
 from metainfluence import adaptation as adaptation
 from metainfluence import baselines as baselines
 from metainfluence import curvature as curvature
+from metainfluence import damping as damping
+from metainfluence import ekfac as ekfac
 from metainfluence import operators as operators
 from metainfluence import solvers as solvers
 from metainfluence.bilevel import Bilevel as Bilevel
@@ -15,11 +17,13 @@ from metainfluence.bilevel import task_loss as task_loss
 from metainfluence.bilevel import total_gradient as total_gradient
 from metainfluence.bilevel import total_objective as total_objective
 from metainfluence.curvature import total_hessian as total_hessian
+from metainfluence.diagnosis import ErrorBudget as ErrorBudget
+from metainfluence.diagnosis import SolveError as SolveError
+from metainfluence.diagnosis import check as check
+from metainfluence.diagnosis import error_budget as error_budget
 from metainfluence.influence import Edit as Edit
 from metainfluence.influence import Influence as Influence
 from metainfluence.influence import Scores as Scores
-from metainfluence.influence import SolveError as SolveError
-from metainfluence.influence import check as check
 from metainfluence.influence import edit as edit
 from metainfluence.influence import group_influence as group_influence
 from metainfluence.influence import influence_scores as influence_scores
@@ -30,6 +34,8 @@ from metainfluence.operators import Operator as Operator
 from metainfluence.solvers import SolveInfo as SolveInfo
 from metainfluence.solvers import Solver as Solver
 from metainfluence.solvers import SolveStatus as SolveStatus
+from metainfluence.spectrum import Spectrum as Spectrum
+from metainfluence.spectrum import spectrum as spectrum
 from metainfluence.tasks import Task as Task
 from metainfluence.tasks import Weights as Weights
 from metainfluence.tasks import drop as drop

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -24,8 +23,10 @@ from metainfluence import solvers
 from metainfluence.adaptation import check_scalar
 from metainfluence.bilevel import Bilevel, check_meta_params, task_loss
 from metainfluence.curvature import Curvature, Expansion, check_curvature, exact, expand, gradient_map
+from metainfluence.damping import RANK as DAMPING_RANK
+from metainfluence.damping import rule as damping_rule
 from metainfluence.operators import Operator, check_damping
-from metainfluence.solvers import SolveInfo, Solver, SolveStatus
+from metainfluence.solvers import SolveInfo, Solver
 from metainfluence.tasks import (
     Task,
     Weights,
@@ -81,7 +82,7 @@ class Edit(NamedTuple):
 
 
 class _Point(NamedTuple):
-    """λ with all that its solves share."""
+    """λ with all that its solves share; `matvecs` are those that chose the damping."""
 
     meta_params: PyTree
     tasks: Task
@@ -90,6 +91,8 @@ class _Point(NamedTuple):
     gradient_norm: Array
     operator: Operator
     state: Any
+    damping: Array
+    matvecs: int
 
 
 class _Method(NamedTuple):
@@ -105,11 +108,12 @@ class _Method(NamedTuple):
         problem: Bilevel, solver: Solver | None, curvature: Curvature | None, damping: Any, batch_size: int | None
     ) -> _Method:
         curvature = exact() if curvature is None else curvature
-        solver = solvers.cg() if solver is None else solver
+        solver = solvers.auto() if solver is None else solver
         if not isinstance(solver, Solver):
             raise TypeError(f"solver: expected one of metainfluence.solvers, as cg(), got {solver!r}")
         check_curvature(problem, curvature)
-        check_damping(damping)
+        if not (isinstance(damping, str) and damping == "auto"):
+            check_damping(damping)
         check_batch_size(batch_size)
         return _Method(problem, solver, damping, expand(problem, curvature, batch_size))
 
@@ -117,24 +121,41 @@ class _Method(NamedTuple):
         check_meta_params(meta_params)
         weights = resolve_weights(weights, tasks)
         expansion = self.expand(meta_params, tasks, weights)
-        operator = expansion.operator.damped(self.damping)
+        damping, matvecs = self.damping, 0
+        if isinstance(damping, str):
+            fixed = jax.lax.stop_gradient((expansion.operator, expansion.gradient, meta_params))
+            damping, matvecs = damping_rule(*fixed).value, DAMPING_RANK
+        damping = jnp.asarray(damping, expansion.operator.shift.dtype)
+        operator = expansion.operator.damped(damping)
         norm = optax.tree.norm(expansion.gradient)
         state = jax.lax.stop_gradient(self.solver.init(jax.lax.stop_gradient(operator)))
-        return _Point(meta_params, tasks, weights, expansion, norm, operator, state)
+        return _Point(meta_params, tasks, weights, expansion, norm, operator, state, damping, matvecs)
 
     def solve(self, point: _Point, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
+        return self._solve(point, rhs, point.operator.matvec, self.solver.solve)
+
+    def solve_all(self, point: _Point, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
+        """Solves for right-hand sides on a leading axis, in step: one batched product per step."""
+        solve_many = self.solver.solve_many
+        if solve_many is None:
+            return jax.vmap(lambda rhs: self.solve(point, rhs))(rhs)
+        return self._solve(point, rhs, jax.vmap(point.operator.matvec), solve_many)
+
+    @staticmethod
+    def _solve(
+        point: _Point, rhs: PyTree, matvec: Callable[[PyTree], PyTree], solve: Callable[..., Any]
+    ) -> tuple[PyTree, SolveInfo]:
         fixed = jax.lax.stop_gradient(point.operator)
         # Differentiated as the solution that it is, and not through the solver's steps.
         solution, info = jax.lax.custom_linear_solve(
-            point.operator.matvec,
-            rhs,
-            lambda _, rhs: self.solver.solve(fixed, point.state, rhs),
-            symmetric=True,
-            has_aux=True,
+            matvec, rhs, lambda _, rhs: solve(fixed, point.state, rhs), symmetric=True, has_aux=True
         )
+        shape = info.status.shape
         info = info._replace(
-            outer_gradient_norm=point.gradient_norm,
-            inner_gradient_norm=point.expansion.inner_gradient_norm,
+            num_matvecs=info.num_matvecs + point.matvecs,
+            outer_gradient_norm=jnp.broadcast_to(point.gradient_norm, shape),
+            inner_gradient_norm=jnp.broadcast_to(point.expansion.inner_gradient_norm, shape),
+            damping=jnp.broadcast_to(point.damping, shape),
         )
         return solution, info
 
@@ -143,10 +164,6 @@ class _Method(NamedTuple):
         direction = jax.tree.map(lambda d, w: d.astype(w.dtype), direction, point.weights)
         mixed = point.expansion.mixed(direction)
         return self.solve(point, jax.tree.map(jnp.negative, mixed))
-
-    def solve_all(self, point: _Point, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
-        """Solves for right-hand sides on a leading axis, in step: one batched product per step."""
-        return jax.vmap(lambda rhs: self.solve(point, rhs))(rhs)
 
 
 def _term_gradient(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> PyTree:
@@ -189,9 +206,9 @@ def task_if(
 
     Args:
       problem: the problem.
-      solver: one of `metainfluence.solvers`; None for `cg()`.
+      solver: one of `metainfluence.solvers`; None for `auto()`.
       curvature: one of `metainfluence.curvature`; None for `exact()`.
-      damping: non-negative number added to every eigenvalue of H.
+      damping: non-negative number added to every eigenvalue of H, or "auto" for the rule of `damping.auto`.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
 
     Returns:
@@ -451,47 +468,3 @@ def edit(
         return Edit(edited, info)
 
     return run
-
-
-class SolveError(RuntimeError):
-    """Right-hand sides that were not solved."""
-
-
-def check(result: Any) -> Any:
-    """Raises `SolveError` unless every solve behind `result` converged; for use outside jit.
-
-    Args:
-      result: an `Influence`, `Scores`, `Edit` or `SolveInfo`.
-
-    Returns:
-      `result`, unchanged.
-
-    Raises:
-      SolveError: naming the right-hand sides that failed, how, and what to do.
-      TypeError: `result` carries no `SolveInfo`, or is traced.
-    """
-    info = result if isinstance(result, SolveInfo) else getattr(result, "info", None)
-    if not isinstance(info, SolveInfo):
-        raise TypeError(f"result: expected a result with SolveInfo, got {type(result).__name__}")
-    if not concrete(info):
-        raise TypeError("result: expected values, got traced arrays; call metainfluence.check outside jit")
-    status = np.asarray(info.status)
-    lines = []
-    for kind in SolveStatus:
-        failed = np.argwhere(status == kind)
-        if kind == SolveStatus.CONVERGED or not len(failed):
-            continue
-        named = ", ".join(
-            str(tuple(index.tolist())) if index.size > 1 else str(*index.tolist()) for index in failed[:8]
-        )
-        which = f"right-hand sides {named}{' …' if len(failed) > 8 else ''}" if status.ndim else "the right-hand side"
-        select = tuple(failed[0])
-        lines.append(
-            f"{len(failed)} of {status.size} solves ended {kind.name} ({which}; first: relative residual "
-            f"{float(np.asarray(info.relative_residual)[select]):.2e}, smallest curvature "
-            f"{float(np.asarray(info.min_curvature)[select]):.2e}, "
-            f"{int(np.asarray(info.num_matvecs)[select])} products): {solvers.REMEDIES[kind]}"
-        )
-    if lines:
-        raise SolveError("; ".join(lines))
-    return result

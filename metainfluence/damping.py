@@ -1,0 +1,232 @@
+"""Damping: a rule that explains itself, and a sweep that shows the plateau."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from metainfluence import solvers, subspace
+from metainfluence.adaptation import check_scalar
+from metainfluence.bilevel import Bilevel, check_meta_params
+from metainfluence.curvature import Curvature, check_curvature, exact, expand
+from metainfluence.operators import Operator
+from metainfluence.solvers import SolveInfo
+from metainfluence.solvers._base import Preconditioner, check_positive, reachable
+from metainfluence.solvers._block_cg import grown
+from metainfluence.spectrum import of_operator
+from metainfluence.tasks import Task, Weights, check_batch_size, concrete, resolve_weights
+
+RANK = 40
+_MARGIN = 2.0
+_SHIFT = 0.1
+
+
+class Damping(NamedTuple):
+    """A damping, and what it was chosen by.
+
+    Attributes:
+      value: the damping δ, the largest of the three below.
+      by_curvature: what negative curvature asks for.
+      by_stationarity: what the distance from a stationary point asks for.
+      by_precision: what the floating-point format asks for.
+      smallest: the smallest Ritz value of H.
+      residual: its residual.
+      largest: the largest Ritz value.
+      outer_gradient_norm: ‖D_λF‖.
+    """
+
+    value: Float[Array, ""]
+    by_curvature: Float[Array, ""]
+    by_stationarity: Float[Array, ""]
+    by_precision: Float[Array, ""]
+    smallest: Float[Array, ""]
+    residual: Float[Array, ""]
+    largest: Float[Array, ""]
+    outer_gradient_norm: Float[Array, ""]
+
+
+def auto(
+    problem: Bilevel, *, curvature: Curvature | None = None, rank: int = RANK, batch_size: int | None = None
+) -> Callable[..., Damping]:
+    """Makes (meta_params, tasks, weights=None) -> Damping by the rule behind `damping="auto"`; `rank` products.
+
+    δ is the largest of three, each from what is not known about the quadratic model that influence rests on:
+
+    - *Curvature*: 2 (r − θ)₊, θ the smallest Ritz value of H and r its residual: an eigenvalue may be as low as θ − r.
+      At a minimum none is negative: one of −μ says that H is off by about as much in every direction, so that
+      eigenvalues below μ tell nothing. With δ = 2μ the lowest damped eigenvalue is μ, and no direction is amplified by
+      more than what is known of it.
+    - *Stationarity*: ‖D_λF‖ / (0.1 ‖λ‖). At a λ that is not stationary the formula answers for the proximal problem
+      F(λ') + δ/2 ‖λ' − c‖² that λ does minimise, whose centre is c = λ + D_λF/δ. This δ keeps the centre within a tenth
+      of ‖λ‖.
+    - *Precision*: 100 eps · largest Ritz value, below which rounding decides.
+
+    Args:
+      problem: the problem.
+      curvature: one of `metainfluence.curvature`; None for `exact()`.
+      rank: Lanczos steps; more find the smallest eigenvalue more sharply, and δ falls with r.
+      batch_size: tasks per chunk, which bounds the memory.
+
+    Raises:
+      ValueError: as `total_hessian`; `rank` no positive integer.
+    """
+    curvature = exact() if curvature is None else curvature
+    check_curvature(problem, curvature)
+    check_positive("rank", rank, integer=True)
+    check_batch_size(batch_size)
+    expansion = expand(problem, curvature, batch_size)
+
+    def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Damping:
+        check_meta_params(meta_params)
+        found = expansion(meta_params, tasks, resolve_weights(weights, tasks))
+        return rule(found.operator, found.gradient, meta_params, rank)
+
+    return run
+
+
+def rule(operator: Operator, gradient: PyTree, meta_params: PyTree, rank: int = RANK) -> Damping:
+    """The rule of `auto` at a point; arguments are the caller's to check."""
+    found = of_operator(operator, rank=rank)
+    gradient_norm, length = optax.tree.norm(gradient), optax.tree.norm(meta_params)
+    smallest, residual = found.values[0], found.residuals[0]
+    eps = float(jnp.finfo(smallest.dtype).eps)
+    needs = (
+        _MARGIN * jnp.maximum(residual - smallest, 0),
+        (gradient_norm / (_SHIFT * jnp.where(length > 0, length, 1))).astype(smallest.dtype),
+        100 * eps * jnp.abs(found.largest),
+    )
+    value = jnp.maximum(jnp.maximum(needs[0], needs[1]), needs[2])
+    return Damping(value, *needs, smallest, residual, found.largest, gradient_norm)
+
+
+class Sweep(NamedTuple):
+    """Scores over a grid of dampings.
+
+    Attributes:
+      dampings: ascending, `[D]`.
+      task: `[D, T]`, as `Scores`.
+      support: `[D, T, n_support]`.
+      query: `[D, T, n_query]`.
+      rank_correlation: Spearman's, of the tasks' scores between each damping and the next, `[D - 1]`: near 1 on the
+        plateau, where the answer does not hang on the damping.
+      info: report on the solves, `[D]`; `num_matvecs` is that of all together.
+    """
+
+    dampings: Float[Array, " D"]
+    task: Float[Array, "D T"]
+    support: Float[Array, "D T n_support"]
+    query: Float[Array, "D T n_query"]
+    rank_correlation: Float[Array, " D-1"]
+    info: SolveInfo
+
+
+def sweep(
+    problem: Bilevel,
+    target: Callable[..., Array],
+    dampings: Sequence[float] | Float[Array, " D"],
+    *,
+    curvature: Curvature | None = None,
+    tol: Any = 1e-6,
+    max_size: int | None = None,
+    absolute: bool = True,
+    batch_size: int | None = None,
+) -> Callable[..., Sweep]:
+    """Makes (meta_params, tasks, *target_args, weights=None) -> Sweep: scores at many dampings from one Krylov basis.
+
+    Krylov spaces do not change when a multiple of the identity is added, so the basis that solves at the smallest
+    damping holds the solutions at all others, and their residuals are known without a further product.
+
+    Args:
+      problem: the problem.
+      target: φ, as in `influence_scores`.
+      dampings: the grid, non-negative and ascending.
+      curvature: one of `metainfluence.curvature`; None for `exact()`.
+      tol: relative residual at the smallest damping.
+      max_size: vectors in the basis; None for 200, at most the operator's size.
+      absolute: solve with |H| at dampings at which H + δI is not positive definite; if False they end INDEFINITE.
+        The residual then falls less regularly with the damping, and `info` tells.
+      batch_size: tasks per chunk, which bounds the memory.
+
+    Raises:
+      ValueError: dampings that are not ascending and non-negative, and as `influence_scores`.
+    """
+    curvature = exact() if curvature is None else curvature
+    check_curvature(problem, curvature)
+    check_positive("tol", tol)
+    check_batch_size(batch_size)
+    shape = jnp.shape(jnp.asarray(dampings))
+    if len(shape) != 1 or shape[0] < 1:
+        raise ValueError(f"dampings: expected at least one number, got shape {shape}")
+    if concrete(dampings) and not (np.all(np.diff(dampings) > 0) and np.asarray(dampings)[0] >= 0):
+        raise ValueError(f"dampings: expected non-negative numbers in ascending order, got {dampings!r}")
+    expansion = expand(problem, curvature, batch_size)
+
+    def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Sweep:
+        check_meta_params(meta_params)
+        resolved = resolve_weights(weights, tasks)
+        point = expansion(meta_params, tasks, resolved)
+        operator = point.operator
+        grid = jnp.asarray(dampings, operator.shift.dtype)
+        slope = jax.grad(lambda m: check_scalar(target(m, *target_args), "target"))(meta_params)
+        rhs = operator.domain.ravel(slope)[None]
+        unpreconditioned = Preconditioner(lambda vector: vector, 0, 0)
+        _, info, growth = grown(
+            operator.damped(grid[0]),
+            rhs,
+            tol=tol,
+            max_size=max_size,
+            block_size=1,
+            absolute=False,
+            turn=absolute,
+            linear=unpreconditioned,
+        )
+        scale = jnp.linalg.norm(rhs)
+        values = subspace.ritz(growth.subspace)
+        smallest = jnp.min(jnp.where(values.valid, values.values, jnp.inf)) + operator.shift
+
+        def at(damping: Array) -> tuple[PyTree, SolveInfo]:
+            shift = operator.shift + damping
+            coordinates, residual, indefinite = subspace.galerkin(growth.subspace, rhs, shift, False)
+            if absolute:
+                coordinates, residual, indefinite = jax.lax.cond(
+                    indefinite,
+                    lambda: subspace.galerkin(growth.subspace, rhs, shift, True),
+                    lambda: (coordinates, residual, indefinite),
+                )
+            solution = subspace.combine(growth.subspace, coordinates)[0]
+            relative = jnp.linalg.norm(residual) / jnp.where(scale > 0, scale, 1)
+            length = jnp.linalg.norm(solution)
+            failure = jnp.where(indefinite, solvers.SolveStatus.INDEFINITE, solvers.SolveStatus.MAX_STEPS)
+            status = jnp.where(relative <= reachable(tol, relative.dtype), solvers.SolveStatus.CONVERGED, failure)
+            finite = jnp.isfinite(relative)
+            report = SolveInfo(
+                status=jnp.where(finite, status, solvers.SolveStatus.NONFINITE).astype(jnp.int32),
+                num_matvecs=info.num_matvecs[0],
+                relative_residual=relative,
+                min_curvature=smallest + damping,
+                outer_gradient_norm=optax.tree.norm(point.gradient),
+                inner_gradient_norm=point.inner_gradient_norm,
+                effective_curvature=scale / jnp.where(length > 0, length, 1),
+                damping=damping,
+            )
+            direction = operator.domain.unravel(solution)
+            return jax.tree.map(jnp.multiply, resolved, point.mixed_transposed(direction)), report
+
+        (task, support, query), infos = jax.lax.map(at, grid)
+        return Sweep(grid, task, support, query, _rank_correlation(task), infos)
+
+    return run
+
+
+def _rank_correlation(scores: Float[Array, "D T"]) -> Float[Array, " D-1"]:
+    """Spearman's, between neighbouring rows; ties are broken by position."""
+    ranks = jnp.argsort(jnp.argsort(scores, axis=1), axis=1).astype(scores.dtype)
+    centred = ranks - jnp.mean(ranks, axis=1, keepdims=True)
+    unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=1, keepdims=True), jnp.finfo(scores.dtype).tiny)
+    return jnp.sum(unit[1:] * unit[:-1], axis=1)

@@ -1,0 +1,149 @@
+"""What a result's numbers rest on: failed solves, and a budget of the errors of those that succeeded."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from metainfluence import solvers
+from metainfluence.solvers import SolveInfo, SolveStatus
+from metainfluence.tasks import concrete
+
+
+class SolveError(RuntimeError):
+    """Right-hand sides that were not solved, or not as well as was asked for."""
+
+
+class ErrorBudget(NamedTuple):
+    """Relative errors of a result by their source, the worst over its right-hand sides.
+
+    Attributes:
+      outer_residual: bound on the solution's error from the unfinished solve, ‖r‖ / (μ ‖x‖) with the residual r and the
+        smallest curvature μ that was seen: ‖x − H⁻¹b‖ ≤ ‖H⁻¹‖ ‖r‖ (Higham, Accuracy and Stability of Numerical
+        Algorithms, 2002, ch. 7). Infinite where μ ≤ 0.
+      precision: estimate of what rounding leaves, eps ‖b‖ / (μ ‖x‖), by the same bound with a residual of eps.
+      inner_residual: ‖∂_θ L_in‖: to first order the total gradient is off by that over the inner problem's smallest
+        curvature (Pedregosa, ICML 2016, Theorem 2), which is not known here and taken for 1: an estimate.
+      outer_stationarity: ‖D_λF‖ / μ, which bounds, for a quadratic F, the distance to the point that the formula takes
+        λ for; relative to ‖λ‖ where that was given, else absolute: an estimate.
+      min_curvature: μ.
+      dominant: name of the largest of the four.
+      advice: a sentence on what that means and what to do.
+    """
+
+    outer_residual: float
+    precision: float
+    inner_residual: float
+    outer_stationarity: float
+    min_curvature: float
+    dominant: str
+    advice: str
+
+
+_ADVICE = {
+    "outer_residual": "the unfinished solve dominates: lower the solver's tol, allow more steps, or raise the damping",
+    "precision": "rounding dominates: compute in float64, or raise the damping",
+    "inner_residual": "the inner minimisers dominate: lower their tol or allow more steps",
+    "outer_stationarity": "λ is not stationary: the formula answers for the proximal problem F(λ') + δ/2 ‖λ' − λ − "
+    "D_λF/δ‖² that λ does minimise; train on, or take edit(problem, num_newton_steps=…)(meta_params, tasks, weights) "
+    "at unchanged weights, which returns the Newton-corrected λ, and ask there",
+}
+
+
+def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
+    """Splits the error of a result into its sources; for use outside jit.
+
+    Args:
+      result: an `Influence`, `Scores`, `Edit`, `Sweep` or `SolveInfo`.
+      meta_params: λ, to which the distance from stationarity is then relative.
+
+    Raises:
+      TypeError: `result` is none of these, or traced.
+    """
+    info = _info(result)
+    curvature = np.asarray(info.min_curvature, float)
+    positive = np.where(curvature > 0, curvature, np.nan)
+    effective = _number(info.effective_curvature)
+    residual = _number(info.relative_residual)
+    eps = float(np.finfo(np.asarray(info.relative_residual).dtype).eps)
+    length = 1.0 if meta_params is None else max(float(optax.tree.norm(meta_params)), float(np.finfo(float).tiny))
+    terms = {
+        "outer_residual": _worst(residual * effective / positive),
+        "precision": _worst(eps * effective / positive),
+        "inner_residual": _worst(_number(info.inner_gradient_norm)),
+        "outer_stationarity": _worst(_number(info.outer_gradient_norm) / positive / length),
+    }
+    dominant = max(terms, key=lambda name: terms[name])
+    smallest = float(np.min(curvature))
+    advice = f"{_ADVICE[dominant]} ({dominant} {terms[dominant]:.1e})"
+    if not smallest > 0:
+        advice = (
+            f"the curvature is {smallest:.1e} along a direction that was met, and no bound holds: λ is no minimum; "
+            "raise the damping, or solve with |H| (solvers.auto does where it must)"
+        )
+    return ErrorBudget(**terms, min_curvature=smallest, dominant=dominant, advice=advice)
+
+
+def check(result: Any, *, tol: float | None = None) -> Any:
+    """Raises `SolveError` unless every solve behind `result` converged; for use outside jit.
+
+    Args:
+      result: an `Influence`, `Scores`, `Edit`, `Sweep` or `SolveInfo`.
+      tol: raise, too, where a term of the `error_budget` is above this; None does not look at it.
+
+    Returns:
+      `result`, unchanged.
+
+    Raises:
+      SolveError: naming the right-hand sides that failed, how, and what to do; or the term above `tol`.
+      TypeError: `result` is none of these, or traced.
+    """
+    info = _info(result)
+    status = np.asarray(info.status)
+    lines = [_failures(info, status, kind) for kind in SolveStatus if kind != SolveStatus.CONVERGED]
+    failed = "; ".join(line for line in lines if line)
+    if failed:
+        raise SolveError(f"{failed}. Error budget: {error_budget(result).advice}")
+    if tol is not None:
+        budget = error_budget(result)
+        worst = float(getattr(budget, budget.dominant))
+        if not worst <= tol:
+            raise SolveError(f"expected every term of the error budget to be at most {tol:.1e}: {budget.advice}")
+    return result
+
+
+def _failures(info: SolveInfo, status: np.ndarray, kind: SolveStatus) -> str:
+    failed = np.argwhere(status == kind)
+    if not len(failed):
+        return ""
+    named = ", ".join(str(tuple(index.tolist())) if index.size > 1 else str(*index.tolist()) for index in failed[:8])
+    which = f"right-hand sides {named}{' …' if len(failed) > 8 else ''}" if status.ndim else "the right-hand side"
+    select = tuple(failed[0])
+    return (
+        f"{len(failed)} of {status.size} solves ended {kind.name} ({which}; first: relative residual "
+        f"{float(np.asarray(info.relative_residual)[select]):.2e}, smallest curvature "
+        f"{float(np.asarray(info.min_curvature)[select]):.2e}, "
+        f"{int(np.asarray(info.num_matvecs)[select])} products): {solvers.REMEDIES[kind]}"
+    )
+
+
+def _info(result: Any) -> SolveInfo:
+    info = getattr(result, "info", result)
+    if not isinstance(info, SolveInfo):
+        raise TypeError(f"result: expected a result with SolveInfo, got {type(result).__name__}")
+    if not concrete(info):
+        raise TypeError("result: expected values, got traced arrays; call this outside jit")
+    return info
+
+
+def _number(values: Any) -> Any:
+    """Values as NumPy's; 0 where a solver alone knows none."""
+    return np.zeros(()) if values is None else np.asarray(values, float)
+
+
+def _worst(values: Any) -> float:
+    """The largest; NaN, by which there is no bound, counts as infinite."""
+    return float(np.max(np.where(np.isnan(values), np.inf, values)))
