@@ -1,16 +1,108 @@
-"""The command line: one subcommand per module, its options the fields of the module's configuration."""
+"""The command line: one subcommand per module, its options the fields of the module's configuration.
 
+`--config FILE` reads options from a TOML file; those on the command line come after it and override it.
+"""
+
+import dataclasses
 import importlib
 import sys
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import tyro
 
-# subcommand -> (module, configuration dataclass); the module's `run` takes the configuration.
+# subcommand -> suite -> (module, configuration dataclass); the module's `run` takes the configuration. The first suite
+# is meant where a configuration file names none.
 COMMANDS = {
-    "demo": ("metainfluence.lab.demo", "DemoConfig"),
-    "bench": ("metainfluence.lab.bench", "BenchConfig"),
+    "demo": {"demo": ("metainfluence.lab.demo", "DemoConfig")},
+    "bench": {
+        "costs": ("metainfluence.lab.bench", "BenchConfig"),
+        "solvers": ("metainfluence.lab.solver_bench", "SolverBenchConfig"),
+    },
 }
+
+
+class ConfigError(ValueError):
+    """A configuration file that makes no sense."""
+
+
+def read_config(path: Path, suites: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Reads a TOML file.
+
+    Args:
+      path: the file; its key `suite` names one of the suites.
+      suites: those that there are; the first is the default.
+
+    Returns:
+      The suite, and all other keys.
+
+    Raises:
+      ConfigError: a file that cannot be read or is no TOML, or an unknown suite.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    suite = values.pop("suite", suites[0])
+    if suite not in suites:
+        raise ConfigError(f"{path}: suite: expected one of {', '.join(suites)}; got {suite!r}")
+    return suite, values
+
+
+def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = "") -> list[str]:
+    """The command-line arguments that say the same as a configuration file.
+
+    Args:
+      values: the file's keys; a table is a nested configuration.
+      config: the configuration dataclass.
+      path: of the file, for messages.
+      prefix: of nested keys.
+
+    Raises:
+      ConfigError: a key that is no field; a table where none belongs, or no table where one does.
+    """
+    types = get_type_hints(config)
+    names = [field.name for field in dataclasses.fields(config)]
+    arguments = []
+    for key, value in values.items():
+        if key not in names:
+            table = f"[{prefix.removesuffix('.')}] " if prefix else ""
+            raise ConfigError(f"{path}: unknown key {prefix + key!r}; {table}allows {', '.join(names)}")
+        nested = dataclasses.is_dataclass(types[key])
+        if isinstance(value, dict) != nested:
+            raise ConfigError(f"{path}: {prefix + key}: expected {'a table' if nested else 'a value'}, got {value!r}")
+        option = f"{prefix}{key}".replace("_", "-")
+        if nested:
+            arguments += as_arguments(value, types[key], path, f"{prefix}{key}.")
+        elif isinstance(value, bool):
+            head, _, name = option.rpartition(".")
+            flag = name if value else f"no-{name}"
+            arguments.append(f"--{head}.{flag}" if head else f"--{flag}")
+        else:
+            arguments += [f"--{option}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return arguments
+
+
+def split_config(args: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Takes `--config FILE` or `--config=FILE` out of the arguments.
+
+    Raises:
+      ConfigError: the file is missing, or given twice.
+    """
+    found, rest, pending = [], [], False
+    for arg in args:
+        if pending or arg.startswith("--config="):
+            found.append(arg.removeprefix("--config=") if not pending else arg)
+            pending = False
+        elif arg == "--config":
+            pending = True
+        else:
+            rest.append(arg)
+    if pending or len(found) > 1 or found == [""]:
+        raise ConfigError(f"--config: expected one file, got {len(found) - found.count('')}")
+    return (Path(found[0]) if found else None), rest
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -25,17 +117,34 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     # Only the subcommand that is meant is imported, since each brings its own dependencies.
-    names = args[:1] if args and args[0] in COMMANDS else list(COMMANDS)
-    runs, configs = {}, {}
-    for name in names:
-        module = importlib.import_module(COMMANDS[name][0])
-        config = getattr(module, COMMANDS[name][1])
-        runs[config], configs[name] = module.run, config
-    if len(names) == 1:
-        config = tyro.cli(configs[names[0]], prog=f"metainfluence {names[0]}", args=args[1:])
+    if args and args[0] in COMMANDS:
+        run, config = parse(args[0], args[1:])
     else:
+        modules = {name: next(iter(suites.values())) for name, suites in COMMANDS.items()}
+        configs = {name: getattr(importlib.import_module(module), kind) for name, (module, kind) in modules.items()}
         config = tyro.extras.subcommand_cli_from_dict(configs, prog="metainfluence", args=args)
-    runs[type(config)](config)
+        run = importlib.import_module(type(config).__module__).run
+    run(config)
+
+
+def parse(command: str, args: Sequence[str]) -> tuple[Any, Any]:
+    """The function that runs a subcommand, and its configuration."""
+    suites = COMMANDS[command]
+    try:
+        path, rest = split_config(args)
+        suite, values = (next(iter(suites)), {}) if path is None else read_config(path, list(suites))
+        name, kind = suites[suite]
+        module = importlib.import_module(name)
+        config = getattr(module, kind)
+        given = [] if path is None else as_arguments(values, config, path)
+    except ConfigError as error:
+        print(f"metainfluence {command}: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from error
+    about = f"{config.__doc__} --config FILE reads options from a TOML file"
+    if len(suites) > 1:
+        about += f", whose key suite is one of {', '.join(suites)}"
+    parsed = tyro.cli(config, prog=f"metainfluence {command}", description=f"{about}.", args=[*given, *rest])
+    return module.run, parsed
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def test_help_lists_the_options_with_their_defaults(capsys):
     text = capsys.readouterr().out
     assert "--num-tasks" in text
     assert "(default: 200)" in text
-    assert "--damping-share" in text
+    assert "--damping" in text
 
 
 def test_help_lists_the_subcommands(capsys):
