@@ -1,4 +1,4 @@
-"""What people would use instead of influence through the total Hessian, returning the same `Scores`."""
+"""Influence that takes the adapted parameters for constants of λ."""
 
 from __future__ import annotations
 

@@ -1,0 +1,112 @@
+"""Editing by a few gradient steps: what is done instead of a solve to forget data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from metainfluence.baselines._base import dtype_of, unsolved
+from metainfluence.bilevel import Bilevel, check_meta_params
+from metainfluence.curvature import exact, gradient_map
+from metainfluence.influence import Edit
+from metainfluence.solvers._base import check_positive
+from metainfluence.tasks import Task, Weights, check_batch_size, resolve_weights
+
+
+def gradient_ascent(
+    problem: Bilevel, learning_rate: Any, num_steps: int, *, batch_size: int | None = None
+) -> Callable[..., Edit]:
+    """Makes (meta_params, tasks, new_weights, weights=None) -> Edit by gradient ascent on what is removed.
+
+    The loss that is climbed is the part of F that the new weights lack, F(λ, weights) − F(λ, new_weights), for whole
+    tasks (1/T) Σ of their losses (the negative gradient of Golatkar, Achille and Soatto, CVPR 2020). It has no maximum
+    in general: with many steps λ runs away.
+
+    Args:
+      problem: the problem.
+      learning_rate: of every step, positive.
+      num_steps: of gradient ascent.
+      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+
+    Returns:
+      Function whose info has the leading axis `[num_steps]`. Nothing is solved; as in `metainfluence.edit`, its
+      `outer_gradient_norm` is ‖D_λF‖ under the new weights after each step.
+
+    Raises:
+      ValueError: a learning rate or a number of steps that is not positive, new weights of the wrong shape or not
+        finite, and for tasks, weights or meta_params that are malformed or not finite.
+    """
+    check_positive("learning_rate", learning_rate)
+
+    def descent(new: PyTree, old: Callable[[], PyTree]) -> PyTree:
+        return jax.tree.map(jnp.subtract, new, old())
+
+    return _steps(problem, optax.sgd(learning_rate), num_steps, batch_size, descent)
+
+
+def fine_tune(
+    problem: Bilevel, optimizer: optax.GradientTransformation, num_steps: int, *, batch_size: int | None = None
+) -> Callable[..., Edit]:
+    """Makes (meta_params, tasks, new_weights, weights=None) -> Edit by a few steps of training on what is left.
+
+    Full-batch steps on F at the new weights, from λ: a warm start cut short.
+
+    Args:
+      problem: the problem.
+      optimizer: any optax optimiser; it starts afresh.
+      num_steps: of the optimiser.
+      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+
+    Returns:
+      As `gradient_ascent`.
+
+    Raises:
+      TypeError: no optimiser.
+      ValueError: as `gradient_ascent`.
+    """
+    if not isinstance(optimizer, (optax.GradientTransformation, optax.GradientTransformationExtraArgs)):
+        raise TypeError(f"optimizer: expected one of optax, as optax.adam(1e-3), got {optimizer!r}")
+    return _steps(problem, optimizer, num_steps, batch_size, lambda new, old: new)
+
+
+def _steps(
+    problem: Bilevel,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    batch_size: int | None,
+    descent: Callable[[PyTree, Callable[[], PyTree]], PyTree],
+) -> Callable[..., Edit]:
+    """Steps along `descent`, made of D_λF at the new weights and, where it is called, at the old ones."""
+    check_positive("num_steps", num_steps, integer=True)
+    check_batch_size(batch_size)
+    gradient = gradient_map(problem, batch_size)
+
+    def run(meta_params: PyTree, tasks: Task, new_weights: Weights, weights: Weights | None = None) -> Edit:
+        check_meta_params(meta_params)
+        old = resolve_weights(weights, tasks)
+        new = resolve_weights(new_weights, tasks, name="new_weights")
+
+        def at(meta_params: PyTree, weights: Weights) -> tuple[PyTree, Array]:
+            return gradient(exact(), meta_params, tasks, meta_params, weights)
+
+        def step(carry: tuple[PyTree, Any], _: None) -> tuple[tuple[PyTree, Any], tuple[Array, Array]]:
+            current, state = carry
+            slope, inner = at(current, new)
+            updates, state = optimizer.update(descent(slope, lambda: at(current, old)[0]), state, current)
+            return (optax.apply_updates(current, updates), state), (optax.tree.norm(slope), inner)
+
+        start = (meta_params, optimizer.init(meta_params))
+        (edited, _), (norms, inner_norms) = jax.lax.scan(step, start, length=num_steps)
+        final, final_inner = at(edited, new)
+        info = unsolved(dtype_of(meta_params), (num_steps,))._replace(
+            outer_gradient_norm=jnp.append(norms[1:], optax.tree.norm(final)),
+            inner_gradient_norm=jnp.append(inner_norms[1:], final_inner),
+        )
+        return Edit(edited, info)
+
+    return run

@@ -1,0 +1,117 @@
+"""Scores without a derivative of anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from metainfluence.baselines._base import dtype_of, unsolved
+from metainfluence.bilevel import Bilevel, check_meta_params
+from metainfluence.influence import Scores
+from metainfluence.tasks import Task, Weights, check_batch_size, reduce_tasks, resolve_weights
+
+
+def plain_loss(
+    problem: Bilevel, target: Callable[..., Array] | None = None, *, batch_size: int | None = None
+) -> Callable[..., Scores]:
+    """Makes (meta_params, tasks, *target_args, weights=None) -> Scores: minus the loss; a high one counts as harm.
+
+    A task's score is − w_k L_k, a query example's − v_kj ℓ_out of it at its task's adapted parameters, a support
+    example's − u_kj ℓ_out of it at these: a proxy in order, in the loss's units.
+
+    Args:
+      problem: the problem. Of one made by `from_task_loss` the losses of query examples are read off its derivative in
+        their weights, which takes the task loss for their mean.
+      target: not used; taken so that methods can be exchanged, as its arguments are.
+      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+
+    Returns:
+      Function whose support scores are NaN where the outer loss cannot be had on support examples: where their arrays
+      do not look like those of the query examples, and for a problem of `from_task_loss`. Nothing is solved: see
+      `metainfluence.baselines` on the report.
+
+    Raises:
+      ValueError: for tasks, weights or meta_params that are malformed or not finite.
+    """
+    del target
+    check_batch_size(batch_size)
+
+    def losses(params: PyTree, meta_params: PyTree, task: Task, own: Weights) -> tuple[Array, Array]:
+        """L_k, and ℓ_out of its query examples: L_k is linear in v with the slopes ℓ / (number of real examples)."""
+
+        def outer(query: Array) -> Array:
+            return problem.outer(params, meta_params, task, own._replace(query=query))
+
+        loss, slopes = jax.value_and_grad(outer)(own.query)
+        mask = task.query_mask
+        real = slopes.shape[0] if mask is None else jnp.sum(mask, dtype=slopes.dtype)
+        return loss, slopes * real
+
+    def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
+        del target_args
+        check_meta_params(meta_params)
+        weights = resolve_weights(weights, tasks)
+        alike = problem.adapt is not None and _alike(tasks.support, tasks.query)
+
+        def single(task: Task, own: Weights) -> Weights:
+            params = None if problem.adapt is None else problem.adapt(meta_params, task, own)
+            loss, query = losses(params, meta_params, task, own)
+            support = jnp.full_like(own.support, jnp.nan)
+            if alike:
+                turned = task._replace(query=task.support, query_mask=task.support_mask)
+                _, support = losses(params, meta_params, turned, own._replace(query=own.support))
+            return jax.tree.map(lambda w, loss: -w * loss.astype(w.dtype), own, Weights(loss, support, query))
+
+        _, scores = reduce_tasks(lambda data: ((), jax.vmap(single)(*data)), (tasks, weights), batch_size)
+        return Scores(scores.task, scores.support, scores.query, unsolved(dtype_of(meta_params)))
+
+    return run
+
+
+def _alike(support: PyTree, query: PyTree) -> bool:
+    """Whether a loss that reads query examples can read support examples."""
+    kinds = [
+        [(jnp.shape(leaf)[2:], jnp.result_type(leaf)) for leaf in jax.tree.leaves(side)] for side in (support, query)
+    ]
+    structures: list[Any] = [jax.tree.structure(side) for side in (support, query)]
+    return structures[0] == structures[1] and kinds[0] == kinds[1]
+
+
+def random_scores(
+    problem: Bilevel | None = None, target: Callable[..., Array] | None = None, *, seed: int = 0
+) -> Callable[..., Scores]:
+    """Makes (meta_params, tasks, *target_args, weights=None) -> Scores: normal random numbers, a random order.
+
+    Args:
+      problem: not used; taken so that methods can be exchanged.
+      target: not used, like its arguments.
+      seed: of the numbers, which are the same on every machine.
+
+    Returns:
+      Function whose scores are 0 for padding and for data of weight 0. Nothing is solved: see
+      `metainfluence.baselines` on the report.
+
+    Raises:
+      ValueError: for tasks, weights or meta_params that are malformed or not finite.
+    """
+    del problem, target
+
+    def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
+        del target_args
+        check_meta_params(meta_params)
+        weights = resolve_weights(weights, tasks)
+        masks = (None, tasks.support_mask, tasks.query_mask)
+        keys = jax.random.split(jax.random.key(seed), 3)
+
+        def draw(key: Array, weight: Array, mask: Array | None) -> Array:
+            present = (weight != 0) if mask is None else mask & (weight != 0)
+            return jnp.where(present, jax.random.normal(key, weight.shape, weight.dtype), 0)
+
+        task, support, query = map(draw, keys, weights, masks)
+        return Scores(task, support, query, unsolved(dtype_of(meta_params)))
+
+    return run

@@ -1,0 +1,142 @@
+"""Ground truth by retraining: the user's own training function, run for all interventions side by side."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from metainfluence.evaluation._cache import Cache
+from metainfluence.tasks import Weights, check_batch_size, concrete, is_array, leaf_name
+
+
+def retrain(
+    train: Callable[..., PyTree], *, batch_size: int | None = None, cache: str | Path | None = None
+) -> Callable[..., PyTree]:
+    """Makes (interventions, *args, keys=None) -> trained meta-parameters of every intervention, `[m, ...]`.
+
+    All runs of a chunk are trained at once by `vmap`, and every chunk by the same compiled program.
+
+    Args:
+      train: (weights, *args) -> meta_params: a pure function. Whether it starts from scratch or warm is the choice of
+        the initial λ in `args`. With keys it is called with one more keyword, `key`.
+      batch_size: runs trained at once, which bounds the memory; None takes all.
+      cache: folder for the results, written chunk by chunk as .npz files, each complete or absent, so that a run that
+        was killed goes on where it was. The folder belongs to one program with its interventions, arguments, keys and
+        batch size: their SHA-256 hashes stand in it. Damaged files are computed again.
+
+    Returns:
+      Function of `interventions`, `Weights` with a leading axis `[m]`; the training's own arguments, passed on as they
+      are; and `keys`, None or a pytree of arrays `[seeds, ...]`, as random keys or starting points, whose entries
+      `train` gets as `key`. With keys, every intervention is trained for every key: results `[seeds, m, ...]`, whose
+      scatter over the seeds is the noise floor.
+
+    Raises:
+      TypeError: `train` is no function, or interventions that are no `Weights`.
+      ValueError: interventions or keys without a common leading axis, none of them, or a cache that belongs to others;
+        the message names what differs.
+    """
+    if not callable(train):
+        raise TypeError(f"train: expected a function (weights, *args) -> meta_params, got {train!r}")
+    check_batch_size(batch_size)
+
+    def chunk(runs: tuple[Weights, PyTree], args: tuple[Any, ...]) -> PyTree:
+        def single(weights: Weights, key: PyTree) -> PyTree:
+            return train(weights, *args) if key is None else train(weights, *args, key=key)
+
+        return jax.vmap(single)(*runs)
+
+    compiled = jax.jit(chunk)
+
+    def run(interventions: Weights, *args: Any, keys: PyTree = None) -> PyTree:
+        if not isinstance(interventions, Weights):
+            raise TypeError(f"interventions: expected metainfluence.Weights, got {type(interventions).__name__}")
+        count = _leading("interventions", interventions)
+        num_keys = 1 if keys is None else _leading("keys", keys)
+        total = num_keys * count
+        size = total if batch_size is None else min(batch_size, total)
+
+        def rows(start: int) -> tuple[Weights, PyTree]:
+            # The last chunk is filled up with the first runs, so that it has the shape of the others.
+            index = np.arange(start, start + size) % total
+            weights = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index % count], interventions)
+            return weights, jax.tree.map(lambda leaf: jnp.asarray(leaf)[index // count], keys)
+
+        starts = range(0, total, size)
+        if cache is None:
+            parts = [compiled(rows(start), args) for start in starts]
+        else:
+            parts = _cached(Path(cache), compiled, rows, starts, (interventions, args, keys))
+        results = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:total], *parts)
+        if keys is None:
+            return results
+        return jax.tree.map(lambda leaf: leaf.reshape(num_keys, count, *leaf.shape[1:]), results)
+
+    return run
+
+
+def _cached(
+    folder: Path,
+    compiled: Any,
+    rows: Callable[[int], tuple[Weights, PyTree]],
+    starts: Sequence[int],
+    data: tuple[Weights, tuple[Any, ...], PyTree],
+) -> list[PyTree]:
+    interventions, args, keys = data
+    if not concrete(data):
+        raise TypeError("interventions: expected values where a cache is named, got traced arrays; call outside jit")
+    lowered = compiled.lower(rows(0), args)
+    parts = {
+        # The program's text holds what training is made of: rates, numbers of steps, arrays that it closes over.
+        "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        "batch_size": str(len(rows(0)[0].task)),
+        "interventions": _fingerprint(interventions),
+        **{f"args[{k}]": _fingerprint(arg) for k, arg in enumerate(args)},
+        "keys": _fingerprint(keys),
+    }
+    stored = Cache.open(folder, parts)
+    program = None
+    shapes = jax.tree.leaves(lowered.out_info)
+    structure = jax.tree.structure(lowered.out_info)
+    results = []
+    for number, start in enumerate(starts):
+        leaves = stored.read(number, shapes)
+        if leaves is None:
+            # Nothing is compiled where everything is there.
+            program = lowered.compile() if program is None else program
+            leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(program(rows(start), args))]
+            stored.write(number, leaves)
+        results.append(jax.tree.unflatten(structure, leaves))
+    return results
+
+
+def _leading(name: str, tree: PyTree) -> int:
+    """The leading axis that all leaves share."""
+    lengths = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not is_array(leaf) or jnp.ndim(leaf) == 0:
+            raise ValueError(f"{leaf_name(name, path)}: expected an array with a leading axis, got {leaf!r}")
+        lengths.add(jnp.shape(leaf)[0])
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"{name}: expected one leading axis that is not empty, got lengths {sorted(lengths)}")
+    return int(lengths.pop())
+
+
+def _fingerprint(tree: PyTree) -> str:
+    """SHA-256 of a pytree: its structure, and of each leaf dtype, shape and bytes."""
+    leaves, structure = jax.tree.flatten(tree)
+    digest = hashlib.sha256(str(structure).encode())
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            digest.update(str(leaf.dtype).encode())
+            leaf = jax.random.key_data(leaf)
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
