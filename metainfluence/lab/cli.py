@@ -3,15 +3,15 @@
 `--config FILE` reads options from a TOML file; those on the command line come after it and override it.
 """
 
-import dataclasses
 import importlib
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import tyro
+
+from metainfluence.lab.config_files import ConfigError, as_arguments, read_config
 
 # subcommand -> suite -> (module, configuration dataclass); the module's `run` takes the configuration. The first suite
 # is meant where a configuration file names none.
@@ -22,67 +22,6 @@ COMMANDS = {
         "solvers": ("metainfluence.lab.solver_bench", "SolverBenchConfig"),
     },
 }
-
-
-class ConfigError(ValueError):
-    """A configuration file that makes no sense."""
-
-
-def read_config(path: Path, suites: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Reads a TOML file.
-
-    Args:
-      path: the file; its key `suite` names one of the suites.
-      suites: those that there are; the first is the default.
-
-    Returns:
-      The suite, and all other keys.
-
-    Raises:
-      ConfigError: a file that cannot be read or is no TOML, or an unknown suite.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    suite = values.pop("suite", suites[0])
-    if suite not in suites:
-        raise ConfigError(f"{path}: suite: expected one of {', '.join(suites)}; got {suite!r}")
-    return suite, values
-
-
-def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = "") -> list[str]:
-    """The command-line arguments that say the same as a configuration file.
-
-    Args:
-      values: the file's keys; a table is a nested configuration.
-      config: the configuration dataclass.
-      path: of the file, for messages.
-      prefix: of nested keys.
-
-    Raises:
-      ConfigError: a key that is no field; a table where none belongs, or no table where one does.
-    """
-    types = get_type_hints(config)
-    names = [field.name for field in dataclasses.fields(config)]
-    arguments = []
-    for key, value in values.items():
-        if key not in names:
-            table = f"[{prefix.removesuffix('.')}] " if prefix else ""
-            raise ConfigError(f"{path}: unknown key {prefix + key!r}; {table}allows {', '.join(names)}")
-        nested = dataclasses.is_dataclass(types[key])
-        if isinstance(value, dict) != nested:
-            raise ConfigError(f"{path}: {prefix + key}: expected {'a table' if nested else 'a value'}, got {value!r}")
-        option = f"{prefix}{key}".replace("_", "-")
-        if nested:
-            arguments += as_arguments(value, types[key], path, f"{prefix}{key}.")
-        elif isinstance(value, bool):
-            head, _, name = option.rpartition(".")
-            flag = name if value else f"no-{name}"
-            arguments.append(f"--{head}.{flag}" if head else f"--{flag}")
-        else:
-            arguments += [f"--{option}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    return arguments
 
 
 def split_config(args: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -117,6 +56,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     # Only the subcommand that is meant is imported, since each brings its own dependencies.
+    if args and args[0] == "reproduce":
+        importlib.import_module("metainfluence.lab.reproduce").main(args[1:])
+        return
     if args and args[0] in COMMANDS:
         run, config = parse(args[0], args[1:])
     else:

@@ -7,11 +7,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from metainfluence.lab.detection import detection_curve
-from metainfluence.lab.fewshot import CLEAN, FLIPPED, SHORTCUT
+from metainfluence.evaluation import detection_curve
+from metainfluence.lab.fewshot import CLEAN, FLIPPED, NOISE, SHORTCUT, WRONG_DOMAIN
 
-HARM_COLORS = {CLEAN: "#b8bec6", FLIPPED: "#d1495b", SHORTCUT: "#2a6fb0"}
-METHOD_COLORS = ("#1b1b1b", "#e08e1b", "#3c8d5a", "#8a8f98", "#7b5ea7", "#a0522d")  # none stands for a kind of harm
+HARM_COLORS = {
+    CLEAN: "#b8bec6",
+    FLIPPED: "#d1495b",
+    SHORTCUT: "#2a6fb0",
+    NOISE: "#00a6a6",
+    WRONG_DOMAIN: "#c77dba",
+}
+METHOD_COLORS = (  # none stands for a kind of harm
+    "#1b1b1b", "#e08e1b", "#3c8d5a", "#8a8f98", "#7b5ea7", "#a0522d", "#c2569b", "#3aa6b9", "#b5a642", "#5d6d7e",
+    "#e0a3a3", "#7fbf7f", "#c9ced6", "#4b6cb7",
+)  # fmt: skip
 
 
 def ranking_and_detection(
@@ -38,6 +47,8 @@ def _draw_ranking(axes, scores: np.ndarray, harm: np.ndarray) -> None:
     order = np.argsort(scores, kind="stable")
     for kind, color in HARM_COLORS.items():
         ranks = np.flatnonzero(harm[order] == kind)
+        if not len(ranks):
+            continue
         axes.bar(ranks + 1, scores[order][ranks], width=1.0, color=color, label=f"{kind} ({len(ranks)})")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlim(0.5, len(scores) + 0.5)
@@ -45,7 +56,7 @@ def _draw_ranking(axes, scores: np.ndarray, harm: np.ndarray) -> None:
     axes.set_xlabel("tasks, most harmful first")
     axes.set_ylabel("predicted change of the held-out loss on removal")
     axes.legend(title="ground truth", frameon=False, loc="lower right")
-    _clean(axes)
+    clean(axes)
 
 
 def _draw_detection(axes, damaged: np.ndarray, methods: Mapping[str, np.ndarray]) -> None:
@@ -62,10 +73,11 @@ def _draw_detection(axes, damaged: np.ndarray, methods: Mapping[str, np.ndarray]
     axes.set_xlabel("share of tasks inspected, most harmful first")
     axes.set_ylabel(f"share of the {damaged.sum()} harmful tasks found")
     axes.legend(frameon=False, loc="lower right")
-    _clean(axes)
+    clean(axes)
 
 
-def _clean(axes) -> None:
+def clean(axes) -> None:
+    """Takes away what is not data: two spines, and all grid lines but faint horizontal ones."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#eceef1")
     axes.set_axisbelow(True)

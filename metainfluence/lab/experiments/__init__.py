@@ -1,0 +1,1 @@
+"""Experiments on real tasks, each run by `metainfluence reproduce` from one TOML file."""

@@ -1,0 +1,108 @@
+"""Accuracy and time against the number of Hessian products: Neumann's depth J beside conjugate gradients."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+import metainfluence as mi
+from metainfluence.curvature import exact, expand
+from metainfluence.evaluation import roc_auc
+from metainfluence.lab.experiments import methods as by
+from metainfluence.lab.experiments.results import Result
+from metainfluence.lab.experiments.setting import SettingConfig, make
+from metainfluence.lab.plots import clean
+from metainfluence.lab.solver_bench_measure import relative_error, spearman
+from metainfluence.lab.timing import Compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthConfig:
+    """Scores after each step of an iterative solver, against the converged ones."""
+
+    title: str = "Depth of the series"
+    """Heading of the results."""
+    setting: SettingConfig = dataclasses.field(default_factory=SettingConfig)
+    """Data, damage, learner and training."""
+    steps: int = 200
+    """J: terms of the series, and steps of the others."""
+    shown: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
+    """Steps in the table."""
+
+
+def run(config: DepthConfig) -> Result:
+    """Traces each solver's scores.
+
+    Raises:
+      ValueError: whatever `setting.make` refuses.
+    """
+    setting = make(config.setting)
+    tasks = setting.tasks
+    weights = mi.unit_weights(tasks.training)
+    damping = by.chosen_damping(setting).value
+    expansion = Compiled(expand(setting.problem, exact(), None))(setting.trained, tasks.training, weights)
+    slope = jax.jit(jax.grad(mi.query_loss(setting.problem)))(setting.trained, tasks.held_out)
+    operator = expansion.operator.damped(damping)
+
+    def converged(operator: mi.Operator, slope: Any, expansion: Any) -> tuple[Any, mi.SolveInfo]:
+        solver = mi.solvers.minres(tol=1e-10)
+        solution, info = solver.solve(operator, solver.init(operator), slope)
+        return expansion.mixed_transposed(solution).task, info
+
+    exactly, info = Compiled(converged)(operator, slope, expansion)
+    product = Compiled(lambda operator, vector: operator.matvec(vector))
+    product(operator, slope)
+    product(operator, slope)
+    damaged = by.level_harm(setting, "task")
+    solvers = {
+        "Neumann": mi.solvers.neumann(config.steps),
+        "CG": mi.solvers.cg(tol=1e-12, max_steps=config.steps),
+        "MINRES": mi.solvers.minres(tol=1e-12, max_steps=config.steps),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, solver in solvers.items():
+
+        def trace(operator: mi.Operator, slope: Any, expansion: Any, solver: mi.Solver = solver) -> mi.solvers.Trace:
+            measure = lambda solution: expansion.mixed_transposed(solution).task  # noqa: E731
+            return mi.solvers.anytime(solver, config.steps, measure=measure)(operator, slope)
+
+        found = Compiled(trace)(operator, slope, expansion)
+        for step in range(config.steps):
+            scores = np.asarray(found.measured[step])
+            row: dict[str, Any] = {"solver": name, "step": step + 1, "products": int(found.num_matvecs[step])}
+            row |= {"residual": float(found.relative_residual[step]), "spearman": spearman(scores, np.asarray(exactly))}
+            row |= {"error": relative_error(scores, np.asarray(exactly))}
+            row |= {"seconds": row["products"] * product.run_seconds}
+            row |= {"auc": roc_auc(scores, damaged)} if damaged.any() and np.all(np.isfinite(scores)) else {}
+            rows.append(row)
+    headers = ("solver", "steps", "products", "residual", "scores' error", "Spearman", "ROC AUC", "s")
+    cells = [
+        [row["solver"], row["step"], row["products"], row["residual"], row["error"], row["spearman"],
+         row.get("auc", float("nan")), row["seconds"]]
+        for row in rows if row["step"] in config.shown
+    ]  # fmt: skip
+    note = (
+        f"Against scores at a residual of {float(info.relative_residual):.0e}; damping {float(damping):.2g}, by "
+        "mi.damping.auto. Seconds: products times that of one. Neumann's scale takes 20 of its products."
+    )
+    return Result(rows, {"Steps": (headers, cells)}, picture(config, rows), [note])
+
+
+def picture(config: DepthConfig, rows: list[dict[str, Any]]) -> Figure:
+    """Error and rank correlation against products."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(config.title)
+    error, ranks = figure.subplots(1, 2)
+    for name in dict.fromkeys(row["solver"] for row in rows):
+        own = [row for row in rows if row["solver"] == name]
+        products = [row["products"] for row in own]
+        error.plot(products, [row["error"] for row in own], label=name)
+        ranks.plot(products, [row["spearman"] for row in own], label=name)
+    error.set(yscale="log", xlabel="Hessian products", ylabel="relative error", title="Scores' error")
+    ranks.set(xlabel="Hessian products", ylabel="Spearman", title="Ranking of the tasks")
+    for ax in (error, ranks):
+        ax.legend(frameon=False)
+        clean(ax)
+    return figure

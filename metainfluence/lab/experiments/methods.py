@@ -1,0 +1,133 @@
+"""The methods that experiments compare, each from a trained setting to scores, with its run time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import metainfluence as mi
+from metainfluence.lab.experiments.setting import Setting, checkpoint_rates
+from metainfluence.lab.timing import Compiled
+
+INFLUENCE, OWN = "influence", "influence on F"
+Score = Callable[..., mi.Scores]
+
+
+class Scored(NamedTuple):
+    """One method's scores.
+
+    Attributes:
+      name: of the method.
+      scores: of all tasks and examples; None where the method does not apply.
+      seconds: of the run, without compiling.
+      reason: why it does not apply, else "".
+    """
+
+    name: str
+    scores: mi.Scores | None
+    seconds: float
+    reason: str = ""
+
+
+def influence_on_objective(problem: mi.Bilevel, target: Any = None, *, damping: Any = 0.0) -> Score:
+    """Makes (meta_params, tasks, *target_args) -> Scores: the change of min F itself on removal, − w ∂_w F.
+
+    By the envelope theorem the change of λ adds nothing to first order. For a support example this is the effect of its
+    task's parameters alone, the paper's inner influence; the target and the damping are not used.
+    """
+    del target, damping
+    objective = mi.total_objective(problem)
+
+    def run(meta_params: Any, tasks: mi.Task, *target_args: Any) -> mi.Scores:
+        del target_args
+        weights = mi.unit_weights(tasks)
+        slopes = jax.grad(lambda weights: objective(meta_params, tasks, weights))(weights)
+        info = mi.baselines.random_scores()(meta_params, tasks).info
+        return mi.Scores(-slopes.task, -slopes.support, -slopes.query, info)
+
+    return run
+
+
+def _curved(curvature: Callable[[], mi.curvature.Curvature]) -> Callable[..., Score]:
+    return lambda problem, target, damping: mi.influence_scores(problem, target, curvature=curvature(), damping=damping)
+
+
+# name -> (problem, target, damping) -> function of (meta_params, tasks, held_out).
+METHODS: dict[str, Callable[..., Score]] = {
+    INFLUENCE: _curved(mi.curvature.exact),
+    "linearized": _curved(mi.curvature.linearized),
+    "gamma": _curved(mi.curvature.gamma),
+    "Gauss-Newton": _curved(mi.curvature.gauss_newton),
+    "direct-IF": lambda problem, target, damping: mi.baselines.direct_if(problem, target, damping=damping),
+    "EKFAC-IF": lambda problem, target, damping: mi.baselines.ekfac_if(problem, target, damping=damping),
+    "TLXML": lambda problem, target, damping: mi.baselines.tlxml(problem, target, rank=100),
+    "TRAK": lambda problem, target, damping: mi.baselines.trak(problem, target),
+    "identity": lambda problem, target, damping: mi.influence_scores(problem, target, solver=mi.solvers.identity()),
+    "gradient similarity": lambda problem, target, damping: mi.baselines.gradient_similarity(problem, target),
+    "plain loss": lambda problem, target, damping: mi.baselines.plain_loss(problem, target),
+    OWN: lambda problem, target, damping: influence_on_objective(problem),
+    "random": lambda problem, target, damping: mi.baselines.random_scores(),
+}
+TRACIN = "TracIn"
+SOLVING = (INFLUENCE, "linearized", "gamma", "Gauss-Newton", "direct-IF")
+NAMES = (*METHODS, TRACIN)
+
+
+def check_names(field: str, names: Sequence[str]) -> None:
+    """Raises ValueError for a method that there is not."""
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"{field}: expected some of {', '.join(NAMES)}; got {name!r}")
+
+
+def chosen_damping(setting: Setting) -> mi.damping.Damping:
+    """What damping="auto" takes at the trained λ."""
+    rule: mi.damping.Damping = Compiled(mi.damping.auto(setting.problem))(setting.trained, setting.tasks.training)
+    return rule
+
+
+def score(setting: Setting, name: str, damping: Any) -> Scored:
+    """Scores of all tasks and examples for the held-out loss, by one method."""
+    target, tasks = mi.query_loss(setting.problem), setting.tasks
+    at = setting.trained
+    if name == TRACIN:
+        at = setting.full.checkpoints
+        method = mi.baselines.tracin(setting.problem, target, checkpoint_rates(setting.config.training))
+    else:
+        method = METHODS[name](setting.problem, target, damping)
+
+    # A method that solves nothing is not charged for the residual in its report, which nobody asks for: XLA leaves out
+    # what is not returned.
+    def run(at: Any, training: mi.Task, held_out: mi.Task) -> tuple[Any, ...]:
+        scores = method(at, training, held_out)
+        return tuple(scores) if name in SOLVING else (*scores[:3], None)
+
+    program = Compiled(run)
+    try:
+        program(at, tasks.training, tasks.held_out)
+    except ValueError as error:
+        return Scored(name, None, float("nan"), str(error))
+    parts = jax.tree.map(np.asarray, program(at, tasks.training, tasks.held_out))
+    return Scored(name, mi.Scores(*parts), program.run_seconds)
+
+
+def level_scores(scores: mi.Scores, level: str) -> np.ndarray:
+    """Scores of tasks, of support or of query examples as one vector."""
+    return np.ravel(getattr(scores, level))
+
+
+def level_harm(setting: Setting, level: str) -> np.ndarray:
+    """Which of them were damaged, as one vector of booleans."""
+    tasks = setting.tasks
+    if level == "task":
+        return tasks.task_harm != "clean"
+    return np.ravel(tasks.support_harm if level == "support" else tasks.query_harm)
+
+
+def without(setting: Setting, level: str, removed: np.ndarray) -> mi.Weights:
+    """Unit weights with 0 for the removed ones, which are indices into `level_scores`."""
+    weights = mi.unit_weights(setting.tasks.training)
+    field = getattr(weights, level)
+    return weights._replace(**{level: jnp.ravel(field).at[removed].set(0.0).reshape(field.shape)})

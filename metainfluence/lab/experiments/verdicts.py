@@ -1,0 +1,133 @@
+"""What was promised of the results, each with what was measured."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+from metainfluence.lab.experiments import methods as by
+from metainfluence.lab.experiments.removal import NOTHING
+from metainfluence.lab.experiments.results import ROWS, markdown
+
+DETECTION = {"digits": "detection_digits", "Omniglot": "table_omniglot", "mini-ImageNet": "table_mini_imagenet"}
+AGREEMENT = {"implicit head": "agreement_head", "iMAML": "agreement_imaml", "MAML": "agreement_maml"}
+FOUND, SUPPORT, KEPT, TIMES = 0.95, 0.9, 0.95, 20.0
+
+
+class Verdict(NamedTuple):
+    """One promise: what, what was measured, the bar, and whether it is met."""
+
+    what: str
+    measured: str
+    bar: str
+    met: bool
+
+
+def rows_of(out: Path, name: str, size: str) -> list[dict[str, Any]]:
+    """The rows of one experiment; none where it was not run."""
+    path = out / name / size / ROWS
+    return pq.read_table(path).to_pylist() if path.exists() else []
+
+
+def mean(rows: list[dict[str, Any]], key: str) -> float:
+    """Over seeds."""
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def picked(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """Rows with these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def detection(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
+    """Damaged tasks found, and by how much better than by every baseline."""
+    exact = picked(rows, level="task", how="scored", method=by.INFLUENCE)
+    if not exact:
+        return
+    area = mean(exact, "auc")
+    yield Verdict(f"{data}: ROC AUC of damaged tasks, exact influence", f"{area:.3f}", f"≥ {FOUND}", area >= FOUND)
+    others = [row for row in picked(rows, level="task", how="scored") if row.get("ahead_low") is not None]
+    names = dict.fromkeys(row["method"] for row in others)
+    least = {name: mean(picked(others, method=name), "ahead_low") for name in names}
+    if least:
+        nearest = min(least, key=lambda name: least[name])
+        yield Verdict(
+            f"{data}: its lead over the nearest baseline ({nearest}), lower end of the 95 % interval",
+            f"{least[nearest]:+.3f}",
+            "> 0",
+            least[nearest] > 0,
+        )
+
+
+def support(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
+    """Flipped support examples found."""
+    for name in (by.OWN, by.INFLUENCE):
+        found = picked(rows, level="support", how="scored", method=name)
+        if found:
+            area = mean(found, "auc")
+            what = f"{data}: ROC AUC of flipped support examples, {name}"
+            yield Verdict(what, f"{area:.3f}", f"≥ {SUPPORT}", area >= SUPPORT)
+
+
+def editing(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
+    """What edit keeps of the accuracy that retraining gains, and what scores save."""
+    level = picked(rows, level="task")
+    edited, retrained = (picked(level, method=by.INFLUENCE, how=how) for how in ("edited", "retrained"))
+    before, scored = picked(level, method=NOTHING), picked(level, method=by.INFLUENCE, how="scored")
+    if edited and retrained and before:
+        gain, kept = (mean(found, "accuracy") - mean(before, "accuracy") for found in (retrained, edited))
+        what = f"{data}: accuracy gained by edit, of what retraining gains ({gain:+.4f})"
+        yield Verdict(what, f"{kept:+.4f}", f"≥ {KEPT:.0%} of it", kept >= KEPT * gain)
+    if scored and before:
+        times = mean(before, "seconds") * level[0]["of"] / mean(scored, "seconds")
+        what = f"{data}: retraining without each task in turn over all scores, in time"
+        yield Verdict(what, f"{times:.0f} ×", f"≥ {TIMES:g} ×", times >= TIMES)
+
+
+def agreement(out: Path, size: str) -> Iterator[Verdict]:
+    """Exact influence against every other method, by LDS at the default damping."""
+    ahead = {}
+    for problem, name in AGREEMENT.items():
+        rows = picked(rows_of(out, name, size), default=True)
+        exact = [row["lds"] for row in picked(rows, method=by.INFLUENCE)]
+        others = {row["method"]: row["lds"] for row in rows if not row["method"].startswith("influence")}
+        if exact and others:
+            best = max(others, key=lambda name: others[name])
+            ahead[problem] = exact[0] >= others[best]
+            yield Verdict(
+                f"{problem}: LDS of exact influence at the automatic damping, against the best other ({best})",
+                f"{exact[0]:.3f} against {others[best]:.3f}",
+                "≥",
+                ahead[problem],
+            )
+    if ahead:
+        count = sum(ahead.values())
+        yield Verdict("Problems on which exact influence leads", f"{count} of {len(ahead)}", "≥ 2 of 3", count >= 2)
+
+
+def speed(out: Path, size: str) -> Iterator[Verdict]:
+    """One removal by edit against training on."""
+    rows = rows_of(out, "speed", size)
+    for name in dict.fromkeys(row["edit"] for row in rows):
+        ratios = sorted(row["ratio"] for row in picked(rows, edit=name))
+        middle = ratios[len(ratios) // 2]
+        what = f"One removal, {name}: training on to the same gap over edit, in time"
+        yield Verdict(what, f"{middle:.1f} ×", f"≥ {TIMES:g} ×", middle >= TIMES)
+
+
+def all_of(out: Path, size: str) -> list[Verdict]:
+    """All promises whose experiments were run."""
+    found: list[Verdict] = []
+    for data, name in DETECTION.items():
+        rows = rows_of(out, name, size)
+        for kind in (detection, support, editing):
+            found += kind(data, rows)
+    return [*found, *agreement(out, size), *speed(out, size)]
+
+
+def lines(out: Path, size: str) -> list[str]:
+    """A table of the promises, for the report."""
+    headers = ("promise", "measured", "bar", "")
+    cells = [[v.what, v.measured, v.bar, "met" if v.met else "missed"] for v in all_of(out, size)]
+    return ["## What was promised", "", *markdown(headers, cells)] if cells else []

@@ -1,0 +1,237 @@
+"""From an experiment's TOML to its files and the report, on tasks so few that only the machinery is tested."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from metainfluence.lab import cli, reproduce
+from metainfluence.lab.config_files import ConfigError
+from metainfluence.lab.experiments import agreement, methods, removal, results, setting, verdicts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY = """
+experiment = "removal"
+
+[common]
+title = "Tiny"
+methods = ["influence", "plain loss", "random"]
+retrained = ["influence"]
+edited = []
+draws = 20
+curve = [0.5]
+curve_methods = ["random"]
+published = ["task, retrain, 0.7, 3"]
+
+[common.setting.data]
+ways = 3
+shots = 2
+queries = 3
+num_tasks = 10
+num_held_out = 10
+num_test = 10
+
+[common.setting.learner]
+widths = [4]
+
+[common.setting.training]
+num_steps = 10
+
+[common.task]
+run = true
+flipped = 0.2
+shortcut = 0.1
+removed = 0.3
+
+[small]
+
+[full.setting.training]
+num_steps = 20
+"""
+
+
+def write(folder: Path, text: str, name: str = "tiny.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One experiment, from the command line to the report."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    path, out = write(folder, TINY), folder / "out"
+    cli.main(["reproduce", "--config", str(path), "--out", str(out)])
+    cli.main(["reproduce", "--report", "--configs", str(folder), "--out", str(out)])
+    return path, out
+
+
+def test_an_experiment_leaves_rows_a_picture_a_table_and_a_record(finished):
+    folder = finished[1] / "tiny" / "small"
+    assert sorted(path.name for path in folder.iterdir()) == ["picture.png", "ran.json", "results.parquet", "table.md"]
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    assert {row["method"] for row in rows} >= {"influence", "plain loss", "random", removal.TRUTH, removal.NOTHING}
+    scored = {row["method"]: row for row in rows if row["how"] == "scored"}
+    assert all(0 <= row["auc"] <= 1 for row in scored.values())
+    assert scored["influence"]["damaged"] == 3
+    assert scored["random"]["ahead"] == pytest.approx(scored["influence"]["auc"] - scored["random"]["auc"])
+    assert [row["share"] for row in rows if row["how"] == "curve"] == [0.5]
+    assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "ran.json").read_text())["config"]["setting"]["training"]["num_steps"] == 10
+
+
+def test_the_report_has_every_section_and_where_it_was_run(finished):
+    text = (finished[1] / "README.md").read_text(encoding="utf-8")
+    assert "## Tiny" in text
+    assert "(tiny/small/picture.png)" in text
+    assert "Published (arXiv 2501.15963)" in text
+    assert "cores" in text
+
+
+def test_what_is_finished_is_not_run_again(finished, capsys):
+    cli.main(["reproduce", "--config", str(finished[0]), "--out", str(finished[1])])
+    assert "already in" in capsys.readouterr().out
+
+
+def test_results_of_another_configuration_are_refused(finished, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["reproduce", "--config", str(finished[0]), "--out", str(finished[1]), "--draws", "21"])
+    assert caught.value.code == 2
+    assert "draws: 20 there, 21 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (('experiment = "removal"', 'experiment = "removel"'), "experiment: expected one of .*nearest is 'removal'"),
+        (("[full.setting", "[ful.setting"), "unknown key 'ful'.*nearest is 'full'"),
+        (("num_held_out", "num_heldout"), "unknown key 'setting.data.num_heldout'.*nearest is 'num_held_out'"),
+        (("[small]\n", ""), r"expected a table \[small\]"),
+        (('title = "Tiny"', "title = "), "Invalid value"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(tmp_path, change, expected):
+    with pytest.raises(ConfigError, match=expected):
+        reproduce.configured(write(tmp_path, TINY.replace(*change)), "small", [])
+
+
+def test_a_mistyped_value_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.configured(write(tmp_path, TINY.replace("num_tasks = 10", 'num_tasks = "ten"')), "small", [])
+    assert "num-tasks" in capsys.readouterr().err
+
+
+def test_a_size_is_laid_over_what_is_common(tmp_path):
+    path = write(tmp_path, TINY)
+    small, full = (reproduce.configured(path, size, [])[1] for size in ("small", "full"))
+    assert (small.setting.training.num_steps, full.setting.training.num_steps) == (10, 20)
+    assert small.setting.data == full.setting.data
+
+
+@pytest.mark.parametrize("size", reproduce.SIZES)
+def test_every_experiment_of_the_repository_can_be_read(size):
+    paths = reproduce.experiment_files(ROOT / "configs")
+    assert len(paths) >= 10
+    for path in paths:
+        assert reproduce.configured(path, size, [])[1].title
+
+
+def test_verdicts_name_experiments_that_there_are():
+    stems = {path.stem for path in reproduce.experiment_files(ROOT / "configs")}
+    assert {*verdicts.DETECTION.values(), *verdicts.AGREEMENT.values(), "speed"} <= stems
+
+
+def row(**values):
+    return {"level": "task", "seed": 0, "of": 100, **values}
+
+
+def test_verdicts_hold_the_measurement_against_the_bar():
+    rows = [
+        row(method=removal.NOTHING, how="trained", accuracy=0.5, seconds=4.0),
+        row(method="influence", how="scored", auc=0.96, seconds=2.0),
+        row(method="plain loss", how="scored", auc=0.9, ahead=0.06, ahead_low=-0.01),
+        row(method="random", how="scored", auc=0.5, ahead=0.46, ahead_low=0.4),
+        row(method="influence", how="retrained", accuracy=0.6),
+        row(method="influence", how="edited", accuracy=0.59),
+    ]
+    found, lead = verdicts.detection("x", rows)
+    assert found.met
+    assert found.measured == "0.960"
+    assert not lead.met
+    assert "plain loss" in lead.what
+    kept, saved = verdicts.editing("x", rows)
+    assert not kept.met  # 0.09 of 0.10 is less than 95 %
+    assert saved.measured == "200 ×"
+
+
+def test_the_best_damping_is_that_of_highest_lds():
+    rows = [{"method": "a", "lds": 0.2}, {"method": "a", "lds": 0.4}, {"method": "b", "lds": 0.9}]
+    assert agreement.best(rows, "a") is rows[1]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="retrained: expected some of .*got 'magic'"):
+        methods.check_names("retrained", ["influence", "magic"])
+    config = dataclasses.replace(setting.SettingConfig(), learner=setting.LearnerConfig(kind="magic"))
+    tasks = setting.sinusoid_tasks(dataclasses.replace(config, data=setting.DataConfig(dataset="sinusoid")))
+    with pytest.raises(ValueError, match="kind: expected one of implicit_head, .*got 'magic'"):
+        setting.make_learner(config.learner, tasks.training, config.data)
+    with pytest.raises(ValueError, match="model: expected mlp or conv4, got 'magic'"):
+        setting.make_learner(setting.LearnerConfig(model="magic"), tasks.training, config.data)
+    with pytest.raises(ValueError, match="experiment: expected run = true"):
+        removal.run(removal.RemovalConfig())
+
+
+def test_no_task_is_damaged_twice():
+    chosen = setting.harmful(setting.HarmConfig(flipped=0.3, shortcut=0.3, noise=0.4), 50, seed=1)
+    assert sorted(np.concatenate(list(chosen.values()))) == list(range(50))
+    with pytest.raises(ValueError, match="harm: expected shares of tasks that sum to at most 1, got 1.2"):
+        setting.harmful(setting.HarmConfig(flipped=0.6, shortcut=0.6), 50, seed=1)
+
+
+def test_target_and_test_share_no_example_and_no_class_where_there_are_enough():
+    digits = setting.datasets.load("digits")
+    held_out, test = setting.clean_pools(digits, 5)
+    assert not np.intersect1d(held_out, test).size
+    assert set(digits.labels[held_out]) == set(digits.labels[test]) == set(range(10))
+    split = digits._replace(
+        pools={"train": np.flatnonzero(digits.labels < 4), "test": np.flatnonzero(digits.labels >= 4)}
+    )
+    held_out, test = setting.clean_pools(split, 3)
+    assert not np.intersect1d(digits.labels[held_out], digits.labels[test]).size
+    with pytest.raises(ValueError, match="ways: expected at most 3, half of the test classes, got 4"):
+        setting.clean_pools(split, 4)
+
+
+def test_cells_of_tables_are_escaped_and_aligned():
+    lines = results.markdown(("a", "b"), [["x|y", 1.0], ["z", float("nan")]])
+    assert lines == ["| a | b |", "| :--- | ---: |", "| x\\|y | 1 |", "| z | – |"]
+    assert results.aligned([{"a": 1}, {"b": 2}]) == [{"a": 1, "b": None}, {"a": None, "b": 2}]
+
+
+@pytest.mark.slow
+def test_agreement_from_scratch_and_from_its_cache(tmp_path):
+    small = dataclasses.replace(
+        agreement.AgreementConfig(),
+        setting=dataclasses.replace(
+            setting.SettingConfig(),
+            data=setting.DataConfig(ways=3, shots=2, queries=3, num_tasks=10, num_held_out=10, num_test=10),
+            harm=setting.HarmConfig(flipped=0.2),
+            learner=setting.LearnerConfig(widths=(4,)),
+            training=setting.TrainingConfig(num_steps=10),
+        ),
+        num_subsets=4,
+        num_left_out=3,
+        floor_subsets=3,
+        num_targets=2,
+        draws=20,
+    )
+    first = agreement.run(small, tmp_path)
+    again = agreement.run(small, tmp_path)
+    assert {row["method"] for row in first.rows} >= {"influence", "direct-IF", "TRAK", "TLXML", "TracIn", "random"}
+    for one, other in zip(first.rows, again.rows, strict=True):
+        assert one == pytest.approx(other, rel=1e-6, nan_ok=True)
