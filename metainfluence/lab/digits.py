@@ -1,10 +1,12 @@
 """scikit-learn's digits: 1,797 real 8x8 images that come with the package, so nothing is downloaded."""
 
+import os
 from typing import NamedTuple
 
 import numpy as np
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+
+from metainfluence.lab.datasets import Dataset, by_example, resized
 
 
 class Digits(NamedTuple):
@@ -24,7 +26,19 @@ def load(*, held_out_share: float = 0.5, seed: int = 0) -> Digits:
       seed: of the split.
     """
     data = load_digits()
-    train, held_out = train_test_split(
-        np.arange(len(data.target)), test_size=held_out_share, stratify=data.target, random_state=seed
-    )
-    return Digits(data.images / data.images.max(), data.target, np.sort(train), np.sort(held_out))
+    pools = by_example(data.target, test_share=held_out_share, seed=seed)
+    return Digits(data.images / data.images.max(), data.target, pools["train"], pools["test"])
+
+
+def dataset(*, size: int | None = None, root: str | os.PathLike[str] | None = None) -> Dataset:
+    """The digits as a `Dataset` of 8 × 8 images, or of another size; pools are halves that share no example.
+
+    Raises:
+      ValueError: `root` is given, though the digits come with scikit-learn.
+    """
+    if root is not None:
+        raise ValueError(f"root: expected None, since the digits come with scikit-learn, got {os.fspath(root)!r}")
+    read = load()
+    pools = {"train": read.train_pool, "test": read.held_out_pool}
+    images = resized(read.images.astype(np.float32), size)
+    return Dataset("digits", images, read.labels, tuple(map(str, range(10))), pools)

@@ -155,8 +155,6 @@ def large(config: Any) -> tuple[Setting, str]:
     """Many meta-parameters, and the name of the data: Omniglot where it is prepared, else random images."""
     try:
         images, labels = omniglot.load()
-        # Depending on the decoder that is installed, ink may fill a small part of the range only.
-        images = (images - images.min()) / (images.max() - images.min())
         name = "Omniglot"
     except (FileNotFoundError, ModuleNotFoundError):
         images, labels = random_images(config.seed)

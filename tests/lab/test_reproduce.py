@@ -174,11 +174,11 @@ def test_the_best_damping_is_that_of_highest_lds():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="retrained: expected some of .*got 'magic'"):
+    with pytest.raises(ValueError, match=r"retrained: expected some of .*got 'magic'"):
         methods.check_names("retrained", ["influence", "magic"])
     config = dataclasses.replace(setting.SettingConfig(), learner=setting.LearnerConfig(kind="magic"))
     tasks = setting.sinusoid_tasks(dataclasses.replace(config, data=setting.DataConfig(dataset="sinusoid")))
-    with pytest.raises(ValueError, match="kind: expected one of implicit_head, .*got 'magic'"):
+    with pytest.raises(ValueError, match=r"kind: expected one of implicit_head, .*got 'magic'"):
         setting.make_learner(config.learner, tasks.training, config.data)
     with pytest.raises(ValueError, match="model: expected mlp or conv4, got 'magic'"):
         setting.make_learner(setting.LearnerConfig(model="magic"), tasks.training, config.data)
@@ -189,7 +189,7 @@ def test_unknown_names_are_refused():
 def test_no_task_is_damaged_twice():
     chosen = setting.harmful(setting.HarmConfig(flipped=0.3, shortcut=0.3, noise=0.4), 50, seed=1)
     assert sorted(np.concatenate(list(chosen.values()))) == list(range(50))
-    with pytest.raises(ValueError, match="harm: expected shares of tasks that sum to at most 1, got 1.2"):
+    with pytest.raises(ValueError, match=r"harm: expected shares of tasks that sum to at most 1, got 1\.2"):
         setting.harmful(setting.HarmConfig(flipped=0.6, shortcut=0.6), 50, seed=1)
 
 

@@ -17,7 +17,7 @@ from metainfluence.lab import learners
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.methods import Scored
 from metainfluence.lab.experiments.results import Result, interval
-from metainfluence.lab.experiments.setting import Setting, SettingConfig, make, performance
+from metainfluence.lab.experiments.setting import SINUSOID, Setting, SettingConfig, make, performance
 from metainfluence.lab.plots import METHOD_COLORS, clean
 from metainfluence.lab.timing import Compiled
 
@@ -25,7 +25,6 @@ LEVELS = ("task", "support", "query")
 TRUTH = "what was damaged"
 NOTHING = "nothing removed"
 DETECTION_HEADERS = ("method", "ROC AUC", "exact influence ahead by", "found at 20 %", "found at 40 %", "score s")
-REMOVAL_HEADERS = ("chosen by", "how", "accuracy", "± 95 %", "s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +220,15 @@ def detection(
     return {**row, "seconds": found.seconds}
 
 
+def measured(config: RemovalConfig) -> str:
+    """What `performance` measures."""
+    return "minus the squared error" if config.setting.data.dataset == SINUSOID else "accuracy"
+
+
 def tables(config: RemovalConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Detection and removal, by level; means over the seeds."""
     found: dict[str, Any] = {}
+    measure = measured(config)
     for level in dict.fromkeys(row["level"] for row in rows):
         of_level = [row for row in rows if row["level"] == level]
         first = of_level[0]
@@ -231,7 +236,8 @@ def tables(config: RemovalConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
         seeds = f", means over {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
         found[f"Detection: {what}{seeds}"] = (DETECTION_HEADERS, detection_rows(of_level))
         removed = f"{first['removed']} {_plural(level)} removed"
-        found[f"Accuracy on clean test tasks, {removed}{seeds}"] = (REMOVAL_HEADERS, removal_rows(of_level))
+        headers = ("chosen by", "how", measure, "± 95 %", "s")
+        found[f"{measure.capitalize()} on clean test tasks, {removed}{seeds}"] = (headers, removal_rows(of_level))
     if config.published:
         cells = [[part.strip() for part in line.split(",")] for line in config.published]
         found["Published (arXiv 2501.15963), by other tasks, shots, networks and learning rates"] = (
@@ -286,7 +292,7 @@ def notes(config: RemovalConfig, rows: list[dict[str, Any]]) -> list[str]:
         if gains:
             edit, again = np.mean(gains, axis=0)
             lines.append(
-                f"{level.capitalize()} level: accuracy gained by retraining without what influence chose: "
+                f"{level.capitalize()} level: {measured(config)} gained by retraining without what influence chose: "
                 f"{again:+.4f}; by editing instead: {edit:+.4f}."
             )
         if level == "task" and (by.INFLUENCE, "scored", config.seeds[0]) in by_how:
@@ -317,7 +323,8 @@ def picture(config: RemovalConfig, shown: dict[str, Outcome]) -> Figure:
     for ax, (level, outcome) in zip(axes[len(shown) :], curves.items(), strict=True):
         for name, accuracies in outcome.curve.items():
             ax.plot(config.curve, accuracies, color=colors.get(name), marker="o", markersize=3, label=name)
-        ax.set(title=f"Accuracy without the most harmful {_plural(level)}", xlabel="share removed", ylabel="accuracy")
+        title = f"{measured(config).capitalize()} without the most harmful {_plural(level)}"
+        ax.set(title=title, xlabel="share removed", ylabel=measured(config))
         ax.legend(frameon=False, fontsize="small")
         clean(ax)
     return figure

@@ -1,0 +1,76 @@
+"""Checkpoints of a training run, by orbax, and what tells one run from another."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+def fingerprint(*trees: Any) -> str:
+    """A hash of the structure, shapes, dtypes and values of pytrees of arrays; None and numbers may be leaves."""
+    digest = hashlib.sha256()
+    leaves, structure = jax.tree.flatten(trees, is_leaf=lambda leaf: leaf is None)
+    digest.update(str(structure).encode())
+    for leaf in leaves:
+        if leaf is None or isinstance(leaf, (bool, int, float)):
+            digest.update(repr(leaf).encode())
+            continue
+        raw = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        array = np.ascontiguousarray(raw)
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder of its own, of which the last two are kept; a context manager.
+
+    Args:
+      folder: made if it is not there.
+      identity: of the run.
+
+    Raises:
+      ValueError: the folder holds checkpoints of another run.
+    """
+
+    def __init__(self, folder: Path, identity: str):
+        self._identity = identity
+        self._folder = Path(folder)
+        self._manager = ocp.CheckpointManager(
+            self._folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: Any, losses: np.ndarray) -> None:
+        """Saves what a run needs to go on after `step`, and returns when it is on the disk."""
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave({"leaves": jax.tree.leaves(state), "losses": losses}),
+            run=ocp.args.JsonSave({"identity": self._identity}),
+        )
+        self._manager.save(step, args=arguments)
+        self._manager.wait_until_finished()
+
+    def restore(self, state: Any, losses: np.ndarray) -> tuple[int, Any, np.ndarray]:
+        """The last step, the state and the losses that were saved, or 0 and the ones given where nothing was."""
+        step = self._manager.latest_step()
+        if step is None:
+            return 0, state, losses
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        if run["identity"] != self._identity:
+            raise ValueError(
+                f"checkpoints: expected a folder of this run, got {self._folder} with a run of other data, initial "
+                "parameters, weights or options"
+            )
+        leaves, structure = jax.tree.flatten(state)
+        target = {"leaves": leaves, "losses": losses}
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+        return step, jax.tree.unflatten(structure, restored["leaves"]), np.array(restored["losses"])
