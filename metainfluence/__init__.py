@@ -5,7 +5,9 @@ from metainfluence import baselines as baselines
 from metainfluence import curvature as curvature
 from metainfluence import damping as damping
 from metainfluence import ekfac as ekfac
+from metainfluence import evaluation as evaluation
 from metainfluence import operators as operators
+from metainfluence import scoring as scoring
 from metainfluence import solvers as solvers
 from metainfluence.bilevel import Bilevel as Bilevel
 from metainfluence.bilevel import bilevel as bilevel
@@ -31,6 +33,9 @@ from metainfluence.influence import instance_if as instance_if
 from metainfluence.influence import self_influence as self_influence
 from metainfluence.influence import task_if as task_if
 from metainfluence.operators import Operator as Operator
+from metainfluence.preflight import Plan as Plan
+from metainfluence.preflight import preflight as preflight
+from metainfluence.scoring import read_scores as read_scores
 from metainfluence.solvers import SolveInfo as SolveInfo
 from metainfluence.solvers import Solver as Solver
 from metainfluence.solvers import SolveStatus as SolveStatus

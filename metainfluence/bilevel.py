@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence.adaptation import Adaptation, Loss, check_floating, check_losses, check_scalar, weighted_sum
@@ -18,6 +19,7 @@ from metainfluence.tasks import (
     Task,
     Weights,
     check_batch_size,
+    check_mesh,
     coefficients,
     concrete,
     fill_padding,
@@ -247,20 +249,24 @@ def total_gradient(problem: Bilevel) -> Callable[..., PyTree]:
     return run
 
 
-def total_objective(problem: Bilevel, *, batch_size: int | None = None) -> Callable[..., Float[Array, ""]]:
+def total_objective(
+    problem: Bilevel, *, batch_size: int | None = None, mesh: Mesh | None = None
+) -> Callable[..., Float[Array, ""]]:
     """Makes (meta_params, tasks, weights=None) -> F, the outer objective.
 
     Args:
       problem: the problem.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+      mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
     """
     check_batch_size(batch_size)
+    check_mesh(mesh)
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Array:
         check_meta_params(meta_params)
         weights = resolve_weights(weights, tasks)
         total, _ = reduce_tasks(
-            lambda chunk: weighted_losses(problem, meta_params, *chunk), (tasks, weights), batch_size
+            lambda chunk: weighted_losses(problem, meta_params, *chunk), (tasks, weights), batch_size, mesh
         )
         return total / weights.task.shape[0] + meta_regularization(problem, meta_params)
 

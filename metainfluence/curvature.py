@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
@@ -27,7 +28,15 @@ from metainfluence.bilevel import (
     weighted_losses,
 )
 from metainfluence.operators import Losses, Operator, check_damping, from_matvec
-from metainfluence.tasks import Task, Weights, check_batch_size, coefficients, reduce_tasks, resolve_weights
+from metainfluence.tasks import (
+    Task,
+    Weights,
+    check_batch_size,
+    check_mesh,
+    coefficients,
+    reduce_tasks,
+    resolve_weights,
+)
 
 Surrogate = Callable[[Bilevel, PyTree, Task, Weights], Callable[[PyTree], tuple[Array, Array]]]
 
@@ -186,23 +195,72 @@ def check_curvature(problem: Bilevel, curvature: Curvature) -> None:
         )
 
 
-def gradient_map(problem: Bilevel, batch_size: int | None) -> Callable[..., tuple[PyTree, Array]]:
+def summed_gradient(
+    problem: Bilevel, curvature: Curvature, at: PyTree, meta_params: PyTree, tasks: Task, weights: Weights
+) -> tuple[PyTree, Array]:
+    """Σ_k w_k times the gradient of task k's surrogate built at `at`, and ‖∂_θ L_in‖ of each task."""
+
+    def total(meta_params: PyTree) -> tuple[Array, Array]:
+        def single(task: Task, weights: Weights) -> tuple[Array, Array]:
+            return curvature.surrogate(problem, at, task, weights)(meta_params)
+
+        losses, norms = jax.vmap(single)(tasks, weights)
+        return weighted_sum(losses, weights.task), norms
+
+    return jax.grad(total, has_aux=True)(meta_params)
+
+
+def summed_product(
+    problem: Bilevel, curvature: Curvature, at: PyTree, vector: PyTree, tasks: Task, weights: Weights
+) -> PyTree:
+    """Σ_k w_k H_k v, by forward over reverse."""
+
+    def gradient(meta_params: PyTree) -> PyTree:
+        return summed_gradient(problem, curvature, at, meta_params, tasks, weights)[0]
+
+    return jax.jvp(gradient, (at,), (vector,))[1]
+
+
+def summed_linear(
+    problem: Bilevel, curvature: Curvature, at: PyTree, tasks: Task, weights: Weights
+) -> Callable[[PyTree], PyTree]:
+    """The map v ↦ Σ_k w_k H_k v as a pytree, with all that does not depend on v done."""
+
+    def gradient(meta_params: PyTree) -> PyTree:
+        return summed_gradient(problem, curvature, at, meta_params, tasks, weights)[0]
+
+    return jax.linearize(gradient, at)[1]
+
+
+def summed_shift(problem: Bilevel, curvature: Curvature, at: PyTree, tasks: Task, weights: Weights) -> Array:
+    """Σ_k w_k s_k, see `Curvature.shift`; 0 without one."""
+    if curvature.shift is None:
+        return jnp.zeros((), jnp.result_type(*jax.tree.leaves(at)))
+    shifts = jax.vmap(functools.partial(curvature.shift, problem, at))(tasks, weights)
+    return weighted_sum(shifts, weights.task)
+
+
+def summed_sensitivities(problem: Bilevel, at: PyTree, vector: PyTree, tasks: Task, weights: Weights) -> Weights:
+    """∂_w ⟨Σ_k w_k D_λL_k, vector⟩, by reverse over forward: one derivative along the vector, then all weights'."""
+
+    def slope(weights: Weights) -> Array:
+        return jax.jvp(lambda m: weighted_losses(problem, m, tasks, weights)[0], (at,), (vector,))[1]
+
+    return jax.grad(slope)(weights)
+
+
+def gradient_map(
+    problem: Bilevel, batch_size: int | None, mesh: Mesh | None = None
+) -> Callable[..., tuple[PyTree, Array]]:
     """Makes (curvature, at, tasks, meta_params, weights) -> (∇F by the surrogates built at `at`, max ‖∂_θ L_in‖)."""
 
     def gradient(
         curvature: Curvature, at: PyTree, tasks: Task, meta_params: PyTree, weights: Weights
     ) -> tuple[PyTree, Array]:
         def chunk(data: tuple[Task, Weights]) -> tuple[PyTree, Array]:
-            def total(meta_params: PyTree) -> tuple[Array, Array]:
-                def single(task: Task, weights: Weights) -> tuple[Array, Array]:
-                    return curvature.surrogate(problem, at, task, weights)(meta_params)
+            return summed_gradient(problem, curvature, at, meta_params, *data)
 
-                losses, norms = jax.vmap(single)(*data)
-                return weighted_sum(losses, data[1].task), norms
-
-            return jax.grad(total, has_aux=True)(meta_params)
-
-        total, norms = reduce_tasks(chunk, (tasks, weights), batch_size)
+        total, norms = reduce_tasks(chunk, (tasks, weights), batch_size, mesh)
         regularizer = jax.grad(lambda meta_params: meta_regularization(problem, meta_params))(meta_params)
         count = weights.task.shape[0]
         return jax.tree.map(lambda g, r: g / count + r, total, regularizer), jnp.max(norms)
@@ -210,14 +268,16 @@ def gradient_map(problem: Bilevel, batch_size: int | None) -> Callable[..., tupl
     return gradient
 
 
-def expand(problem: Bilevel, curvature: Curvature, batch_size: int | None) -> Callable[..., Expansion]:
+def expand(
+    problem: Bilevel, curvature: Curvature, batch_size: int | None, mesh: Mesh | None = None
+) -> Callable[..., Expansion]:
     """Makes (meta_params, tasks, weights) -> Expansion; arguments are the caller's to check.
 
     With all tasks at once the gradient map is linearised here, so that a product runs its linear part only; of the
     exact curvature that one linear map holds the mixed derivative too. In chunks, whose intermediates are not kept,
     each product runs the map again.
     """
-    gradient = gradient_map(problem, batch_size)
+    gradient = gradient_map(problem, batch_size, mesh)
 
     def recomputed(at: PyTree, tasks: Task, weights: Weights, vector: PyTree) -> PyTree:
         return jax.jvp(lambda m: gradient(curvature, at, tasks, m, weights)[0], (at,), (vector,))[1]
@@ -226,25 +286,17 @@ def expand(problem: Bilevel, curvature: Curvature, batch_size: int | None) -> Ca
         return jax.jvp(lambda w: gradient(exact(), at, tasks, at, w)[0], (weights,), (direction,))[1]
 
     def mixed_transposed(at: PyTree, tasks: Task, weights: Weights, vector: PyTree) -> Weights:
-        count = weights.task.shape[0]
-
-        # Reverse over forward: one derivative along the vector, then those in all weights at once.
         def chunk(data: tuple[Task, Weights]) -> tuple[tuple[()], Weights]:
-            def slope(weights: Weights) -> Array:
-                losses = lambda m: weighted_losses(problem, m, data[0], weights)[0] / count  # noqa: E731
-                return jax.jvp(losses, (at,), (vector,))[1]
+            return (), summed_sensitivities(problem, at, vector, *data)
 
-            return (), jax.grad(slope)(data[1])
-
-        return reduce_tasks(chunk, (tasks, weights), batch_size)[1]
+        _, sensitivities = reduce_tasks(chunk, (tasks, weights), batch_size, mesh)
+        return jax.tree.map(lambda leaf: leaf / weights.task.shape[0], sensitivities)
 
     def shift(at: PyTree, tasks: Task, weights: Weights) -> Array:
         def chunk(data: tuple[Task, Weights]) -> tuple[Array, tuple[()]]:
-            assert curvature.shift is not None
-            shifts = jax.vmap(functools.partial(curvature.shift, problem, at))(*data)
-            return weighted_sum(shifts, data[1].task), ()
+            return summed_shift(problem, curvature, at, *data), ()
 
-        return reduce_tasks(chunk, (tasks, weights), batch_size)[0] / weights.task.shape[0]
+        return reduce_tasks(chunk, (tasks, weights), batch_size, mesh)[0] / weights.task.shape[0]
 
     def described(operator: Operator, at: PyTree, tasks: Task, weights: Weights) -> Operator:
         """The operator with what solvers can use besides its products."""
@@ -258,7 +310,7 @@ def expand(problem: Bilevel, curvature: Curvature, batch_size: int | None) -> Ca
         # A fixed key: the same λ and tasks give the same operator, and the order of the tasks means nothing.
         chosen = jax.random.permutation(jax.random.key(0), weights.task.shape[0])[:number]
         part = jax.tree.map(lambda leaf: leaf[chosen], (tasks, weights))
-        return expand(problem, curvature, batch_size)(at, *part).operator
+        return expand(problem, curvature, batch_size, mesh)(at, *part).operator
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
         expansion = expanded(meta_params, tasks, weights)
@@ -325,7 +377,12 @@ def _transposed(linear: Callable[..., PyTree], like: PyTree, vector: PyTree) -> 
 
 
 def total_hessian(
-    problem: Bilevel, curvature: Curvature | None = None, *, damping: Any = 0.0, batch_size: int | None = None
+    problem: Bilevel,
+    curvature: Curvature | None = None,
+    *,
+    damping: Any = 0.0,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Operator]:
     """Makes (meta_params, tasks, weights=None) -> Operator, the total Hessian H = D_λ D_λ F plus damping · I.
 
@@ -338,6 +395,7 @@ def total_hessian(
       damping: non-negative number added to every eigenvalue. F is a mean over tasks, so it does not depend on T.
       batch_size: tasks per chunk, which bounds the memory at the cost of running the gradient map again in every
         product; None takes all tasks at once and keeps what its linearisation needs.
+      mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
 
     Raises:
       ValueError: a curvature that needs what the problem lacks, or a negative damping.
@@ -346,7 +404,8 @@ def total_hessian(
     check_curvature(problem, curvature)
     check_damping(damping)
     check_batch_size(batch_size)
-    expansion = expand(problem, curvature, batch_size)
+    check_mesh(mesh)
+    expansion = expand(problem, curvature, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Operator:
         check_meta_params(meta_params)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import solvers
@@ -31,6 +32,7 @@ from metainfluence.tasks import (
     Task,
     Weights,
     check_batch_size,
+    check_mesh,
     concrete,
     described,
     is_array,
@@ -105,7 +107,12 @@ class _Method(NamedTuple):
 
     @staticmethod
     def of(
-        problem: Bilevel, solver: Solver | None, curvature: Curvature | None, damping: Any, batch_size: int | None
+        problem: Bilevel,
+        solver: Solver | None,
+        curvature: Curvature | None,
+        damping: Any,
+        batch_size: int | None,
+        mesh: Mesh | None,
     ) -> _Method:
         curvature = exact() if curvature is None else curvature
         solver = solvers.auto() if solver is None else solver
@@ -115,7 +122,8 @@ class _Method(NamedTuple):
         if not (isinstance(damping, str) and damping == "auto"):
             check_damping(damping)
         check_batch_size(batch_size)
-        return _Method(problem, solver, damping, expand(problem, curvature, batch_size))
+        check_mesh(mesh)
+        return _Method(problem, solver, damping, expand(problem, curvature, batch_size, mesh))
 
     def at(self, meta_params: PyTree, tasks: Task, weights: Weights | None) -> _Point:
         check_meta_params(meta_params)
@@ -198,6 +206,7 @@ def task_if(
     curvature: Curvature | None = None,
     damping: Any = 0.0,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Influence]:
     """Makes (meta_params, tasks, weights=None) -> Influence of every task: task-IF.
 
@@ -210,6 +219,7 @@ def task_if(
       curvature: one of `metainfluence.curvature`; None for `exact()`.
       damping: non-negative number added to every eigenvalue of H, or "auto" for the rule of `damping.auto`.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+      mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
 
     Returns:
       Function whose delta has leaves `[T, ...]`, and info `[T]`.
@@ -217,7 +227,7 @@ def task_if(
     Raises:
       ValueError: as `total_hessian`; and for tasks, weights or meta_params that are malformed or not finite.
     """
-    method = _Method.of(problem, solver, curvature, damping, batch_size)
+    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
     loss = task_loss(problem)
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Influence:
@@ -228,7 +238,7 @@ def task_if(
             gradients = jax.vmap(lambda task, w: jax.grad(loss)(meta_params, task, w))(*data)
             return (), jax.tree.map(lambda g: -g / count, gradients)
 
-        _, rhs = reduce_tasks(chunk, (tasks, point.weights), batch_size)
+        _, rhs = reduce_tasks(chunk, (tasks, point.weights), batch_size, mesh)
         return Influence(*method.solve_all(point, rhs))
 
     return run
@@ -242,6 +252,7 @@ def instance_if(
     curvature: Curvature | None = None,
     damping: Any = 0.0,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Influence]:
     """Makes (meta_params, tasks, index, weights=None) -> Influence of every example on one side of task `index`.
 
@@ -256,6 +267,7 @@ def instance_if(
       curvature: as in `task_if`.
       damping: as in `task_if`.
       batch_size: as in `task_if`.
+      mesh: as in `task_if`.
 
     Returns:
       Function whose delta has leaves `[n, ...]`, and info `[n]`; 0 for padding.
@@ -265,7 +277,7 @@ def instance_if(
     """
     if side not in ("support", "query"):
         raise ValueError(f"side: expected 'support' or 'query', got {side!r}")
-    method = _Method.of(problem, solver, curvature, damping, batch_size)
+    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, index: Any, weights: Weights | None = None) -> Influence:
         count = sizes(tasks).lead[0]
@@ -293,6 +305,7 @@ def group_influence(
     curvature: Curvature | None = None,
     damping: Any = 0.0,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Influence]:
     """Makes (meta_params, tasks, direction, weights=None) -> Influence along a direction in the data weights.
 
@@ -305,11 +318,12 @@ def group_influence(
       curvature: as in `task_if`.
       damping: as in `task_if`.
       batch_size: as in `task_if`.
+      mesh: as in `task_if`.
 
     Raises:
       ValueError: a direction of the wrong shape or not finite, and as `task_if`.
     """
-    method = _Method.of(problem, solver, curvature, damping, batch_size)
+    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, direction: Weights, weights: Weights | None = None) -> Influence:
         direction = resolve_weights(direction, tasks, name="direction")
@@ -327,6 +341,7 @@ def influence_scores(
     curvature: Curvature | None = None,
     damping: Any = 0.0,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Scores]:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores of all tasks and all examples, by one solve.
 
@@ -340,6 +355,7 @@ def influence_scores(
       curvature: as in `task_if`.
       damping: as in `task_if`.
       batch_size: as in `task_if`.
+      mesh: as in `task_if`.
 
     Returns:
       Function whose scores are − w · dφ/dw at the current weights: the predicted change of φ on removal, in its units.
@@ -349,7 +365,7 @@ def influence_scores(
     """
     if not callable(target):
         raise TypeError(f"target: expected a function (meta_params, *target_args) -> scalar, got {target!r}")
-    method = _Method.of(problem, solver, curvature, damping, batch_size)
+    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
         point = method.at(meta_params, tasks, weights)
@@ -369,6 +385,7 @@ def self_influence(
     curvature: Curvature | None = None,
     damping: Any = 0.0,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Scores]:
     """Makes (meta_params, tasks, weights=None) -> Scores of every datum on its own term of F.
 
@@ -382,11 +399,12 @@ def self_influence(
       curvature: as in `task_if`.
       damping: as in `task_if`.
       batch_size: as in `task_if`.
+      mesh: as in `task_if`.
 
     Returns:
       Function whose info has leaves `[T, 1 + n_support + n_query]`: the task, its support and its query examples.
     """
-    method = _Method.of(problem, solver, curvature, damping, batch_size)
+    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Scores:
         point = method.at(meta_params, tasks, weights)
@@ -416,6 +434,7 @@ def edit(
     curvature: Curvature | None = None,
     damping: Any = 0.0,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
     num_newton_steps: int = 1,
 ) -> Callable[..., Edit]:
     """Makes (meta_params, tasks, new_weights, weights=None) -> Edit: λ at new data weights, without retraining.
@@ -429,6 +448,7 @@ def edit(
       curvature: as in `task_if`.
       damping: as in `task_if`.
       batch_size: as in `task_if`.
+      mesh: as in `task_if`.
       num_newton_steps: steps after the first-order one, at least 0.
 
     Raises:
@@ -436,8 +456,8 @@ def edit(
     """
     if isinstance(num_newton_steps, bool) or not isinstance(num_newton_steps, int) or num_newton_steps < 0:
         raise ValueError(f"num_newton_steps: expected a non-negative integer, got {num_newton_steps!r}")
-    method = _Method.of(problem, solver, curvature, damping, batch_size)
-    gradient = gradient_map(problem, batch_size)
+    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
+    gradient = gradient_map(problem, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, new_weights: Weights, weights: Weights | None = None) -> Edit:
         check_meta_params(meta_params)

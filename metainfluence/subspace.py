@@ -312,7 +312,7 @@ def _whiten(whitener: Array, subspace: Subspace, shift: Array, at: Array, count:
 
     def row(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         whitener, indefinite = carry
-        here = at + index.astype(at.dtype)
+        here = at + jnp.asarray(index, at.dtype)
         unit = jnp.arange(len(whitener), dtype=here.dtype) == here
         filled = subspace.filled[here]
         column = jnp.where(unit, subspace.gram[here] + shift, subspace.gram[here])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree
 
 
@@ -276,18 +277,26 @@ def fill_padding(batch: PyTree, mask: Array | None) -> PyTree:
 
 
 def reduce_tasks(
-    fn: Callable[[Any], tuple[PyTree, PyTree]], data: PyTree, batch_size: int | None
+    fn: Callable[[Any], tuple[PyTree, PyTree]], data: PyTree, batch_size: int | None, mesh: Mesh | None = None
 ) -> tuple[PyTree, PyTree]:
     """Runs `fn` over chunks of tasks, adding up its first result and concatenating its second.
 
     Args:
-      fn: maps a chunk of `data`, leading axis b, to (pytree to be summed, pytree of arrays `[b, ...]`).
+      fn: maps a chunk of `data`, leading axis b, to (pytree to be summed, pytree of arrays `[b, ...]`). With a mesh,
+        tasks of weight 0 must add nothing to the sum.
       data: pytree of arrays with the tasks on the leading axis.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+      mesh: devices over which each chunk's tasks are sharded, over all axes of the mesh. Where the tasks do not divide
+        evenly, tasks of weight 0 fill up.
     """
-    count = jax.tree.leaves(data)[0].shape[0]
+    given = count = jax.tree.leaves(data)[0].shape[0]
+    if mesh is not None:
+        count = -(-given // mesh.size) * mesh.size
+        batch_size = None if batch_size is None else -(-batch_size // mesh.size) * mesh.size
+        data = pad_tasks(data, count)
     if batch_size is None or batch_size >= count:
-        return fn(data)
+        total, each = fn(shard(data, mesh))
+        return total, jax.tree.map(lambda x: x[:given], each)
     chunks, rest = divmod(count, batch_size)
     whole = chunks * batch_size
     head = jax.tree.map(lambda x: x[:whole].reshape(chunks, batch_size, *x.shape[1:]), data)
@@ -297,19 +306,49 @@ def reduce_tasks(
     # Reverse mode through the chunks would otherwise keep the intermediates of all of them.
     @jax.checkpoint
     def body(total: PyTree, chunk: PyTree) -> tuple[PyTree, PyTree]:
-        part, each = fn(chunk)
+        part, each = fn(shard(chunk, mesh))
         return jax.tree.map(jnp.add, total, part), each
 
     total, each = jax.lax.scan(body, zeros, head)
     each = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), each)
     if rest:
-        part, tail = fn(jax.tree.map(lambda x: x[whole:], data))
+        part, tail = fn(shard(jax.tree.map(lambda x: x[whole:], data), mesh))
         total = jax.tree.map(jnp.add, total, part)
         each = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), each, tail)
-    return total, each
+    return total, jax.tree.map(lambda x: x[:given], each)
+
+
+def pad_tasks(data: PyTree, count: int) -> PyTree:
+    """Fills up to `count` tasks by repeating the last one, at weight 0 in the `Weights` that the pytree holds."""
+    given = jax.tree.leaves(data)[0].shape[0]
+    if count == given:
+        return data
+    rows = np.minimum(np.arange(count), given - 1)
+
+    def pad(node: PyTree) -> PyTree:
+        padded = jax.tree.map(lambda leaf: leaf[rows], node)
+        if isinstance(node, Weights):
+            padded = padded._replace(task=jnp.where(np.arange(count) < given, padded.task, 0))
+        return padded
+
+    return jax.tree.map(pad, data, is_leaf=lambda node: isinstance(node, Weights))
+
+
+def shard(data: PyTree, mesh: Mesh | None) -> PyTree:
+    """Lays the leading axis, a multiple of the mesh's size, over all axes of the mesh; None leaves data where it is."""
+    if mesh is None:
+        return data
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), data)
 
 
 def check_batch_size(batch_size: int | None) -> None:
     """Raises ValueError unless `batch_size` is None or a positive integer."""
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size: expected None or a positive integer, got {batch_size!r}")
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+    """Raises TypeError unless `mesh` is None or a mesh of devices."""
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh: expected None or a jax.sharding.Mesh, got {mesh!r}")

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 import metainfluence as mi
-from metainfluence.lab import digits, fewshot, plots, report, score_table
+from metainfluence.lab import digits, fewshot, plots, report
 from metainfluence.lab.models import MLP, logistic_head_problem
+from metainfluence.lab.sources import FewShotSource
 from metainfluence.lab.timing import Compiled
 from metainfluence.lab.train import meta_train
 
@@ -149,7 +150,8 @@ def run(config: DemoConfig) -> None:
     report.removal(console, flagged, truth, before, rows)
 
     metadata = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, "damping": damping}
-    score_table.write(score_table.score_table(scores, data.listed, metadata), config.out / "scores.parquet")
+    source = FewShotSource(data.listed, digits.load(seed=config.seed).images)
+    mi.scoring.write_scores(config.out / "scores.parquet", scores, data.tasks, source=source, metadata=metadata)
     title = f"{config.num_tasks} few-shot digits tasks, {np.sum(truth != fewshot.CLEAN)} of them harmful in two ways"
     plots.ranking_and_detection(methods["exact influence"], truth, methods, config.out / "scores.png", title=title)
     report.files(console, config.out, time.perf_counter() - started)

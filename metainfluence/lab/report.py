@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import metainfluence as mi
-from metainfluence.lab.detection import found_at, roc_auc
+from metainfluence.evaluation import found_at, roc_auc
 from metainfluence.lab.fewshot import CLEAN, FLIPPED, SHORTCUT, FewShotTasks
 
 SHARES = (0.1, 0.2, 0.4)
@@ -88,7 +88,7 @@ def most_harmful(console: Console, scores: mi.Scores, tasks: FewShotTasks, truth
     examples = [
         (role, *place, ids[place], flipped[place], value)
         for role, ids, flipped, of_role in (
-            ("support", tasks.support_ids, np.zeros(tasks.support_ids.shape, bool), np.asarray(scores.support)),
+            ("support", tasks.support_ids, tasks.support_flipped, np.asarray(scores.support)),
             ("query", tasks.query_ids, tasks.query_flipped, np.asarray(scores.query)),
         )
         for place, value in np.ndenumerate(of_role)

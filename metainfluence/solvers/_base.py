@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -118,6 +119,9 @@ class Solver(NamedTuple):
       solve_many: (operator, state, rhs) -> (solutions, SolveInfo) for right-hand sides on a leading axis, where they
         gain from each other; None for `solve` under vmap.
       init_matvecs: (state) -> products that `init` took.
+      report: for iterative solvers, (operator, flat rhs, Outcome of `iteration.finish`) -> SolveInfo; else None.
+      outcome: for solvers without steps, (operator, state, flat rhs) -> Outcome, the solution without the product that
+        a report on it takes; None for `solve`.
     """
 
     init: Callable[[Operator], Any]
@@ -125,6 +129,8 @@ class Solver(NamedTuple):
     iteration: Iteration | None = None
     solve_many: Callable[..., tuple[PyTree, SolveInfo]] | None = None
     init_matvecs: Callable[[Any], Any] = lambda state: 0
+    report: Callable[[Operator, Array, Outcome], SolveInfo] | None = None
+    outcome: Callable[[Operator, Any, Array], Outcome] | None = None
 
 
 class Preconditioner(NamedTuple):
@@ -150,8 +156,13 @@ def preconditioner_of(solver: Solver | None, operator: Operator, state: Any) -> 
         return solver.solve(operator, state, operator.domain.unravel(vector))
 
     init_matvecs = jnp.asarray(solver.init_matvecs(state), jnp.int32)
+    zero = jnp.zeros(operator.size, operator.domain.dtype)
+    if solver.outcome is not None:
+        outcome = functools.partial(solver.outcome, operator, state)
+        own = jnp.asarray(outcome(zero).num_matvecs, jnp.int32) - init_matvecs
+        return Preconditioner(lambda vector: outcome(vector).solution, init_matvecs, own)
     # What `report` adds for its residual is not run here, where nobody asks for it.
-    info = apply(jnp.zeros(operator.size, operator.domain.dtype))[1]
+    info = apply(zero)[1]
     own = info.num_matvecs - init_matvecs - 1
     return Preconditioner(lambda vector: operator.domain.ravel(apply(vector)[0]), init_matvecs, own)
 
@@ -173,7 +184,7 @@ def report(operator: Operator, rhs: Array, outcome: Outcome, tol: Any) -> SolveI
     failure = jnp.asarray(outcome.failure, jnp.int32)
     status = jnp.where(relative <= reachable(tol, relative.dtype), jnp.int32(SolveStatus.CONVERGED), failure)
     # A solver that has seen why there is no finite answer knows more than the answer tells.
-    unexplained = ~finite & (failure != SolveStatus.INDEFINITE)
+    unexplained = ~finite & (failure != jnp.int32(SolveStatus.INDEFINITE))
     return SolveInfo(
         status=jnp.where(unexplained, jnp.int32(SolveStatus.NONFINITE), status),
         num_matvecs=jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(1),
@@ -203,7 +214,7 @@ def direct(
         info = report(system(operator, state), vector, outcome, tol(vector.dtype))
         return operator.domain.unravel(outcome.solution), info
 
-    return Solver(init, solve, init_matvecs=init_matvecs)
+    return Solver(init, solve, init_matvecs=init_matvecs, outcome=apply)
 
 
 def iterative(
@@ -228,7 +239,10 @@ def iterative(
         outcome = iteration.finish(carry)
         return operator.domain.unravel(outcome.solution), report(operator, vector, outcome, tol)
 
-    return Solver(init, solve, iteration, init_matvecs=init_matvecs)
+    def judge(operator: Operator, rhs: Array, outcome: Outcome) -> SolveInfo:
+        return report(operator, rhs, outcome, tol)
+
+    return Solver(init, solve, iteration, init_matvecs=init_matvecs, report=judge)
 
 
 def norm(vector: Array) -> Array:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from metainfluence.lab import cli, demo, fewshot, score_table
+import metainfluence as mi
+from metainfluence.lab import cli, demo, fewshot
 
 SMALL = [
     *("--num-tasks", "40", "--num-held-out", "40", "--num-flipped", "4", "--num-shortcut", "4", "--queries", "8"),
@@ -19,23 +20,24 @@ def small_run(tmp_path_factory):
 
 
 def test_the_demo_finds_the_harmful_tasks(small_run):
-    table, metadata = score_table.read(small_run / "scores.parquet")
+    table = mi.read_scores(small_run / "scores.parquet")
+    metadata = table.metadata
     assert metadata["solve"]["status"] == "CONVERGED"
     assert metadata["solve"]["relative_residual"] < 1e-6
     assert metadata["config"]["num_tasks"] == 40
     assert metadata["damping"] > 0
-    rows = [row for row in table.to_pylist() if row["role"] == "task"]
-    harmful = [row["harm"] != fewshot.CLEAN for row in rows]
-    assert len(rows) == 40
+    own = table.role == "task"
+    harmful = table.labels["harm"][own] != fewshot.CLEAN
+    assert len(harmful) == 40
     assert sum(harmful) == 8
-    assert roc_auc_score(harmful, [-row["score"] for row in rows]) > 0.9
+    assert roc_auc_score(harmful, -table.score[own]) > 0.9
 
 
 def test_the_demo_finds_flipped_query_labels(small_run):
-    rows = score_table.read(small_run / "scores.parquet")[0].to_pylist()
-    query = [row for row in rows if row["role"] == "query"]
-    assert len(query) == 40 * 24
-    assert roc_auc_score([row["label_flipped"] for row in query], [-row["score"] for row in query]) > 0.6
+    table = mi.read_scores(small_run / "scores.parquet")
+    query = table.role == "query"
+    assert query.sum() == 40 * 24
+    assert roc_auc_score(np.asarray(table.labels["label_flipped"][query]), -table.score[query]) > 0.6
 
 
 def test_the_demo_draws_a_picture(small_run):

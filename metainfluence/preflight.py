@@ -1,0 +1,280 @@
+"""What a run will take, before it starts: memory, operations and time, from one compiled chunk of tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from metainfluence.bilevel import Bilevel, check_meta_params
+from metainfluence.curvature import Curvature, check_curvature, exact, summed_linear, summed_product
+from metainfluence.solvers._base import check_positive
+from metainfluence.tasks import Task, check_batch_size, concrete, resolve_weights, sizes, stack_tasks
+
+# A chunk that stays in a core's cache takes half the time, and a larger one brings nothing; an accelerator is filled.
+_CACHE_BYTES = 4.5e6
+_LEAST_ON_CPU = 8
+_MOST_ELSEWHERE = 4096
+
+# Vectors like λ that a solve holds.
+_VECTORS = 12
+
+# The compiled product's memory stands for that of the other programs, which take up to this much more.
+_MARGIN = 2.0
+
+# Linearisations of unrolled convolutional networks were seen to take up to some hundred times their data.
+_SURELY_LESS = 2000
+
+FREE_SHARE = 0.6
+_PROBE = 32
+
+
+class Plan(NamedTuple):
+    """What a run takes; `str` makes it a table.
+
+    Attributes:
+      num_tasks: T.
+      num_meta_params: scalars in λ.
+      batch_size: tasks per chunk that fit.
+      most_tasks: the same, not bounded by T.
+      kept_tasks: tasks whose linearisation fits besides, so that a product runs its linear part only; the others'
+        products run the gradient map again.
+      memory: bytes that may be used.
+      chunk_bytes: of the compiled product of `batch_size` tasks, as XLA's memory analysis counts them, data included.
+      linearised_bytes: of one task's linearisation.
+      flops: of all passes, as XLA's cost analysis counts them: the body of a loop whose length is not known, as an
+        inner solver's, once.
+      seconds: of all passes, from the time that the compiled product took; None where no data were given.
+      num_products: Hessian products that flops and seconds are for.
+    """
+
+    num_tasks: int
+    num_meta_params: int
+    batch_size: int
+    most_tasks: int
+    kept_tasks: int
+    memory: float
+    chunk_bytes: float
+    linearised_bytes: float
+    flops: float
+    seconds: float | None
+    num_products: int
+
+    @property
+    def at_once(self) -> int | None:
+        """The `batch_size` for functions that hold all tasks: None where all fit with their linearisation."""
+        return None if self.kept_tasks >= self.num_tasks else self.batch_size
+
+    def __str__(self) -> str:
+        """The plan in words."""
+        seconds = "not measured" if self.seconds is None else f"{self.seconds:.3g} s"
+        lines = {
+            "tasks": f"{self.num_tasks}",
+            "meta-parameters": f"{self.num_meta_params}",
+            "memory that may be used": _bytes(self.memory),
+            "tasks per chunk": f"{self.batch_size}, {_bytes(self.chunk_bytes)}",
+            "tasks kept linearised": f"{self.kept_tasks}, {_bytes(self.linearised_bytes)} each",
+            f"operations of {self.num_products} products and the scores": f"at least {self.flops:.2e}",
+            "time": f"{seconds} without compiling",
+        }
+        width = max(map(len, lines))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def preflight(
+    problem: Bilevel,
+    *,
+    curvature: Curvature | None = None,
+    batch_size: int | None = None,
+    memory: float | None = None,
+    num_products: int = 20,
+    mesh: Mesh | None = None,
+) -> Callable[..., Plan]:
+    """Makes (meta_params, tasks) -> Plan: lowers and compiles one chunk's Hessian product, and reads XLA's analyses.
+
+    Args:
+      problem: the problem.
+      curvature: one of `metainfluence.curvature`; None for `exact()`.
+      batch_size: tasks per chunk; None for as many as fit, up to where more bring nothing.
+      memory: bytes that may be used on all devices together; None for 60 % of what is free.
+      num_products: Hessian products that flops and time are estimated for; a solve takes some tens.
+      mesh: devices that share each chunk; None for one.
+
+    Returns:
+      Function of λ and stacked tasks or a source of single ones. Run on shapes (`jax.ShapeDtypeStruct`) instead of
+      arrays, it measures no time.
+
+    Raises:
+      MemoryError: not one task, or not `batch_size` tasks, fit; with the numbers.
+    """
+    curvature = exact() if curvature is None else curvature
+    check_curvature(problem, curvature)
+    check_batch_size(batch_size)
+    check_positive("num_products", num_products, integer=True)
+    if memory is not None:
+        check_positive("memory", memory)
+
+    def run(meta_params: PyTree, tasks: Task | Sequence[Task]) -> Plan:
+        check_meta_params(meta_params)
+        devices = 1 if mesh is None else mesh.size
+        room = devices * free_memory() * FREE_SHARE if memory is None else memory
+        count = sizes(tasks).lead[0] if isinstance(tasks, Task) else len(tasks)
+        vectors = _VECTORS * _size(meta_params)
+        wanted = min(count, _PROBE if batch_size is None else batch_size)
+        measured = _measure(problem, curvature, meta_params, _first(tasks, wanted))
+        fitting = int((room - vectors) / (_MARGIN * measured.bytes_per_task))
+        if fitting < (1 if batch_size is None else wanted):
+            raise MemoryError(
+                f"memory: expected at least {_bytes(vectors + _MARGIN * measured.bytes_per_task * (batch_size or 1))} "
+                f"({_bytes(measured.bytes_per_task)} per task by XLA's analysis, {_MARGIN:g} times for the largest "
+                f"program, and {_bytes(vectors)} for vectors like meta_params), got {_bytes(room)}"
+            )
+        most = wanted
+        if batch_size is None:
+            useful = _MOST_ELSEWHERE
+            if jax.default_backend() == "cpu":
+                useful = max(int(_CACHE_BYTES / measured.bytes_per_task), _LEAST_ON_CPU)
+            # Half of what fits, so that linearisations have room.
+            most = min(useful * devices, max(fitting // 2, 1))
+        chosen = min(count, most)
+        chunk = measured.bytes_per_task * chosen
+        kept = int(max(room - vectors - _MARGIN * chunk, 0) / measured.linearised_bytes)
+        passes = num_products + 3
+        return Plan(
+            num_tasks=count,
+            num_meta_params=sum(jnp.size(leaf) for leaf in jax.tree.leaves(meta_params)),
+            batch_size=chosen,
+            most_tasks=most,
+            kept_tasks=min(kept, count),
+            memory=room,
+            chunk_bytes=chunk,
+            linearised_bytes=measured.linearised_bytes,
+            flops=passes * count * measured.flops_per_task,
+            seconds=None if measured.seconds_per_task is None else passes * count * measured.seconds_per_task / devices,
+            num_products=num_products,
+        )
+
+    return run
+
+
+def fitting_batch_size(
+    problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task, lanes: int, mesh: Mesh | None
+) -> int | None:
+    """Tasks per chunk for a function that is given all tasks, by shapes alone; None for all at once.
+
+    Args:
+      problem: the problem.
+      curvature: of its products.
+      meta_params: λ, or its shapes.
+      tasks: stacked tasks, or their shapes.
+      lanes: vectors that are multiplied at once.
+      mesh: devices that share each chunk; None for one.
+    """
+    room = free_memory() * FREE_SHARE * (1 if mesh is None else mesh.size)
+    count = sizes(tasks).lead[0]
+    if (_size(tasks) + count * _size(meta_params)) * _SURELY_LESS * lanes <= room:
+        return None
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), meta_params)
+    one = _first(tasks, 1)
+    if _linearised_bytes(problem, curvature, shapes, one) * count * (1 + lanes) <= room:
+        return None
+    plan = preflight(problem, curvature=curvature, memory=room / lanes, mesh=mesh)(shapes, _shapes(tasks))
+    return plan.at_once
+
+
+def free_memory() -> float:
+    """Bytes that are free on the default device: those of an accelerator, or, of the host, what the kernel can give."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return float(statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
+    free = [_available(Path("/proc/meminfo")), *_limits(Path("/sys/fs/cgroup"))]
+    return min((each for each in free if each is not None), default=2e9)
+
+
+class _Measured(NamedTuple):
+    bytes_per_task: float
+    linearised_bytes: float
+    flops_per_task: float
+    seconds_per_task: float | None
+
+
+def _measure(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task) -> _Measured:
+    count = sizes(tasks).lead[0]
+    weights = jax.eval_shape(lambda: resolve_weights(None, tasks))
+
+    def product(at: PyTree, vector: PyTree, tasks: Task, weights: Any) -> PyTree:
+        return summed_product(problem, curvature, at, vector, tasks, weights)
+
+    lowered = jax.jit(product).lower(meta_params, meta_params, tasks, weights)
+    compiled = lowered.compile()
+    memory: Any = compiled.memory_analysis()
+    costs = compiled.cost_analysis() or {}
+    used = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    seconds = None
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((meta_params, tasks))):
+        arguments = jax.device_put((meta_params, meta_params, tasks, resolve_weights(None, tasks)))
+        jax.block_until_ready(compiled(*arguments))
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        seconds = (time.perf_counter() - start) / count
+    return _Measured(
+        bytes_per_task=max(used - 3 * _size(meta_params), 1) / count,
+        linearised_bytes=max(_linearised_bytes(problem, curvature, meta_params, tasks) / count, 1),
+        flops_per_task=float(costs.get("flops", 0.0)) / count,
+        seconds_per_task=seconds,
+    )
+
+
+def _linearised_bytes(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task) -> float:
+    weights = jax.eval_shape(lambda: resolve_weights(None, tasks))
+    linear = jax.eval_shape(lambda at, *data: summed_linear(problem, curvature, at, *data), meta_params, tasks, weights)
+    return _size(linear)
+
+
+def _first(tasks: Task | Sequence[Task], count: int) -> Task:
+    if not isinstance(tasks, Task):
+        return stack_tasks([tasks[k] for k in range(count)])
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tasks)) or not concrete(tasks):
+        shapes = _shapes(tasks)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), shapes)
+    return jax.tree.map(lambda leaf: leaf[:count], tasks)
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
+
+
+def _size(tree: PyTree) -> float:
+    return float(sum(jnp.size(leaf) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree)))
+
+
+def _available(meminfo: Path) -> float | None:
+    try:
+        lines = meminfo.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024.0 * int(found[0]) if found else None
+
+
+def _limits(root: Path) -> list[float]:
+    """What this process's control group leaves."""
+    try:
+        limit, used = ((root / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return []
+    return [] if limit == "max" else [float(limit) - float(used)]
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(number) < 1000 or unit == "GB":
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    raise AssertionError

@@ -1,0 +1,493 @@
+"""Scores of more tasks than fit in memory: passes over a source, a solve that can be taken up again, a file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree, Shaped
+
+from metainfluence import damping as damping_rules
+from metainfluence import solvers
+from metainfluence.adaptation import check_scalar
+from metainfluence.bilevel import Bilevel, check_meta_params, meta_regularization
+from metainfluence.curvature import Curvature, check_curvature, exact, summed_product
+from metainfluence.operators import Domain, Operator, check_damping
+from metainfluence.preflight import FREE_SHARE, free_memory, preflight
+from metainfluence.scoring import _manifest, _table
+from metainfluence.scoring._passes import BatchScores, Passes, Slope, reader_of
+from metainfluence.scoring._processes import agree, first, meet, share
+from metainfluence.scoring._programs import holds_nan, programs_of
+from metainfluence.scoring._progress import Progress, Reporter, reporter
+from metainfluence.scoring._source import Reader, Source, ids_of, stack, widened
+from metainfluence.scoring._store import Store
+from metainfluence.solvers import SolveInfo, Solver
+from metainfluence.solvers._base import check_positive, norm
+from metainfluence.tasks import check_batch_size, check_mesh, sizes
+
+# One for all runs, since programs are known by it.
+_EXACT = exact()
+
+# Fewer make `sampled(64, rank=50)` dearer than a product.
+_MANY_TASKS = 3200
+
+_ROWS_PER_SHARD = 1 << 14
+
+
+class Result(NamedTuple):
+    """Scores of a source, in host memory; tasks that could not be read have no row.
+
+    Attributes:
+      task: `[T]`, predicted change of the target on removal; positive helps, negative harms.
+      support: `[T, n_support]`, 0 on padding.
+      query: `[T, n_query]`.
+      info: report on the solve.
+      ids: of the tasks, `[T]`.
+      skipped: id -> why it could not be read.
+    """
+
+    task: Float[np.ndarray, " T"]
+    support: Float[np.ndarray, "T n_support"]
+    query: Float[np.ndarray, "T n_query"]
+    info: SolveInfo
+    ids: Shaped[np.ndarray, " T"]
+    skipped: Mapping[Any, str]
+
+
+def score(
+    problem: Bilevel,
+    target: Callable[..., Array],
+    meta_params: PyTree,
+    source: Source,
+    *target_args: Any,
+    out: Path | str,
+    solver: Solver | None = None,
+    curvature: Curvature | None = None,
+    damping: Any = 0.0,
+    mesh: Mesh | None = None,
+    batch_size: int | None = None,
+    memory: float | None = None,
+    resume: bool = True,
+    on_error: str = "raise",
+    precision: str = "highest",
+    progress: bool | Callable[[Progress], None] = True,
+) -> Result:
+    """Scores all tasks and examples of a source that need not fit in memory, and writes them to a file.
+
+    The same numbers as `influence_scores`, by passes over batches of tasks that a thread reads ahead: one for the
+    gradient, one for each Hessian product, one for the scores. Batches whose linearisation fits in memory keep it, and
+    their products are then cheaper; others run the gradient map again.
+
+    A run that ends early, for whatever reason, goes on where it was when it is called again: the solver's state after
+    each product, and each batch of scores, are in the folder `out` + ".run". A run on other data, at another λ or with
+    other settings is refused. A finished file is read, and nothing is computed.
+
+    Half-precision meta-parameters and data are taken to float32 first.
+
+    Args:
+      problem: the problem.
+      target: φ: (meta_params, *target_args) -> scalar, as made by `query_loss`.
+      meta_params: λ.
+      source: the tasks, see `scoring.Source`.
+      *target_args: passed on to the target.
+      out: the score file, Parquet; see `read_scores`. With several processes, on a file system that all of them see.
+      solver: one of `metainfluence.solvers`; None for `cg()`, from 3200 tasks on preconditioned by `sampled`. `cg`,
+        `minres` and `neumann` save their state after each step, all others each product. Preconditioners that need no
+        layers work: `sampled`, `nystrom`, `lanczos`.
+      curvature: one of `metainfluence.curvature`; None for `exact()`.
+      damping: non-negative number, or "auto" for the rule of `damping.auto`.
+      mesh: devices over which each batch is sharded, over all axes of the mesh; it may span processes, each of which
+        then reads its share of each batch. None for the default device.
+      batch_size: tasks in a batch; with a mesh rounded up to a multiple of its size. None for what fits, by
+        `preflight`.
+      memory: bytes that batches and linearisations may take on all devices together; None for 60 % of what is free.
+      resume: False starts anew, and replaces what is at `out`.
+      on_error: what to do with a task that cannot be read: "raise", or "skip", which leaves it out of F and of the
+        file; `Result.skipped` and the file's metadata name it.
+      precision: of matrix products: "highest", "high", "default", … see `jax.default_matmul_precision`.
+      progress: True shows a bar; or a function of `scoring.Progress`.
+
+    Returns:
+      The scores, which are also in the file.
+
+    Raises:
+      ValueError: an `out` that holds another run, with the difference named; ids that repeat; and as
+        `influence_scores`.
+      SourceError: a task that cannot be read, or a source that has changed during the run.
+      MemoryError: not one task fits.
+      BlockingIOError: another process is writing to `out`.
+      OSError: `out` cannot be written to; what was finished is kept.
+      ModuleNotFoundError: pyarrow is missing.
+    """
+    _table.arrow()
+    curvature = _EXACT if curvature is None else curvature
+    if not isinstance(solver, Solver | None):
+        raise TypeError(f"solver: expected one of metainfluence.solvers, as cg(), got {solver!r}")
+    if not callable(target):
+        raise TypeError(f"target: expected a function (meta_params, *target_args) -> scalar, got {target!r}")
+    check_curvature(problem, curvature)
+    if not (isinstance(damping, str) and damping == "auto"):
+        check_damping(damping)
+        damping = float(damping)
+    check_batch_size(batch_size)
+    check_mesh(mesh)
+    if memory is not None:
+        check_positive("memory", memory)
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
+    meta_params = widened(jax.tree.map(jnp.asarray, meta_params))
+    check_meta_params(meta_params)
+    count = len(ids_of(source))
+    if solver is None:
+        # A basis that costs less than a product, and was seen to save half of them.
+        preconditioner = solvers.sampled(64, rank=50) if count >= _MANY_TASKS else None
+        solver = solvers.cg(preconditioner=preconditioner)
+    run = _Run(
+        problem,
+        target,
+        meta_params,
+        source,
+        target_args,
+        solver,
+        curvature,
+        damping,
+        mesh,
+        batch_size,
+        memory,
+        on_error,
+    )
+    with jax.default_matmul_precision(precision), reporter(progress) as report:
+        return run(Path(out), precision, resume, report)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The arguments of `score` that decide on its result, and where it is computed."""
+
+    problem: Bilevel
+    target: Callable[..., Array]
+    meta_params: PyTree
+    source: Source
+    target_args: tuple[Any, ...]
+    solver: Solver
+    curvature: Curvature
+    damping: float | str
+    mesh: Mesh | None
+    batch_size: int | None
+    memory: float | None
+    on_error: str
+
+    def __call__(self, out: Path, precision: str, resume: bool, report: Reporter) -> Result:
+        with _store(out) as store:
+            if not resume:
+                store.clear()
+                if first():
+                    out.unlink(missing_ok=True)
+            ours = self.manifest(precision)
+            finished = store.shared(lambda: _table.metadata_of(out)["manifest"] if out.exists() else None)
+            manifest = self.agreed(ours, store.manifest if finished is None else finished, out)
+            if finished is None:
+                store.manifest = manifest
+                self.compute(manifest, store, out, report)
+            meet()
+            result = _result(out)
+            meet()
+            store.remove()
+            return result
+
+    def manifest(self, precision: str) -> dict[str, Any]:
+        """What this run is about; a batch size that is to be chosen is None."""
+        reader = Reader(self.source, 1, self.on_error)
+        batch = stack([reader.template()], reader.template())
+
+        def product(meta_params: PyTree, vector: PyTree, batch: Any) -> PyTree:
+            return summed_product(self.problem, self.curvature, meta_params, vector, *batch)
+
+        def regularizer(meta_params: PyTree) -> Array:
+            return meta_regularization(self.problem, meta_params)
+
+        return {
+            "library": _manifest.library(),
+            "jax": jax.__version__,
+            "dtype": str(jnp.result_type(*jax.tree.leaves(self.meta_params))),
+            "default dtype": str(jnp.result_type(float)),
+            "precision": precision,
+            "meta_params": _manifest.of_arrays(self.meta_params),
+            "problem and curvature": _manifest.of_function(product, self.meta_params, self.meta_params, batch),
+            "meta_regularizer": _manifest.of_function(regularizer, self.meta_params),
+            "target": _manifest.of_function(self.slope_of_target, self.meta_params, *self.target_args),
+            "target_args": _manifest.of_arrays(self.target_args),
+            "solver": _manifest.of_closure(self.solver),
+            "damping": self.damping,
+            "on_error": self.on_error,
+            "source": {
+                "length": len(reader.ids),
+                "ids": _manifest.of_texts(map(str, reader.ids)),
+                "content": reader.fingerprint(),
+            },
+            "batch_size": None if self.batch_size is None else self.rounded(self.batch_size),
+        }
+
+    def agreed(self, ours: dict[str, Any], theirs: dict[str, Any] | None, out: Path) -> dict[str, Any]:
+        """The manifest to go by: that of an earlier run, unless it is about something else."""
+        if theirs is None:
+            return {**ours, "batch_size": self.chosen_batch_size(), "kept_bytes": self.usable_memory() / 2}
+        if self.batch_size is None:
+            ours = {**ours, "batch_size": theirs["batch_size"]}
+        found = _manifest.difference({**ours, "kept_bytes": theirs["kept_bytes"]}, theirs)
+        if found is not None:
+            raise ValueError(
+                f"out: expected a new file or one of this run, got {out}, which differs in {found}; resume=False "
+                "starts anew"
+            )
+        return theirs
+
+    def slope_of_target(self, meta_params: PyTree, *args: Any) -> PyTree:
+        """∇φ."""
+        return jax.grad(lambda m: check_scalar(self.target(m, *args), "target"))(meta_params)
+
+    def compiled_slope_of_target(self) -> Array:
+        """∇φ as a flat vector, by a newly compiled function."""
+        # A function of its own, for which JAX knows no executable yet.
+        compiled = jax.jit(lambda *args: self.slope_of_target(*args))
+        return Domain.of(self.meta_params).ravel(compiled(self.meta_params, *self.target_args))
+
+    def usable_memory(self) -> float:
+        """Bytes that may be used."""
+        devices = 1 if self.mesh is None else self.mesh.size
+        return devices * FREE_SHARE * free_memory() if self.memory is None else float(self.memory)
+
+    def rounded(self, batch_size: int) -> int:
+        """The batch size as a multiple of the mesh's size."""
+        return batch_size if self.mesh is None else -(-batch_size // self.mesh.size) * self.mesh.size
+
+    def chosen_batch_size(self) -> int:
+        """The batch size asked for, or one that fits."""
+        if self.batch_size is not None:
+            return self.rounded(self.batch_size)
+        template = Reader(self.source, 1, self.on_error).template()
+        tasks = stack([template] * min(len(self.source), 32), template).tasks
+        plan = preflight(self.problem, curvature=self.curvature, memory=self.usable_memory(), mesh=self.mesh)
+        # Batches of equal size, so that little is filled up.
+        batches = -(-len(self.source) // plan(self.meta_params, tasks).most_tasks)
+        return self.rounded(-(-len(self.source) // batches))
+
+    def compute(self, manifest: dict[str, Any], store: Store, out: Path, report: Reporter) -> None:
+        """Solves, scores, and writes the file, as far as that is not done yet."""
+        batch_size = manifest["batch_size"]
+        if batch_size != self.rounded(batch_size):
+            assert self.mesh is not None
+            raise ValueError(
+                f"mesh: expected a size that divides the run's batch_size {batch_size}, got {self.mesh.size}"
+            )
+        reader = reader_of(self.source, batch_size, self.on_error, self.mesh)
+        programs = programs_of(self.problem, self.curvature, self.mesh)
+        passes = Passes(programs, self.meta_params, reader, memory=manifest["kept_bytes"], on_batch=report.batch)
+        slope = _slope(passes, store)
+        memo = _Memo(Domain.of(self.meta_params), store)
+        direction, info = self.solution(
+            passes.operator(slope), passes.operator(slope, memo.around), slope, store, report
+        )
+        report.phase("scores")
+        shards = _Shards(reader)
+        missing = [number for number in shards.numbers if store.read("shard", number) is None]
+        batches = [batch for number in missing for batch in shards.batches(number)]
+        tables = []
+        for done, (batch, found) in enumerate(passes.scores(direction, batches), 1):
+            tables.append(_rows(self.source, reader, batch, found) if first() else None)
+            if batch == shards.batches(shards.of(batch))[-1]:
+                if first():
+                    store.write("shard", shards.of(batch), _table.encoded(tables), suffix="parquet")
+                tables = []
+            report.batch(done, len(batches))
+        if first():
+            metadata = {
+                "solve": _table.report(info),
+                "score": "predicted change of the target on removal: positive helps, negative harms",
+                "skipped": [[reader.ids[k], reason] for k, reason in sorted(reader.skipped.items())],
+                "manifest": manifest,
+            }
+            _table.write_tables(out, _tables(store, shards.numbers), metadata)
+
+    def solution(
+        self, operator: Operator, memorised: Operator, slope: Slope, store: Store, report: Reporter
+    ) -> tuple[PyTree, SolveInfo]:
+        """The solution of (H + δI) s = ∇φ; the second operator is the first one with its products kept."""
+        domain = operator.domain
+        saved = store.arrays("solution", 0)
+        if saved is not None:
+            known = {name: jnp.asarray(value) for name, value in _unpacked(saved, "info").items()}
+            return domain.unravel(jnp.asarray(saved["solution"])), SolveInfo(**known)
+        damping, matvecs = self.damping, 0
+        if isinstance(damping, str):
+            report.phase("damping")
+            with jax.disable_jit():
+                rule = damping_rules.rule(memorised, slope.gradient, self.meta_params)
+            damping, matvecs = float(rule.value), damping_rules.RANK
+        rhs = self.compiled_slope_of_target()
+        if holds_nan(rhs):
+            rhs = self.compiled_slope_of_target()
+        report.phase("solve")
+        solution, info = _solve(self.solver, operator.damped(damping), memorised.damped(damping), rhs, store, report)
+        info = info._replace(
+            num_matvecs=info.num_matvecs + matvecs,
+            outer_gradient_norm=optax.tree.norm(slope.gradient),
+            inner_gradient_norm=slope.inner_gradient_norm,
+            damping=jnp.asarray(damping, rhs.dtype),
+        )
+        given = {name: np.asarray(value) for name, value in info._asdict().items() if value is not None}
+        store.write("solution", 0, {"solution": np.asarray(solution), **_packed("info", given)})
+        store.forget("product")
+        store.forget("solve")
+        return domain.unravel(solution), info
+
+
+class _Memo:
+    """Keeps products in the store, so that a run that was stopped finds them again.
+
+    A solver that asks for the same products in the same order gets them back, whatever it is.
+    """
+
+    def __init__(self, domain: Domain, store: Store):
+        self._domain, self._store, self._numbers = domain, store, itertools.count()
+
+    def around(self, products: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
+        """The same products of vectors on a leading axis, from the store where they are in it."""
+
+        def remembered(vectors: PyTree) -> PyTree:
+            number = next(self._numbers)
+            asked = np.asarray(jax.vmap(self._domain.ravel)(vectors))
+            saved = self._store.arrays("product", number)
+            if saved is not None and np.array_equal(saved["vectors"], asked):
+                return jax.vmap(self._domain.unravel)(jnp.asarray(saved["products"]))
+            found = products(vectors)
+            flat = np.asarray(jax.vmap(self._domain.ravel)(found))
+            self._store.write("product", number, {"vectors": asked, "products": flat})
+            return found
+
+        return remembered
+
+
+def _solve(
+    solver: Solver, operator: Operator, memorised: Operator, rhs: Array, store: Store, report: Reporter
+) -> tuple[Array, SolveInfo]:
+    """Solves H x = b: by the solver's steps, whose state is kept, or else by `solve` with its products kept."""
+    # Loops around products then run in Python.
+    with jax.disable_jit():
+        state = solver.init(memorised)
+    iteration = solver.iteration
+    if iteration is None or solver.report is None:
+        with jax.disable_jit():
+            solution, info = solver.solve(memorised, state, operator.domain.unravel(rhs))
+        return operator.domain.ravel(solution), info
+    carry = iteration.start(operator, state, rhs, None)
+    number, saved = store.latest("solve") or (0, None)
+    if saved is not None:
+        leaves = [jnp.asarray(saved[str(place)]) for place in range(len(saved))]
+        carry = jax.tree.unflatten(jax.tree.structure(carry), leaves)
+    while bool(iteration.running(carry)):
+        carry = iteration.step(operator, state, carry)
+        number += 1
+        leaves = jax.tree.leaves(carry)
+        store.replace("solve", number, {str(place): np.asarray(leaf) for place, leaf in enumerate(leaves)})
+        report.solved(_relative_residual(carry, rhs), float(iteration.finish(carry).min_curvature))
+    outcome = iteration.finish(carry)
+    return outcome.solution, solver.report(operator, rhs, outcome)
+
+
+def _relative_residual(carry: Any, rhs: Array) -> float | None:
+    """What the solver's own recursion says, where it has one."""
+    residual = getattr(carry, "residual_norm", None)
+    if residual is None and hasattr(carry, "residual"):
+        residual = norm(carry.residual)
+    scale = float(norm(rhs))
+    return None if residual is None or scale == 0 else abs(float(residual)) / scale
+
+
+def _slope(passes: Passes, store: Store) -> Slope:
+    """The gradient pass, or what an earlier run made of it; what it read is what must be found from then on."""
+    domain = passes.domain
+    saved = store.arrays("gradient", 0)
+    if saved is not None:
+        passes.reader.recall(_unpacked(saved, "read"))
+        slope = Slope(*(jnp.asarray(saved[name]) for name in Slope._fields))
+        return slope._replace(gradient=domain.unravel(slope.gradient))
+    slope = passes.slope()
+    share(passes.reader)
+    flat = slope._replace(gradient=domain.ravel(slope.gradient))
+    arrays = {name: np.asarray(value) for name, value in flat._asdict().items()}
+    store.write("gradient", 0, {**arrays, **_packed("read", passes.reader.memory())})
+    return slope
+
+
+def _packed(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}.{name}": value for name, value in arrays.items()}
+
+
+def _unpacked(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.partition(".")[2]: value for name, value in arrays.items() if name.startswith(f"{prefix}.")}
+
+
+class _Shards:
+    """How batches are put together to files of some size."""
+
+    def __init__(self, reader: Reader):
+        size = sizes(reader.template(), stacked=False)
+        rows = reader.batch_size * (1 + size.support + size.query)
+        self._batches, self._per_shard = reader.num_batches, -(-_ROWS_PER_SHARD // rows)
+        self.numbers = range(-(-self._batches // self._per_shard))
+
+    def of(self, batch: int) -> int:
+        """The shard that a batch belongs to."""
+        return batch // self._per_shard
+
+    def batches(self, shard: int) -> range:
+        """The batches of a shard."""
+        return range(shard * self._per_shard, min((shard + 1) * self._per_shard, self._batches))
+
+
+def _rows(source: Source, reader: Reader, number: int, found: BatchScores) -> Any:
+    """The rows of one batch."""
+    start = number * reader.batch_size
+    read = np.flatnonzero(found.weights[: len(reader.ids) - start])
+    positions = (start + read).tolist()
+    return _table.rows(
+        [reader.ids[k] for k in positions],
+        [found.task[read], found.support[read], found.query[read]],
+        [found.support_mask[read], found.query_mask[read]],
+        _table.columns_of(source, positions),
+    )
+
+
+def _tables(store: Store, numbers: Sequence[int]) -> Iterator[Any]:
+    for number in numbers:
+        content = store.read("shard", number)
+        if content is None:
+            raise OSError(f"out: expected shard {number}, which was whole before, got a damaged file; call again")
+        yield _table.decoded(content)
+
+
+def _result(out: Path) -> Result:
+    table = _table.read_scores(out)
+    ids, task, support, query = _table.dense(table)
+    skipped = dict(table.metadata["skipped"])
+    return Result(task, support, query, _table.info_of(table.metadata["solve"]), ids, skipped)
+
+
+@contextlib.contextmanager
+def _store(out: Path) -> Iterator[Store]:
+    """The run's store: the first process's folder, and what it reads from there on all others."""
+    if not first():
+        yield Store(None, agree)
+        return
+    with Store.opened(out.with_name(f"{out.name}.run"), agree) as store:
+        yield store

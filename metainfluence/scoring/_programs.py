@@ -1,0 +1,170 @@
+"""The compiled functions behind passes over batches, and the devices that they run on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from metainfluence.bilevel import Bilevel, meta_regularization
+from metainfluence.curvature import (
+    Curvature,
+    exact,
+    summed_gradient,
+    summed_linear,
+    summed_product,
+    summed_sensitivities,
+    summed_shift,
+)
+from metainfluence.scoring._source import Batch
+
+
+class Part(NamedTuple):
+    """What a pass makes of one batch: pytrees to be added up, and ones whose maximum counts."""
+
+    sums: PyTree
+    peaks: PyTree = ()
+
+
+def holds_nan(tree: PyTree) -> bool:
+    """Whether a floating-point leaf holds NaN.
+
+    XLA's CPU backend was seen to make, of one program in about fifty compilations, an executable that returns NaN
+    (jaxlib 0.10.2; openxla/xla issue 8471 reports the like), which must not spoil a run of hours: what holds NaN is
+    compiled anew, once.
+    """
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return any(bool(np.isnan(np.asarray(leaf)).any()) for leaf in floats)
+
+
+class Program:
+    """A function that is compiled when it is prepared, so that any thread can run it.
+
+    JAX's settings belong to the thread that has made them, and another one would compile by other settings.
+    """
+
+    def __init__(self, fn: Callable[..., Any], sharding: NamedSharding | None):
+        self._jitted: Any = jax.jit(fn, out_shardings=sharding)
+        self._compiled: dict[Any, Any] = {}
+
+    def prepare(self, *args: Any) -> Callable[[], Any]:
+        """The call with these arguments, which waits for its results."""
+        leaves, structure = jax.tree.flatten(args)
+        settings: Any = jax.config
+        avals = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        key = (structure, avals, jnp.result_type(float), settings.jax_default_matmul_precision)
+        if key not in self._compiled:
+            self._compiled[key] = self._jitted.lower(*args).compile()
+        executable = self._compiled[key]
+        return lambda: jax.block_until_ready(executable(*args))
+
+    def bytes_of_result(self, *args: Any) -> int:
+        """Bytes that the results for such arguments take."""
+        leaves = jax.tree.leaves(jax.eval_shape(self._jitted, *args))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+class Programs:
+    """The compiled functions of passes, made once for a problem.
+
+    Args:
+      problem: the problem.
+      curvature: of the products.
+      mesh: devices over which each batch is sharded; None for the default device.
+    """
+
+    def __init__(self, problem: Bilevel, curvature: Curvature, mesh: Mesh | None):
+        self.mesh = mesh
+        self._problem, self._curvature = problem, curvature
+        self.renew()
+
+    def renew(self) -> None:
+        """Lets everything be compiled anew."""
+        problem, curvature, mesh = self._problem, self._curvature, self.mesh
+
+        # Results are whole on every device, so that every process can read them.
+        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+        def gradient(at: PyTree, batch: Batch) -> Part:
+            total, norms = summed_gradient(problem, exact(), at, at, *batch)
+            shift = summed_shift(problem, curvature, at, *batch)
+            return Part((total, shift, jnp.sum(batch.weights.task)), jnp.max(norms))
+
+        def scores(at: PyTree, direction: PyTree, count: Array, batch: Batch) -> tuple[Array, ...]:
+            sensitivities = summed_sensitivities(problem, at, direction, *batch)
+            found = jax.tree.map(lambda w, s: w * s / count.astype(s.dtype), batch.weights, sensitivities)
+            masks = [
+                jnp.ones(weights.shape, bool) if mask is None else jnp.asarray(mask)
+                for weights, mask in (
+                    (batch.weights.support, batch.tasks.support_mask),
+                    (batch.weights.query, batch.tasks.query_mask),
+                )
+            ]
+            return batch.weights.task, *found, *masks
+
+        def merge(total: Part, part: Part) -> Part:
+            peaks = jax.tree.map(jnp.maximum, total.peaks, part.peaks)
+            return Part(jax.tree.map(jnp.add, total.sums, part.sums), peaks)
+
+        regularizer = jax.grad(functools.partial(meta_regularization, problem))
+        self.gradient = Program(gradient, whole)
+        self.product = Program(
+            lambda at, vectors, batch: _lanes(lambda v: summed_product(problem, curvature, at, v, *batch), vectors),
+            whole,
+        )
+        # A linearisation stays on the devices where its tasks are.
+        self.linearise = Program(lambda at, batch: summed_linear(problem, curvature, at, *batch), None)
+        self.apply = Program(_lanes, whole)
+        self.scores = Program(scores, whole)
+        self.merge = jax.jit(merge, out_shardings=whole)
+        self.regularizer = jax.jit(regularizer, out_shardings=whole)
+        self.regularizer_product = jax.jit(
+            lambda at, vectors: _lanes(lambda v: jax.jvp(regularizer, (at,), (v,))[1], vectors), out_shardings=whole
+        )
+
+    def put(self, batch: Batch) -> Batch:
+        """A batch, or this process's rows of it, on the devices."""
+        if self.mesh is None:
+            return jax.device_put(batch)
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+
+    def replicated(self, tree: PyTree) -> PyTree:
+        """The same values on all devices."""
+        if self.mesh is None:
+            return tree
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        if jax.process_count() == 1:
+            return jax.device_put(tree, sharding)
+
+        def spread(leaf: Array) -> Array:
+            value = np.asarray(leaf)
+            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+        return jax.tree.map(spread, tree)
+
+    def local(self, tree: PyTree) -> PyTree:
+        """Replicated values as ones of one device, on which the solver works."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), tree)
+
+
+def _lanes(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
+    """`fn` of each vector on the leading axis."""
+    if jax.tree.leaves(vectors)[0].shape[0] > 1:
+        return jax.vmap(fn)(vectors)
+    # Without an axis that carries nothing, XLA's programs are the ones that were measured.
+    return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], vectors)))
+
+
+@functools.lru_cache(maxsize=4)
+def programs_of(problem: Bilevel, curvature: Curvature, mesh: Mesh | None) -> Programs:
+    """The programs of a problem, compiled once for all runs."""
+    return Programs(problem, curvature, mesh)

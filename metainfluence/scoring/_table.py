@@ -1,0 +1,296 @@
+"""Score files: one Parquet table with a row for each task and each example, and the report on the solve with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from metainfluence.influence import Scores
+from metainfluence.scoring._source import Source, ids_of
+from metainfluence.scoring._store import replacing
+from metainfluence.solvers import SolveInfo, SolveStatus
+from metainfluence.tasks import Task, sizes
+
+ROLES = ("task", "support", "query")
+_METADATA = b"metainfluence"
+_ROWS_PER_GROUP = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreTable:
+    """A score file's content, one entry per row; nulls are masked (`numpy.ma`), or None among strings.
+
+    Rows go by the source's order of tasks: the task's own row, then its support, then its query examples.
+
+    Attributes:
+      task: ids of the tasks.
+      role: "task", "support" or "query".
+      example: ids of the examples, null in a task's own row.
+      score: predicted change of the target on removal; positive helps, negative harms.
+      labels: the source's further columns.
+      metadata: "solve", the report on the solve with the names of `SolveInfo`; and what the writer added.
+    """
+
+    task: Shaped[np.ndarray, " rows"]
+    role: Shaped[np.ndarray, " rows"]
+    example: Shaped[np.ndarray, " rows"]
+    score: Float[np.ndarray, " rows"]
+    labels: dict[str, Shaped[np.ndarray, " rows"]]
+    metadata: dict[str, Any]
+
+    def to_pandas(self) -> Any:
+        """The rows as a data frame; needs pandas."""
+        pd: Any = importlib.import_module("pandas")
+        return pd.DataFrame(
+            {"task": self.task, "role": self.role, "example": self.example, "score": self.score, **self.labels}
+        )
+
+
+def read_scores(path: Path | str) -> ScoreTable:
+    """Reads a score file.
+
+    It is plain Parquet, so pandas and DuckDB read it as well: columns task, role, example, score, and the source's own.
+
+    Args:
+      path: as given for `out` to `scoring.score`, or to `scoring.write_scores`.
+
+    Raises:
+      ValueError: a Parquet file that holds no scores.
+      ModuleNotFoundError: pyarrow is missing.
+    """
+    metadata = metadata_of(path)
+    table = parquet().read_table(path)
+    columns = {name: _numpy(table[name]) for name in table.column_names}
+    known = {name: columns.pop(name) for name in ("task", "role", "example", "score")}
+    return ScoreTable(**known, labels=columns, metadata=metadata)
+
+
+def metadata_of(path: Path | str) -> dict[str, Any]:
+    """What a score file says of itself.
+
+    Raises:
+      ValueError: it is no score file.
+    """
+    try:
+        found = parquet().read_schema(path).metadata or {}
+    except arrow().ArrowInvalid as error:
+        raise ValueError(f"path: expected a score file of metainfluence, got {path}: {error}") from error
+    if _METADATA not in found:
+        raise ValueError(f"path: expected a score file of metainfluence, got {path} without its metadata")
+    return json.loads(found[_METADATA])
+
+
+def write_scores(
+    path: Path | str,
+    scores: Scores,
+    tasks: Task,
+    *,
+    source: Source | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes scores that fit in memory to the kind of file that `scoring.score` writes.
+
+    Args:
+      path: of the file, replaced as a whole.
+      scores: of `tasks`, with one report on the solve.
+      tasks: stacked, for their masks: padding has no row.
+      source: of the same tasks, for `ids` and `columns`, see `scoring.Source`; None for positions alone.
+      metadata: anything JSON can hold.
+
+    Raises:
+      ValueError: scores, tasks and source of different numbers of tasks.
+      ModuleNotFoundError: pyarrow is missing.
+    """
+    size = sizes(tasks)
+    shapes = size.shapes()
+    for name, shape in shapes.items():
+        if np.shape(getattr(scores, name)) != shape:
+            raise ValueError(f"scores.{name}: expected shape {shape}, got {np.shape(getattr(scores, name))}")
+    ids: Sequence[Any] = range(size.lead[0]) if source is None else ids_of(source)
+    if len(ids) != size.lead[0]:
+        raise ValueError(f"source: expected {size.lead[0]} tasks, got {len(ids)}")
+    masks = [
+        np.ones(shapes[side], bool) if mask is None else np.asarray(mask)
+        for side, mask in (("support", tasks.support_mask), ("query", tasks.query_mask))
+    ]
+    values = [np.asarray(value) for value in (scores.task, scores.support, scores.query)]
+    table = rows(ids, values, masks, columns_of(source, range(len(ids))))
+    write_tables(Path(path), [table], {**(metadata or {}), "solve": report(scores.info)})
+
+
+def columns_of(source: Source | None, positions: Iterable[int]) -> list[Mapping[str, Any]]:
+    """The source's own columns of some tasks."""
+    describe = getattr(source, "columns", None)
+    return [{} if describe is None else describe(position) for position in positions]
+
+
+def rows(
+    ids: Sequence[Any],
+    scores: Sequence[Float[np.ndarray, "..."]],
+    masks: Sequence[Bool[np.ndarray, "b n"]],
+    columns: Sequence[Mapping[str, Any]],
+) -> Any:
+    """The rows of b tasks.
+
+    Args:
+      ids: of the tasks.
+      scores: `[b]`, `[b, n_support]`, `[b, n_query]`.
+      masks: `[b, n_support]`, `[b, n_query]`, False on padding.
+      columns: of each task, see `Source`.
+    """
+    pa = arrow()
+    counts = [np.ones(len(ids), int), *(mask.sum(axis=1) for mask in masks)]
+    positions = [np.repeat(np.arange(len(ids)), count) for count in counts]
+    order = np.argsort(np.concatenate(positions), kind="stable")
+
+    def column(name: str, parts: Sequence[Any]) -> Any:
+        arrays = [pa.array(part) for part in parts]
+        kinds = {array.type for array in arrays if array.type != pa.null()}
+        if len(kinds) > 1:
+            raise ValueError(f"source.columns: expected one type in {name!r}, got {', '.join(map(str, kinds))}")
+        kind = kinds.pop() if kinds else pa.null()
+        for side, array, count in zip(ROLES, arrays, counts, strict=True):
+            if len(array) != count.sum():
+                raise ValueError(
+                    f"source.columns: expected {count.sum()} values of {name!r} for the {side} rows, got {len(array)}"
+                )
+        return pa.concat_arrays([array.cast(kind) for array in arrays]).take(pa.array(order))
+
+    names = list(columns[0]) if columns else []
+    if any(list(each) != names for each in columns):
+        raise ValueError(f"source.columns: expected the columns {names} of the first task in every task")
+    own = {
+        name: column(name, [[each[name][0] for each in columns], *(_joined(columns, name, side) for side in (1, 2))])
+        for name in names
+    }
+    if "example" not in own:
+        ranks = [np.concatenate([np.arange(n) for n in count]) for count in counts[1:]]
+        own["example"] = column("example", [[None] * len(ids), *ranks])
+    codes = np.repeat(np.arange(3, dtype=np.int8), [count.sum() for count in counts])[order]
+    values = np.concatenate([scores[0], *(value[mask] for value, mask in zip(scores[1:], masks, strict=True))])
+    known = {
+        "task": pa.array(list(ids)).take(pa.array(np.concatenate(positions)[order])),
+        "role": pa.DictionaryArray.from_arrays(codes, list(ROLES)),
+        "example": own.pop("example"),
+        "score": pa.array(values[order]),
+    }
+    return pa.table({**known, **own})
+
+
+def _joined(columns: Sequence[Mapping[str, Any]], name: str, side: int) -> Any:
+    values = [each[name][side] for each in columns]
+    if all(isinstance(value, np.ndarray) for value in values):
+        return np.concatenate(values)
+    return [item for value in values for item in value]
+
+
+def write_tables(path: Path, tables: Iterable[Any], metadata: Mapping[str, Any]) -> None:
+    """Writes tables one after the other to one file, which is there as a whole or not at all."""
+    pa, pq = arrow(), parquet()
+    schema = writer = None
+    waiting: list[Any] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        try:
+            for table in tables:
+                if writer is None:
+                    schema = table.schema.with_metadata({_METADATA: json.dumps(metadata)})
+                    writer = pq.ParquetWriter(temporary, schema)
+                waiting.append(table.cast(schema))
+                if sum(len(each) for each in waiting) >= _ROWS_PER_GROUP:
+                    writer.write_table(pa.concat_tables(waiting))
+                    waiting = []
+            if writer is not None and waiting:
+                writer.write_table(pa.concat_tables(waiting))
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def encoded(tables: Sequence[Any]) -> bytes:
+    """Tables, one after the other, as the bytes of a Parquet file."""
+    pa = arrow()
+    sink = pa.BufferOutputStream()
+    parquet().write_table(pa.concat_tables(tables, promote_options="permissive"), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def decoded(content: bytes) -> Any:
+    """Inverse of `encoded`."""
+    return parquet().read_table(arrow().BufferReader(content))
+
+
+def report(info: SolveInfo) -> dict[str, Any]:
+    """A report on one solve as JSON."""
+    given = {name: np.asarray(value).tolist() for name, value in info._asdict().items() if value is not None}
+    return {**given, "status": SolveStatus(given["status"]).name}
+
+
+def info_of(report: Mapping[str, Any]) -> SolveInfo:
+    """Inverse of `report`."""
+    values = {**report, "status": SolveStatus[report["status"]].value}
+    return SolveInfo(**{name: jax.numpy.asarray(value) for name, value in values.items()})
+
+
+def dense(table: ScoreTable) -> tuple[Any, Any, Any, Any]:
+    """The tasks' ids `[T]` and scores `[T]`, `[T, n_support]`, `[T, n_query]`, 0 on padding."""
+    own = table.role == "task"
+    index = np.cumsum(own) - 1
+    total = int(own.sum())
+
+    def side(role: str) -> Any:
+        chosen = table.role == role
+        of_task = index[chosen]
+        counts = np.bincount(of_task, minlength=total)
+        first = np.cumsum(counts) - counts
+        found = np.zeros((total, counts.max(initial=0)), table.score.dtype)
+        found[of_task, np.arange(len(of_task)) - first[of_task]] = table.score[chosen]
+        return found
+
+    return table.task[own], table.score[own], side("support"), side("query")
+
+
+def _numpy(column: Any) -> Any:
+    pa = arrow()
+    column = column.combine_chunks()
+    if pa.types.is_dictionary(column.type):
+        # As few objects as there are different ones.
+        return np.asarray(column.dictionary.to_pylist(), object)[column.indices.to_numpy()]
+    if column.null_count == 0 or pa.types.is_string(column.type):
+        return column.to_numpy(zero_copy_only=False)
+    if column.null_count == len(column):
+        return np.ma.masked_all(len(column))
+    mask = np.asarray(column.is_null())
+    filler = pa.scalar(False) if pa.types.is_boolean(column.type) else pa.scalar(0).cast(column.type)
+    return np.ma.MaskedArray(column.fill_null(filler).to_numpy(zero_copy_only=False), mask)
+
+
+def arrow() -> Any:
+    """The package pyarrow.
+
+    Raises:
+      ModuleNotFoundError: it is missing.
+    """
+    try:
+        import pyarrow as pa
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "score files need pyarrow, of the lab extra: pip install 'metainfluence[lab]'", name="pyarrow"
+        ) from error
+    return pa
+
+
+def parquet() -> Any:
+    """Its module for Parquet, as `arrow`."""
+    arrow()
+    import pyarrow.parquet as pq
+
+    return pq
