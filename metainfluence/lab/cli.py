@@ -20,6 +20,8 @@ COMMANDS = {
     "bench": {
         "costs": ("metainfluence.lab.bench", "BenchConfig"),
         "solvers": ("metainfluence.lab.solver_bench", "SolverBenchConfig"),
+        "scoring": ("metainfluence.lab.bench_scoring", "ScoringBenchConfig"),
+        "accuracy": ("metainfluence.lab.omniglot_accuracy", "OmniglotAccuracyConfig"),
     },
 }
 

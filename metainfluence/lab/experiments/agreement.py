@@ -195,12 +195,32 @@ def candidates(
     for damping in (0.01, 0.1, 1.0, 10.0, 100.0):
         found = program(setting.trained, setting.tasks.training, targets, jnp.asarray(damping))
         yield Candidate("TRAK", damping, damping == 0.1, np.asarray(found))
+    yield from by_ekfac(config, setting, targets, float(rule.value))
     rates = checkpoint_rates(config.setting.training)
     yield Candidate(
         "TracIn", None, True, scores(baselines.tracin(setting.problem, target, rates), setting.full.checkpoints)
     )
     for name in ("gradient similarity", "plain loss", "random"):
         yield Candidate(name, None, True, scores(by.METHODS[name](setting.problem, target, None)))
+
+
+def by_ekfac(config: AgreementConfig, setting: Setting, targets: mi.Task, damping: float) -> Iterator[Candidate]:
+    """EKFAC-IF at every damping of the grid; nothing where it does not apply."""
+    target = mi.query_loss(setting.problem)
+
+    def all_targets(at: Any, tasks: mi.Task, targets: mi.Task, damping: jax.Array) -> jax.Array:
+        method = mi.baselines.ekfac_if(setting.problem, target, damping=damping)
+        return jax.lax.map(lambda held_out: method(at, tasks, held_out).task, targets)
+
+    program = jax.jit(all_targets)
+    try:
+        for factor in config.factors:
+            found = program(setting.trained, setting.tasks.training, targets, jnp.asarray(factor * damping))
+            yield Candidate("EKFAC-IF", factor, factor == 1.0, np.asarray(found))
+    except ValueError as error:
+        # What else a ValueError could mean here is a fault, and not to be passed over.
+        if "covered by no layer" not in str(error):
+            raise
 
 
 def by_curvature(
