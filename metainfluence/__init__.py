@@ -18,6 +18,9 @@ from metainfluence.bilevel import query_loss as query_loss
 from metainfluence.bilevel import task_loss as task_loss
 from metainfluence.bilevel import total_gradient as total_gradient
 from metainfluence.bilevel import total_objective as total_objective
+from metainfluence.coupling import Coupling as Coupling
+from metainfluence.coupling import CouplingWarning as CouplingWarning
+from metainfluence.coupling import coupling as coupling
 from metainfluence.curvature import total_hessian as total_hessian
 from metainfluence.diagnosis import ErrorBudget as ErrorBudget
 from metainfluence.diagnosis import SolveError as SolveError

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence.adaptation import Adaptation, Loss, check_floating, check_losses, check_scalar, weighted_sum
+from metainfluence.differentiation import FORWARD, check_hvp
 from metainfluence.tasks import (
     Task,
     Weights,
@@ -40,6 +41,7 @@ class Bilevel(NamedTuple):
       outputs: (params, meta_params, task) -> the model's outputs on the query set; None without a head.
       head: (outputs, task, weights) -> L_k; None without a head.
       meta_regularizer: (meta_params) -> R; None for 0.
+      hvp: how the derivatives of gradients are taken.
     """
 
     outer: Callable[[PyTree, PyTree, Task, Weights], Array]
@@ -49,6 +51,7 @@ class Bilevel(NamedTuple):
     outputs: Callable[[PyTree, PyTree, Task], PyTree] | None = None
     head: Callable[[PyTree, Task, Weights], Array] | None = None
     meta_regularizer: Callable[[PyTree], Array] | None = None
+    hvp: str = FORWARD
 
 
 def bilevel(
@@ -57,6 +60,7 @@ def bilevel(
     *,
     meta_regularizer: Callable[[PyTree], Array] | None = None,
     outer_head: Callable[[PyTree, PyTree], Float[Array, " n"]] | None = None,
+    hvp: str = FORWARD,
 ) -> Bilevel:
     """Puts a problem together.
 
@@ -67,14 +71,18 @@ def bilevel(
       meta_regularizer: (meta_params) -> scalar R, as made by `l2`.
       outer_head: (outputs, query) -> losses `[n_query]`, which makes the outer loss head ∘ model, as Gauss–Newton
         needs.
+      hvp: "forward_over_reverse", or "reverse_over_reverse" where a function has a `custom_vjp`, whose derivative
+        forward mode cannot take; it costs more. For the Hessian products and mixed derivatives of whatever is made of
+        the problem.
 
     Raises:
       TypeError: an argument that is not callable.
-      ValueError: at trace time, losses that are not one per example.
+      ValueError: an unknown `hvp`; at trace time, losses that are not one per example.
     """
     for name, value in (("outer_loss", outer_loss), ("adapt", adapt)):
         if not callable(value):
             raise TypeError(f"{name}: expected a function, got {value!r}")
+    check_hvp(hvp)
 
     def adapted(meta_params: PyTree, task: Task, weights: Weights) -> PyTree:
         support = fill_padding(task.support, task.support_mask)
@@ -112,6 +120,7 @@ def bilevel(
         outputs=None if outer_head is None else outputs,
         head=None if outer_head is None else head,
         meta_regularizer=meta_regularizer,
+        hvp=hvp,
     )
 
 
@@ -119,6 +128,7 @@ def from_task_loss(
     task_loss: Callable[[PyTree, Task, Weights], Array],
     *,
     meta_regularizer: Callable[[PyTree], Array] | None = None,
+    hvp: str = FORWARD,
 ) -> Bilevel:
     """Makes a problem of an existing meta-learning loss, adaptation included.
 
@@ -129,13 +139,15 @@ def from_task_loss(
         multiplies the losses of its support and query examples by `weights.support` and `weights.query`, which are 0 on
         padding; the task's own weight enters outside.
       meta_regularizer: (meta_params) -> scalar R.
+      hvp: as in `bilevel`.
 
     Raises:
       TypeError: `task_loss` is not callable.
-      ValueError: at trace time, a loss that is no scalar.
+      ValueError: an unknown `hvp`; at trace time, a loss that is no scalar.
     """
     if not callable(task_loss):
         raise TypeError(f"task_loss: expected a function, got {task_loss!r}")
+    check_hvp(hvp)
 
     def outer(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         del params
@@ -149,7 +161,15 @@ def from_task_loss(
         )
         return check_scalar(task_loss(meta_params, filled, Weights(weights.task, support, query)), "task_loss")
 
-    return Bilevel(outer, meta_regularizer=meta_regularizer)
+    return Bilevel(outer, meta_regularizer=meta_regularizer, hvp=hvp)
+
+
+def with_hvp(problem: Bilevel, hvp: str | None) -> Bilevel:
+    """The problem, differentiated as `hvp` says; None leaves it as it is."""
+    if hvp is None:
+        return problem
+    check_hvp(hvp)
+    return problem._replace(hvp=hvp)
 
 
 def per_example(scalar_loss: Callable[[PyTree, PyTree, PyTree], Array]) -> Loss:

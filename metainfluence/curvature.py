@@ -26,7 +26,9 @@ from metainfluence.bilevel import (
     meta_regularization,
     stationarity,
     weighted_losses,
+    with_hvp,
 )
+from metainfluence.differentiation import FORWARD, REVERSE, explained, hessian_map, hessian_product, taylor
 from metainfluence.operators import Losses, Operator, check_damping, from_matvec
 from metainfluence.tasks import (
     Task,
@@ -63,16 +65,6 @@ class Curvature(NamedTuple):
     is_exact: bool = False
 
 
-def _tangent(fn: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """The value of `fn` at a point, and its first-order Taylor polynomial there."""
-    value, rate = jax.linearize(fn, at)
-
-    def polynomial(point: PyTree) -> PyTree:
-        return jax.tree.map(jnp.add, value, rate(jax.tree.map(jnp.subtract, point, at)))
-
-    return value, polynomial
-
-
 def _adapt(problem: Bilevel, task: Task, weights: Weights) -> Callable[[PyTree], PyTree]:
     assert problem.adapt is not None
     adapt = problem.adapt
@@ -90,7 +82,7 @@ def exact() -> Curvature:
 
 
 def _linearized(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Callable[[PyTree], Any]:
-    params, tangent = _tangent(_adapt(problem, task, weights), at)
+    params, tangent = taylor(_adapt(problem, task, weights), at, problem.hvp)
 
     def loss(meta_params: PyTree) -> tuple[Array, Array]:
         value = problem.outer(tangent(meta_params), meta_params, task, weights)
@@ -132,7 +124,7 @@ def gauss_newton() -> Curvature:
             params = adapt(meta_params)
             return model(params, meta_params, task), params
 
-        (_, params), tangent = _tangent(forward, at)
+        (_, params), tangent = taylor(forward, at, problem.hvp)
 
         def loss(meta_params: PyTree) -> tuple[Array, Array]:
             value = head(tangent(meta_params)[0], task, weights)
@@ -213,12 +205,12 @@ def summed_gradient(
 def summed_product(
     problem: Bilevel, curvature: Curvature, at: PyTree, vector: PyTree, tasks: Task, weights: Weights
 ) -> PyTree:
-    """Σ_k w_k H_k v, by forward over reverse."""
+    """Σ_k w_k H_k v."""
 
     def gradient(meta_params: PyTree) -> PyTree:
         return summed_gradient(problem, curvature, at, meta_params, tasks, weights)[0]
 
-    return jax.jvp(gradient, (at,), (vector,))[1]
+    return hessian_product(gradient, at, vector, problem.hvp)
 
 
 def summed_linear(
@@ -226,10 +218,10 @@ def summed_linear(
 ) -> Callable[[PyTree], PyTree]:
     """The map v ↦ Σ_k w_k H_k v as a pytree, with all that does not depend on v done."""
 
-    def gradient(meta_params: PyTree) -> PyTree:
-        return summed_gradient(problem, curvature, at, meta_params, tasks, weights)[0]
+    def gradient(meta_params: PyTree) -> tuple[PyTree, Array]:
+        return summed_gradient(problem, curvature, at, meta_params, tasks, weights)
 
-    return jax.linearize(gradient, at)[1]
+    return hessian_map(gradient, at, problem.hvp)[1]
 
 
 def summed_shift(problem: Bilevel, curvature: Curvature, at: PyTree, tasks: Task, weights: Weights) -> Array:
@@ -241,12 +233,18 @@ def summed_shift(problem: Bilevel, curvature: Curvature, at: PyTree, tasks: Task
 
 
 def summed_sensitivities(problem: Bilevel, at: PyTree, vector: PyTree, tasks: Task, weights: Weights) -> Weights:
-    """∂_w ⟨Σ_k w_k D_λL_k, vector⟩, by reverse over forward: one derivative along the vector, then all weights'."""
+    """∂_w ⟨Σ_k w_k D_λL_k, vector⟩: one derivative along the vector, then all weights'."""
+
+    def total(meta_params: PyTree, weights: Weights) -> Array:
+        return weighted_losses(problem, meta_params, tasks, weights)[0]
 
     def slope(weights: Weights) -> Array:
-        return jax.jvp(lambda m: weighted_losses(problem, m, tasks, weights)[0], (at,), (vector,))[1]
+        return jax.jvp(lambda m: total(m, weights), (at,), (vector,))[1]
 
-    return jax.grad(slope)(weights)
+    if problem.hvp == REVERSE:
+        return jax.vjp(lambda w: jax.grad(total)(at, w), weights)[1](vector)[0]
+    with explained():
+        return jax.grad(slope)(weights)
 
 
 def gradient_map(
@@ -280,10 +278,22 @@ def expand(
     gradient = gradient_map(problem, batch_size, mesh)
 
     def recomputed(at: PyTree, tasks: Task, weights: Weights, vector: PyTree) -> PyTree:
-        return jax.jvp(lambda m: gradient(curvature, at, tasks, m, weights)[0], (at,), (vector,))[1]
+        return hessian_product(lambda m: gradient(curvature, at, tasks, m, weights)[0], at, vector, problem.hvp)
 
     def mixed(at: PyTree, tasks: Task, weights: Weights, direction: Weights) -> PyTree:
-        return jax.jvp(lambda w: gradient(exact(), at, tasks, at, w)[0], (weights,), (direction,))[1]
+        if problem.hvp == REVERSE:
+            # Mixed derivatives are symmetric: ∂_w D_λF · direction = D_λ ⟨∂_wF, direction⟩.
+            return jax.vjp(lambda m: jax.grad(objective, argnums=2)(m, tasks, weights), at)[1](direction)[0]
+        with explained():
+            return jax.jvp(lambda w: gradient(exact(), at, tasks, at, w)[0], (weights,), (direction,))[1]
+
+    def objective(meta_params: PyTree, tasks: Task, weights: Weights) -> Array:
+        """F without the meta-regulariser, which sees no weights."""
+
+        def chunk(data: tuple[Task, Weights]) -> tuple[Array, Array]:
+            return weighted_losses(problem, meta_params, *data)
+
+        return reduce_tasks(chunk, (tasks, weights), batch_size, mesh)[0] / weights.task.shape[0]
 
     def mixed_transposed(at: PyTree, tasks: Task, weights: Weights, vector: PyTree) -> Weights:
         def chunk(data: tuple[Task, Weights]) -> tuple[tuple[()], Weights]:
@@ -318,10 +328,11 @@ def expand(
 
     def expanded(meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
         at = meta_params
-        if batch_size is None and curvature.is_exact:
-            slope, linear, norm = jax.linearize(
-                functools.partial(gradient, curvature, at, tasks), at, weights, has_aux=True
-            )
+        if batch_size is None and curvature.is_exact and problem.hvp == FORWARD:
+            with explained():
+                slope, linear, norm = jax.linearize(
+                    functools.partial(gradient, curvature, at, tasks), at, weights, has_aux=True
+                )
             no_step, no_change = jax.tree.map(jnp.zeros_like, (at, weights))
             operator = from_matvec(Partial(_along_first, linear, no_change), at)
             by_weights = Partial(_along_second, linear, no_step)
@@ -329,7 +340,7 @@ def expand(
 
         product: Callable[..., PyTree]
         if batch_size is None:
-            slope, product, norm = jax.linearize(lambda m: gradient(curvature, at, tasks, m, weights), at, has_aux=True)
+            slope, product, norm = hessian_map(lambda m: gradient(curvature, at, tasks, m, weights), at, problem.hvp)
         else:
             slope, norm = gradient(curvature, at, tasks, at, weights)
             product = Partial(recomputed, at, tasks, weights)
@@ -383,6 +394,7 @@ def total_hessian(
     damping: Any = 0.0,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
+    hvp: str | None = None,
 ) -> Callable[..., Operator]:
     """Makes (meta_params, tasks, weights=None) -> Operator, the total Hessian H = D_λ D_λ F plus damping · I.
 
@@ -396,10 +408,14 @@ def total_hessian(
       batch_size: tasks per chunk, which bounds the memory at the cost of running the gradient map again in every
         product; None takes all tasks at once and keeps what its linearisation needs.
       mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
+      hvp: "forward_over_reverse" or "reverse_over_reverse", see `bilevel`; None for the problem's own, which is the
+        first unless it was told otherwise.
 
     Raises:
-      ValueError: a curvature that needs what the problem lacks, or a negative damping.
+      ValueError: a curvature that needs what the problem lacks, a negative damping, or an unknown `hvp`.
+      TypeError: at trace time, forward mode through a `custom_vjp`.
     """
+    problem = with_hvp(problem, hvp)
     curvature = exact() if curvature is None else curvature
     check_curvature(problem, curvature)
     check_damping(damping)

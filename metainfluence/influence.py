@@ -22,11 +22,13 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence import solvers
 from metainfluence.adaptation import check_scalar
-from metainfluence.bilevel import Bilevel, check_meta_params, task_loss
+from metainfluence.bilevel import Bilevel, check_meta_params, task_loss, with_hvp
 from metainfluence.curvature import Curvature, Expansion, check_curvature, exact, expand, gradient_map
 from metainfluence.damping import RANK as DAMPING_RANK
 from metainfluence.damping import rule as damping_rule
+from metainfluence.differentiation import REVERSE, explained
 from metainfluence.operators import Operator, check_damping
+from metainfluence.preflight import Chunks, fitting_chunks
 from metainfluence.solvers import SolveInfo, Solver
 from metainfluence.tasks import (
     Task,
@@ -84,7 +86,7 @@ class Edit(NamedTuple):
 
 
 class _Point(NamedTuple):
-    """λ with all that its solves share; `matvecs` are those that chose the damping."""
+    """λ with all that its solves share; `matvecs` are those that chose the damping, `chunks` what fits in memory."""
 
     meta_params: PyTree
     tasks: Task
@@ -95,6 +97,7 @@ class _Point(NamedTuple):
     state: Any
     damping: Array
     matvecs: int
+    chunks: Chunks
 
 
 class _Method(NamedTuple):
@@ -103,7 +106,9 @@ class _Method(NamedTuple):
     problem: Bilevel
     solver: Solver
     damping: Any
-    expand: Callable[..., Expansion]
+    curvature: Curvature
+    batch_size: int | None
+    mesh: Mesh | None
 
     @staticmethod
     def of(
@@ -123,12 +128,16 @@ class _Method(NamedTuple):
             check_damping(damping)
         check_batch_size(batch_size)
         check_mesh(mesh)
-        return _Method(problem, solver, damping, expand(problem, curvature, batch_size, mesh))
+        return _Method(problem, solver, damping, curvature, batch_size, mesh)
 
-    def at(self, meta_params: PyTree, tasks: Task, weights: Weights | None) -> _Point:
+    def at(self, meta_params: PyTree, tasks: Task, weights: Weights | None, vectors: int = 1) -> _Point:
+        """λ with what its solves for some right-hand sides share."""
         check_meta_params(meta_params)
         weights = resolve_weights(weights, tasks)
-        expansion = self.expand(meta_params, tasks, weights)
+        chunks = Chunks(self.batch_size, None)
+        if self.batch_size is None:
+            chunks = fitting_chunks(self.problem, self.curvature, meta_params, tasks, vectors, self.mesh)
+        expansion = expand(self.problem, self.curvature, chunks.tasks, self.mesh)(meta_params, tasks, weights)
         damping, matvecs = self.damping, 0
         if isinstance(damping, str):
             fixed = jax.lax.stop_gradient((expansion.operator, expansion.gradient, meta_params))
@@ -137,7 +146,7 @@ class _Method(NamedTuple):
         operator = expansion.operator.damped(damping)
         norm = optax.tree.norm(expansion.gradient)
         state = jax.lax.stop_gradient(self.solver.init(jax.lax.stop_gradient(operator)))
-        return _Point(meta_params, tasks, weights, expansion, norm, operator, state, damping, matvecs)
+        return _Point(meta_params, tasks, weights, expansion, norm, operator, state, damping, matvecs, chunks)
 
     def solve(self, point: _Point, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
         return self._solve(point, rhs, point.operator.matvec, self.solver.solve)
@@ -146,7 +155,9 @@ class _Method(NamedTuple):
         """Solves for right-hand sides on a leading axis, in step: one batched product per step."""
         solve_many = self.solver.solve_many
         if solve_many is None:
-            return jax.vmap(lambda rhs: self.solve(point, rhs))(rhs)
+            if point.chunks.vectors is None:
+                return jax.vmap(lambda rhs: self.solve(point, rhs))(rhs)
+            return jax.lax.map(lambda rhs: self.solve(point, rhs), rhs, batch_size=point.chunks.vectors)
         return self._solve(point, rhs, jax.vmap(point.operator.matvec), solve_many)
 
     @staticmethod
@@ -174,29 +185,25 @@ class _Method(NamedTuple):
         return self.solve(point, jax.tree.map(jnp.negative, mixed))
 
 
-def _term_gradient(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> PyTree:
-    """D_λ of one task's term of F, w_k L_k / T."""
-    loss = task_loss(problem)
-
-    def term(meta_params: PyTree) -> Array:
-        value = loss(meta_params, task, weights)
-        return value * weights.task.astype(value.dtype) / count
-
-    return jax.grad(term)(meta_params)
+def _term(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> Array:
+    """One task's term of F, w_k L_k / T."""
+    value = task_loss(problem)(meta_params, task, weights)
+    return value * weights.task.astype(value.dtype) / count
 
 
-def _sensitivities(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> Weights:
-    """∂_w D_λF for all weights of one task: `Weights` of pytrees like λ, with the weights' axes leading."""
-    columns = jax.jacfwd(lambda w: _term_gradient(problem, meta_params, task, w, count))(weights)
+def _columns(problem: Bilevel, term: Callable[[PyTree, PyTree], Array], meta_params: PyTree, weights: PyTree) -> PyTree:
+    """∂_w D_λ of a term: a pytree like the weights, of pytrees like λ with the weights' axes leading."""
+    if problem.hvp == REVERSE:
+        return jax.jacrev(lambda m: jax.grad(term, argnums=1)(m, weights))(meta_params)
+    with explained():
+        columns = jax.jacfwd(lambda w: jax.grad(term)(meta_params, w))(weights)
     # jacfwd nests the weights inside the leaves of λ, with their axes last.
-    leaves, structure = jax.tree.flatten(columns, is_leaf=lambda node: isinstance(node, Weights))
-
-    def field(name: str) -> PyTree:
-        axes = getattr(weights, name).ndim
-        arrays = [jnp.moveaxis(getattr(leaf, name), -1, 0) if axes else getattr(leaf, name) for leaf in leaves]
-        return jax.tree.unflatten(structure, arrays)
-
-    return Weights(*(field(name) for name in Weights._fields))
+    columns = jax.tree.transpose(jax.tree.structure(meta_params), jax.tree.structure(weights), columns)
+    return jax.tree.map(
+        lambda w, column: jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0) if w.ndim else leaf, column),
+        weights,
+        columns,
+    )
 
 
 def task_if(
@@ -207,6 +214,7 @@ def task_if(
     damping: Any = 0.0,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
+    hvp: str | None = None,
 ) -> Callable[..., Influence]:
     """Makes (meta_params, tasks, weights=None) -> Influence of every task: task-IF.
 
@@ -218,8 +226,11 @@ def task_if(
       solver: one of `metainfluence.solvers`; None for `auto()`.
       curvature: one of `metainfluence.curvature`; None for `exact()`.
       damping: non-negative number added to every eigenvalue of H, or "auto" for the rule of `damping.auto`.
-      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once where they fit in what memory
+        is free, and else as many tasks, and right-hand sides, as do: see `preflight`.
       mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
+      hvp: how derivatives of gradients are taken, "forward_over_reverse" or "reverse_over_reverse", see `bilevel`; None
+        for the problem's own, which is the first unless it was told otherwise.
 
     Returns:
       Function whose delta has leaves `[T, ...]`, and info `[T]`.
@@ -227,18 +238,19 @@ def task_if(
     Raises:
       ValueError: as `total_hessian`; and for tasks, weights or meta_params that are malformed or not finite.
     """
+    problem = with_hvp(problem, hvp)
     method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
     loss = task_loss(problem)
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Influence:
-        point = method.at(meta_params, tasks, weights)
+        point = method.at(meta_params, tasks, weights, sizes(tasks).lead[0])
         count = point.weights.task.shape[0]
 
         def chunk(data: tuple[Task, Weights]) -> tuple[tuple[()], PyTree]:
             gradients = jax.vmap(lambda task, w: jax.grad(loss)(meta_params, task, w))(*data)
             return (), jax.tree.map(lambda g: -g / count, gradients)
 
-        _, rhs = reduce_tasks(chunk, (tasks, point.weights), batch_size, mesh)
+        _, rhs = reduce_tasks(chunk, (tasks, point.weights), point.chunks.tasks, mesh)
         return Influence(*method.solve_all(point, rhs))
 
     return run
@@ -253,6 +265,7 @@ def instance_if(
     damping: Any = 0.0,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
+    hvp: str | None = None,
 ) -> Callable[..., Influence]:
     """Makes (meta_params, tasks, index, weights=None) -> Influence of every example on one side of task `index`.
 
@@ -268,6 +281,7 @@ def instance_if(
       damping: as in `task_if`.
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
+      hvp: as in `task_if`.
 
     Returns:
       Function whose delta has leaves `[n, ...]`, and info `[n]`; 0 for padding.
@@ -277,6 +291,7 @@ def instance_if(
     """
     if side not in ("support", "query"):
         raise ValueError(f"side: expected 'support' or 'query', got {side!r}")
+    problem = with_hvp(problem, hvp)
     method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, index: Any, weights: Weights | None = None) -> Influence:
@@ -285,14 +300,13 @@ def instance_if(
             raise TypeError(f"index: expected one integer, got {described(index)}")
         if concrete(index) and not 0 <= int(index) < count:
             raise ValueError(f"index: expected a task from 0 to {count - 1}, got {int(index)}")
-        point = method.at(meta_params, tasks, weights)
+        point = method.at(meta_params, tasks, weights, getattr(sizes(tasks), side))
         task, own = jax.tree.map(lambda leaf: leaf[index], (tasks, point.weights))
 
-        def gradient(values: Array) -> PyTree:
-            return _term_gradient(problem, meta_params, task, own._replace(**{side: values}), count)
+        def term(meta_params: PyTree, values: Array) -> Array:
+            return _term(problem, meta_params, task, own._replace(**{side: values}), count)
 
-        columns = jax.jacfwd(gradient)(getattr(own, side))
-        rhs = jax.tree.map(lambda leaf: -jnp.moveaxis(leaf, -1, 0), columns)
+        rhs = jax.tree.map(jnp.negative, _columns(problem, term, meta_params, getattr(own, side)))
         return Influence(*method.solve_all(point, rhs))
 
     return run
@@ -306,6 +320,7 @@ def group_influence(
     damping: Any = 0.0,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
+    hvp: str | None = None,
 ) -> Callable[..., Influence]:
     """Makes (meta_params, tasks, direction, weights=None) -> Influence along a direction in the data weights.
 
@@ -319,10 +334,12 @@ def group_influence(
       damping: as in `task_if`.
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
+      hvp: as in `task_if`.
 
     Raises:
       ValueError: a direction of the wrong shape or not finite, and as `task_if`.
     """
+    problem = with_hvp(problem, hvp)
     method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, direction: Weights, weights: Weights | None = None) -> Influence:
@@ -342,6 +359,7 @@ def influence_scores(
     damping: Any = 0.0,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
+    hvp: str | None = None,
 ) -> Callable[..., Scores]:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores of all tasks and all examples, by one solve.
 
@@ -356,6 +374,7 @@ def influence_scores(
       damping: as in `task_if`.
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
+      hvp: as in `task_if`.
 
     Returns:
       Function whose scores are − w · dφ/dw at the current weights: the predicted change of φ on removal, in its units.
@@ -365,6 +384,7 @@ def influence_scores(
     """
     if not callable(target):
         raise TypeError(f"target: expected a function (meta_params, *target_args) -> scalar, got {target!r}")
+    problem = with_hvp(problem, hvp)
     method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
@@ -386,6 +406,7 @@ def self_influence(
     damping: Any = 0.0,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
+    hvp: str | None = None,
 ) -> Callable[..., Scores]:
     """Makes (meta_params, tasks, weights=None) -> Scores of every datum on its own term of F.
 
@@ -400,19 +421,22 @@ def self_influence(
       damping: as in `task_if`.
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
+      hvp: as in `task_if`.
 
     Returns:
       Function whose info has leaves `[T, 1 + n_support + n_query]`: the task, its support and its query examples.
     """
+    problem = with_hvp(problem, hvp)
     method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Scores:
-        point = method.at(meta_params, tasks, weights)
+        size = sizes(tasks)
+        point = method.at(meta_params, tasks, weights, 1 + size.support + size.query)
         count = point.weights.task.shape[0]
 
         def single(data: tuple[Task, Weights]) -> tuple[Weights, SolveInfo]:
             task, own = data
-            columns = _sensitivities(problem, meta_params, task, own, count)
+            columns = _columns(problem, lambda m, w: _term(problem, m, task, w, count), meta_params, own)
             task_column = jax.tree.map(lambda leaf: leaf[None], columns.task)
             rhs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), task_column, columns.support, columns.query)
             solution, info = method.solve_all(point, rhs)
@@ -435,6 +459,7 @@ def edit(
     damping: Any = 0.0,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
+    hvp: str | None = None,
     num_newton_steps: int = 1,
 ) -> Callable[..., Edit]:
     """Makes (meta_params, tasks, new_weights, weights=None) -> Edit: λ at new data weights, without retraining.
@@ -449,6 +474,7 @@ def edit(
       damping: as in `task_if`.
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
+      hvp: as in `task_if`.
       num_newton_steps: steps after the first-order one, at least 0.
 
     Raises:
@@ -456,6 +482,7 @@ def edit(
     """
     if isinstance(num_newton_steps, bool) or not isinstance(num_newton_steps, int) or num_newton_steps < 0:
         raise ValueError(f"num_newton_steps: expected a non-negative integer, got {num_newton_steps!r}")
+    problem = with_hvp(problem, hvp)
     method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
     gradient = gradient_map(problem, batch_size, mesh)
 

@@ -32,6 +32,9 @@ _MARGIN = 2.0
 _SURELY_LESS = 2000
 
 FREE_SHARE = 0.6
+
+# As many as `auto` multiplies at once.
+_FEW_VECTORS = 16
 _PROBE = 32
 
 
@@ -65,11 +68,6 @@ class Plan(NamedTuple):
     flops: float
     seconds: float | None
     num_products: int
-
-    @property
-    def at_once(self) -> int | None:
-        """The `batch_size` for functions that hold all tasks: None where all fit with their linearisation."""
-        return None if self.kept_tasks >= self.num_tasks else self.batch_size
 
     def __str__(self) -> str:
         """The plan in words."""
@@ -163,29 +161,46 @@ def preflight(
     return run
 
 
-def fitting_batch_size(
-    problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task, lanes: int, mesh: Mesh | None
-) -> int | None:
-    """Tasks per chunk for a function that is given all tasks, by shapes alone; None for all at once.
+class Chunks(NamedTuple):
+    """How much is worked on at once.
+
+    Attributes:
+      tasks: per chunk; None for all.
+      vectors: that are solved for at once; None for all.
+    """
+
+    tasks: int | None
+    vectors: int | None
+
+
+def fitting_chunks(
+    problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task, vectors: int, mesh: Mesh | None
+) -> Chunks:
+    """Chunks that fit for a function that is given all tasks, by shapes alone, so that it may be traced.
+
+    A small problem is recognised by the size of its data, a larger one by what its linearisation would hold, and only
+    where that does not fit is a chunk compiled.
 
     Args:
       problem: the problem.
       curvature: of its products.
-      meta_params: λ, or its shapes.
-      tasks: stacked tasks, or their shapes.
-      lanes: vectors that are multiplied at once.
+      meta_params: λ.
+      tasks: stacked tasks.
+      vectors: right-hand sides.
       mesh: devices that share each chunk; None for one.
     """
     room = free_memory() * FREE_SHARE * (1 if mesh is None else mesh.size)
-    count = sizes(tasks).lead[0]
-    if (_size(tasks) + count * _size(meta_params)) * _SURELY_LESS * lanes <= room:
-        return None
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), meta_params)
-    one = _first(tasks, 1)
-    if _linearised_bytes(problem, curvature, shapes, one) * count * (1 + lanes) <= room:
-        return None
-    plan = preflight(problem, curvature=curvature, memory=room / lanes, mesh=mesh)(shapes, _shapes(tasks))
-    return plan.at_once
+    count, few = sizes(tasks).lead[0], min(vectors, _FEW_VECTORS)
+    if (_size(tasks) + count * _size(meta_params)) * _SURELY_LESS * vectors <= room:
+        return Chunks(None, None)
+    shapes = _shapes(meta_params)
+    whole = count * _linearised_bytes(problem, curvature, shapes, _first(_shapes(tasks), 1))
+    # Each vector's tangents take no more than the linearisation that they go through.
+    if whole * (1 + few) <= room:
+        fitting = int(room / whole) - 1
+        return Chunks(None, None if fitting >= vectors else fitting)
+    plan = preflight(problem, curvature=curvature, memory=room / few, mesh=mesh)(shapes, _shapes(tasks))
+    return Chunks(plan.batch_size, None if vectors <= few else few)
 
 
 def free_memory() -> float:

@@ -338,8 +338,15 @@ def shard(data: PyTree, mesh: Mesh | None) -> PyTree:
     """Lays the leading axis, a multiple of the mesh's size, over all axes of the mesh; None leaves data where it is."""
     if mesh is None:
         return data
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    sharding = task_sharding(mesh)
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), data)
+
+
+def task_sharding(mesh: Mesh, *, replicated: bool = False) -> NamedSharding:
+    """Lays a leading axis of tasks over all axes of the mesh; or everything on every device."""
+    # Axes by which XLA shards on its own, whatever the user's own are for.
+    automatic = Mesh(mesh.devices, mesh.axis_names)
+    return NamedSharding(automatic, PartitionSpec() if replicated else PartitionSpec(mesh.axis_names))
 
 
 def check_batch_size(batch_size: int | None) -> None:

@@ -78,8 +78,7 @@ def run(config: OmniglotAccuracyConfig) -> dict[str, float]:
         ),
         source.images,
     )
-    # All tasks share the network, so that vmap makes no grouped convolutions and XLA's own is the faster one.
-    features = Conv4(config.width, normalization=config.normalization, pooling=config.pooling, impl="lax")
+    features = Conv4(config.width, normalization=config.normalization, pooling=config.pooling)
     learner = learners.protonet(features, config.train_ways)
     # The same features with a head of as many classes as a test task has.
     accuracy = jax.jit(learners.accuracy(learners.protonet(features, config.ways).problem, batch_size=20))

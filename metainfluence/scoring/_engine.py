@@ -301,9 +301,10 @@ class _Run:
         shards = _Shards(reader)
         missing = [number for number in shards.numbers if store.read("shard", number) is None]
         batches = [batch for number in missing for batch in shards.batches(number)]
-        tables = []
+        tables: list[Any] = []
         for done, (batch, found) in enumerate(passes.scores(direction, batches), 1):
-            tables.append(_rows(self.source, reader, batch, found) if first() else None)
+            if first():
+                tables += _rows(self.source, reader, batch, found)
             if batch == shards.batches(shards.of(batch))[-1]:
                 if first():
                     store.write("shard", shards.of(batch), _table.encoded(tables), suffix="parquet")
@@ -316,7 +317,7 @@ class _Run:
                 "skipped": [[reader.ids[k], reason] for k, reason in sorted(reader.skipped.items())],
                 "manifest": manifest,
             }
-            _table.write_tables(out, _tables(store, shards.numbers), metadata)
+            _table.write_tables(out, lambda: _tables(store, shards.numbers), metadata)
 
     def solution(
         self, operator: Operator, memorised: Operator, slope: Slope, store: Store, report: Reporter
@@ -455,22 +456,25 @@ class _Shards:
         return range(shard * self._per_shard, min((shard + 1) * self._per_shard, self._batches))
 
 
-def _rows(source: Source, reader: Reader, number: int, found: BatchScores) -> Any:
-    """The rows of one batch."""
+def _rows(source: Source, reader: Reader, number: int, found: BatchScores) -> list[Any]:
+    """The rows of one batch, as a list of one table; of none where none of its tasks could be read."""
     start = number * reader.batch_size
     read = np.flatnonzero(found.weights[: len(reader.ids) - start])
     positions = (start + read).tolist()
-    return _table.rows(
+    if not positions:
+        return []
+    table = _table.rows(
         [reader.ids[k] for k in positions],
         [found.task[read], found.support[read], found.query[read]],
         [found.support_mask[read], found.query_mask[read]],
         _table.columns_of(source, positions),
     )
+    return [table]
 
 
 def _tables(store: Store, numbers: Sequence[int]) -> Iterator[Any]:
     for number in numbers:
-        content = store.read("shard", number)
+        content = store.read_here("shard", number)
         if content is None:
             raise OSError(f"out: expected shard {number}, which was whole before, got a damaged file; call again")
         yield _table.decoded(content)
@@ -486,6 +490,8 @@ def _result(out: Path) -> Result:
 @contextlib.contextmanager
 def _store(out: Path) -> Iterator[Store]:
     """The run's store: the first process's folder, and what it reads from there on all others."""
+    if out.is_dir():
+        raise IsADirectoryError(f"out: expected a file, got the folder {out}")
     if not first():
         yield Store(None, agree)
         return

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -20,6 +20,7 @@ from metainfluence.operators import Domain, Operator
 from metainfluence.scoring._host import host_operator
 from metainfluence.scoring._programs import Part, Programs, holds_nan
 from metainfluence.scoring._source import Batch, Reader, Source, Subset, stack, total_bytes
+from metainfluence.tasks import task_sharding
 
 # Batches that are worked on at once: a batch that stays in a core's cache keeps one core busy.
 _WORKERS = 2
@@ -76,7 +77,7 @@ def reader_of(source: Source, batch_size: int, on_error: str, mesh: Mesh | None)
 
 def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " r"]:
     """Rows of a batch that lie on this process's devices."""
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    sharding = task_sharding(mesh)
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[part] for part in slices if part is not None]))
 

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from metainfluence.scoring._source import Reader
 
 
+_LEAST_BYTES = 1 << 16
+
+
 def first() -> bool:
     """Whether this is the process that writes."""
     return jax.process_index() == 0
@@ -23,10 +26,11 @@ def agree(content: bytes) -> bytes:
     from jax.experimental import multihost_utils
 
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    buffer = np.zeros(length, np.uint8)
+    # A power of two, since each size is a program of its own.
+    buffer = np.zeros(1 << max(length - 1, _LEAST_BYTES).bit_length(), np.uint8)
     if first():
-        buffer[:] = np.frombuffer(content, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8).tobytes()
+        buffer[:length] = np.frombuffer(content, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8)[:length].tobytes()
 
 
 def meet() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
 from metainfluence.bilevel import Bilevel, meta_regularization
@@ -23,6 +23,7 @@ from metainfluence.curvature import (
     summed_shift,
 )
 from metainfluence.scoring._source import Batch
+from metainfluence.tasks import task_sharding
 
 
 class Part(NamedTuple):
@@ -89,7 +90,7 @@ class Programs:
         problem, curvature, mesh = self._problem, self._curvature, self.mesh
 
         # Results are whole on every device, so that every process can read them.
-        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        whole = None if mesh is None else task_sharding(mesh, replicated=True)
 
         def gradient(at: PyTree, batch: Batch) -> Part:
             total, norms = summed_gradient(problem, exact(), at, at, *batch)
@@ -132,14 +133,14 @@ class Programs:
         """A batch, or this process's rows of it, on the devices."""
         if self.mesh is None:
             return jax.device_put(batch)
-        sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        sharding = task_sharding(self.mesh)
         return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
 
     def replicated(self, tree: PyTree) -> PyTree:
         """The same values on all devices."""
         if self.mesh is None:
             return tree
-        sharding = NamedSharding(self.mesh, PartitionSpec())
+        sharding = task_sharding(self.mesh, replicated=True)
         if jax.process_count() == 1:
             return jax.device_put(tree, sharding)
 

@@ -98,8 +98,9 @@ class Store:
 
     def read(self, kind: str, number: int) -> bytes | None:
         """Content of a file, or None where there is none that is whole; a damaged one is removed."""
-        content = self._agree(self._found(kind, number))
-        return content[1:] if content[:1] == _FOUND else None
+        here = self.read_here(kind, number)
+        content = self._agree(b"" if here is None else _FOUND + here)
+        return content[1:] if content else None
 
     def arrays(self, kind: str, number: int) -> dict[str, np.ndarray] | None:
         """Arrays of a file, or None where there is none that is whole."""
@@ -151,15 +152,16 @@ class Store:
         if self.folder is not None:
             write_atomically(self.folder / "manifest.json", json.dumps(value, indent=1).encode())
 
-    def _found(self, kind: str, number: int) -> bytes:
+    def read_here(self, kind: str, number: int) -> bytes | None:
+        """As `read`, for the process with the folder alone."""
         for path in self._known.get((kind, number), []):
             content = path.read_bytes()
             match = _NAME.fullmatch(path.name)
             assert match is not None
             if _digest(content) == match["digest"]:
-                return _FOUND + content
+                return content
         self._drop(kind, number)
-        return b""
+        return None
 
     def _drop(self, kind: str, number: int) -> None:
         for path in self._known.pop((kind, number), []):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def write_scores(
     ]
     values = [np.asarray(value) for value in (scores.task, scores.support, scores.query)]
     table = rows(ids, values, masks, columns_of(source, range(len(ids))))
-    write_tables(Path(path), [table], {**(metadata or {}), "solve": report(scores.info)})
+    write_tables(Path(path), lambda: [table], {**(metadata or {}), "solve": report(scores.info)})
 
 
 def columns_of(source: Source | None, positions: Iterable[int]) -> list[Mapping[str, Any]]:
@@ -192,34 +192,34 @@ def _joined(columns: Sequence[Mapping[str, Any]], name: str, side: int) -> Any:
     return [item for value in values for item in value]
 
 
-def write_tables(path: Path, tables: Iterable[Any], metadata: Mapping[str, Any]) -> None:
-    """Writes tables one after the other to one file, which is there as a whole or not at all."""
+def write_tables(path: Path, tables: Callable[[], Iterable[Any]], metadata: Mapping[str, Any]) -> None:
+    """Writes tables one after the other to one file, which is there as a whole or not at all.
+
+    Args:
+      path: of the file.
+      tables: gives the tables, twice: first their types are looked at, since a column may be all null in some.
+      metadata: anything JSON can hold.
+    """
     pa, pq = arrow(), parquet()
-    schema = writer = None
+    schema = pa.unify_schemas([table.schema for table in tables() if len(table)], promote_options="permissive")
+    schema = schema.with_metadata({_METADATA: json.dumps(metadata)})
     waiting: list[Any] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        try:
-            for table in tables:
-                if writer is None:
-                    schema = table.schema.with_metadata({_METADATA: json.dumps(metadata)})
-                    writer = pq.ParquetWriter(temporary, schema)
-                waiting.append(table.cast(schema))
-                if sum(len(each) for each in waiting) >= _ROWS_PER_GROUP:
-                    writer.write_table(pa.concat_tables(waiting))
-                    waiting = []
-            if writer is not None and waiting:
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for table in filter(len, tables()):
+            waiting.append(table.cast(schema))
+            if sum(len(each) for each in waiting) >= _ROWS_PER_GROUP:
                 writer.write_table(pa.concat_tables(waiting))
-        finally:
-            if writer is not None:
-                writer.close()
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
 
 
 def encoded(tables: Sequence[Any]) -> bytes:
     """Tables, one after the other, as the bytes of a Parquet file."""
     pa = arrow()
     sink = pa.BufferOutputStream()
-    parquet().write_table(pa.concat_tables(tables, promote_options="permissive"), sink)
+    parquet().write_table(pa.concat_tables([pa.table({}), *tables], promote_options="permissive"), sink)
     return sink.getvalue().to_pybytes()
 
 

@@ -142,7 +142,7 @@ def test_every_experiment_of_the_repository_can_be_read(size):
 
 def test_verdicts_name_experiments_that_there_are():
     stems = {path.stem for path in reproduce.experiment_files(ROOT / "configs")}
-    assert {*verdicts.DETECTION.values(), *verdicts.AGREEMENT.values(), "speed"} <= stems
+    assert {*verdicts.DETECTION.values(), *verdicts.EDITING.values(), *verdicts.AGREEMENT.values(), "speed"} <= stems
 
 
 def row(**values):

@@ -49,13 +49,15 @@ def tasks(count, *, ragged=False, seed=0, dtype=np.float64):
 
 def score(source, out, **options):
     """`scoring.score` on this problem, quietly and well solved."""
-    settings = {"solver": mi.solvers.cg(tol=1e-12), "damping": 0.1, "progress": False, "batch_size": 4, **options}
-    return mi.scoring.score(PROBLEM, target, LAMBDA, source, *TARGET_ARGS, out=out, **settings)
+    given = {"problem": PROBLEM, "target": target, "meta_params": LAMBDA, "target_args": TARGET_ARGS, **options}
+    problem, phi, at, args = (given.pop(name) for name in ("problem", "target", "meta_params", "target_args"))
+    settings = {"solver": mi.solvers.cg(tol=1e-12), "damping": 1.0, "progress": False, "batch_size": 4, **given}
+    return mi.scoring.score(problem, phi, at, source, *args, out=out, **settings)
 
 
 def in_memory(found, **options):
     """`influence_scores` of the same tasks."""
-    options = {"solver": mi.solvers.dense(), "damping": 0.1, **options}
+    options = {"solver": mi.solvers.dense(), "damping": 1.0, **options}
     make = jax.jit(mi.influence_scores(PROBLEM, target, **options))
     return make(jax.tree.map(jnp.asarray, LAMBDA), mi.stack_tasks(found), *TARGET_ARGS)
 

@@ -68,13 +68,13 @@ def test_solvers_that_loop_over_products_work_on_batches(solver, operator):
 @pytest.fixture(scope="module")
 def operator():
     passes = setting.passes(setting.programs(), setting.reader(setting.tasks(11), 4), 1e9)
-    return passes.operator(passes.slope()).damped(0.1)
+    return passes.operator(passes.slope()).damped(1.0)
 
 
 def test_the_operator_is_the_total_hessian(operator):
     tasks = mi.stack_tasks(setting.tasks(11))
     meta_params = jax.tree.map(jax.numpy.asarray, setting.LAMBDA)
-    wanted = jax.jit(lambda *args: mi.total_hessian(setting.PROBLEM, damping=0.1)(*args).dense())(meta_params, tasks)
+    wanted = jax.jit(lambda *args: mi.total_hessian(setting.PROBLEM, damping=1.0)(*args).dense())(meta_params, tasks)
     np.testing.assert_allclose(operator.dense(), wanted, rtol=1e-12, atol=1e-14)
 
 
@@ -119,7 +119,7 @@ def test_half_precision_is_computed_in_float32(tmp_path):
                 source,
                 *jax.tree.map(np.float32, arguments),
                 out=tmp_path / name,
-                damping=0.1,
+                damping=1.0,
                 batch_size=6,
                 memory=1.0,
                 progress=False,

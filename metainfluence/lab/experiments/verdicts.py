@@ -11,6 +11,7 @@ from metainfluence.lab.experiments.removal import NOTHING
 from metainfluence.lab.experiments.results import ROWS, interval, markdown
 
 DETECTION = {"digits": "detection_digits", "Omniglot": "table_omniglot", "mini-ImageNet": "table_mini_imagenet"}
+EDITING = {"MNIST": "table_mnist", "MNIST, 80 % flipped": "figure2_mnist", "sinusoids": "regression"}
 AGREEMENT = {"implicit head": "agreement_head", "iMAML": "agreement_imaml", "MAML": "agreement_maml"}
 SURROGATES = ("linearized", "gamma", "Gauss-Newton")
 FOUND, SUPPORT, KEPT, TIMES = 0.95, 0.9, 0.95, 20.0
@@ -134,6 +135,8 @@ def all_of(out: Path, size: str) -> list[Verdict]:
         rows = rows_of(out, name, size)
         for kind in (detection, support, editing):
             found += kind(data, rows)
+    for data, name in EDITING.items():
+        found += editing(data, rows_of(out, name, size))
     return [*found, *agreement(out, size), *speed(out, size)]
 
 

@@ -1,0 +1,99 @@
+"""Whether the examples of a task see each other, so that a weight of 0 does not remove one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from metainfluence.bilevel import Bilevel, check_meta_params, task_loss
+from metainfluence.tasks import Task, Weights, concrete, resolve_weights
+
+
+class CouplingWarning(UserWarning):
+    """Examples that reach a task's loss by other ways than their weighted losses."""
+
+
+class Coupling(NamedTuple):
+    """How far an example of weight 0 still moves its task's loss, relative to the loss; 0 where it does not.
+
+    Attributes:
+      support: `[n_support]`.
+      query: `[n_query]`.
+    """
+
+    support: Float[Array, " n_support"]
+    query: Float[Array, " n_query"]
+
+
+def coupling(problem: Bilevel) -> Callable[..., Coupling]:
+    """Makes (meta_params, task, weights=None) -> Coupling, a probe of one task.
+
+    An example's weight is set to 0 and the next real example is put in its place: a loss that is a weighted sum over
+    examples, in both levels, does not change by a bit. One that changes has statistics over the batch (batch
+    normalisation, contrastive losses), or a program that does not multiply the example's loss by its weight. Instance
+    influence then answers what would be if the example's own term did not count, not if the example were not there; the
+    influence of whole tasks is not touched. Runs one adaptation per example, and no derivative.
+
+    Returns:
+      Function that warns (`CouplingWarning`) where examples are coupled; under jit it returns the numbers only. Side
+      by side with a copy of itself an example shows nothing, and neither does the only one of its side.
+
+    Raises:
+      ValueError: a loss that is not finite, and as `total_gradient`.
+    """
+    loss = task_loss(problem)
+
+    def run(meta_params: PyTree, task: Task, weights: Weights | None = None) -> Coupling:
+        check_meta_params(meta_params)
+        weights = resolve_weights(weights, task, stacked=False)
+
+        def side(name: str) -> Array:
+            batch, own = getattr(task, name), getattr(weights, name)
+            mask = getattr(task, f"{name}_mask")
+            real = jnp.ones(own.shape, bool) if mask is None else jnp.asarray(mask)
+
+            def single(example: Array) -> Array:
+                without = weights._replace(**{name: own.at[example].set(0)})
+                # The next real example, around the end of the batch.
+                order = (jnp.arange(own.shape[0]) - example - 1) % own.shape[0]
+                other = jnp.argmin(jnp.where(real, order, own.shape[0]))
+                replaced = jax.tree.map(lambda leaf: jnp.asarray(leaf).at[example].set(leaf[other]), batch)
+                before = loss(meta_params, task, without)
+                after = loss(meta_params, task._replace(**{name: replaced}), without)
+                size = jnp.maximum(jnp.abs(before), jnp.finfo(before.dtype).tiny)
+                return jnp.where(real[example], jnp.abs(after - before) / size, 0)
+
+            return jax.lax.map(single, jnp.arange(own.shape[0]))
+
+        found = Coupling(side("support"), side("query"))
+        if concrete(found):
+            _warn(found)
+        return found
+
+    return run
+
+
+def _warn(found: Coupling) -> None:
+    peaks = {name: float(np.max(values, initial=0.0)) for name, values in found._asdict().items()}
+    if not all(map(np.isfinite, peaks.values())):
+        raise ValueError("task: expected a finite loss without any one example, got NaN or infinity")
+    # Without coupling the two losses are the same sum, to the last bit; a margin for kernels that are not
+    # deterministic.
+    eps = max(float(np.finfo(np.asarray(values).dtype).eps) for values in found)
+    coupled = [f"{name} set by {peak:.1e}" for name, peak in peaks.items() if peak > 100 * eps]
+    if coupled:
+        warnings.warn(
+            f"examples of weight 0 still move the task's loss ({', '.join(coupled)}, relative): either they enter "
+            "statistics over the batch, as in batch normalisation, or the loss does not weigh them. Scores of single "
+            "examples on that side are those of removing an example's own term from the loss, and not its effect on "
+            "the others (or they are 0, where it is not weighed); scores of tasks hold. Hold running statistics fixed, "
+            "normalise each example by itself (layer norm), or weigh by coefficients where the code takes a mean.",
+            CouplingWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,90 @@
+"""Examples that see each other are found, and a user is told what scores then mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metainfluence as mi
+from tiny import LAMBDA, PROBLEM, outer_loss, ridge
+from wrapping.page import SECTIONS, as_a_reader, execute
+
+
+@pytest.fixture(scope="module")
+def page():
+    with as_a_reader(x64=False), pytest.warns(mi.CouplingWarning):
+        return execute([*SECTIONS["Data"], *SECTIONS["Batch normalisation"]], {})
+
+
+@pytest.fixture(scope="module")
+def task():
+    x, y = np.random.default_rng(3).normal(size=(2, 9, 2))
+    return mi.Task({"x": x[:4], "y": y[:4, 0]}, {"x": x[4:], "y": y[4:, 0]})
+
+
+def test_batch_norm_of_a_flax_model_is_detected(page):
+    assert np.all(page["coupled"].support > 1e-4)
+    assert np.all(page["coupled"].query > 1e-4)
+
+
+def test_warning_says_what_scores_mean(page):
+    with as_a_reader(x64=False), pytest.warns(mi.CouplingWarning, match="support set by .* query set by .*own term"):
+        mi.coupling(page["batch"])(page["with_batch_norm"], page["task"])
+
+
+def test_layer_norm_and_fixed_statistics_are_silent(page):
+    assert not np.any(page["free"].support)
+    assert not np.any(page["free"].query)
+    with as_a_reader(x64=False):
+        fixed = mi.coupling(page["running"])(page["with_running_mean"], page["task"])
+    assert not np.any(fixed.support)
+    assert not np.any(fixed.query)
+
+
+def test_statistics_threaded_from_the_support_set_couple_that_side_only():
+    with as_a_reader(x64=False):
+        scope = execute([*SECTIONS["Data"], *SECTIONS["Haiku, with its state threaded"]], {})
+        task = jax.tree.map(lambda leaf: leaf[0], scope["tasks"])
+        with pytest.warns(mi.CouplingWarning, match=r"\(support set by [^,]*, relative\)"):
+            found = mi.coupling(scope["problem"])(scope["meta_params"], task)
+    assert np.all(found.support > 1e-4)
+    assert not np.any(found.query)
+
+
+def test_code_that_forgets_the_weights_is_detected(task):
+    forgetful = mi.bilevel(
+        outer_loss, mi.adaptation.closed_form(lambda m, s, c: ridge(m, s, jnp.full(c.shape, 1 / c.size)))
+    )
+    with pytest.warns(mi.CouplingWarning, match="support set"):
+        found = mi.coupling(forgetful)(LAMBDA, task)
+    assert np.all(found.support > 1e-6)
+    assert not np.any(found.query)
+
+
+def test_padding_is_no_example(task):
+    ragged = mi.stack_tasks([task, jax.tree.map(lambda leaf: leaf[:3], task)])
+    second = jax.tree.map(lambda leaf: leaf[1], ragged)
+
+    def gathered(params, meta_params, batch):  # pulls every example towards the others
+        losses = outer_loss(params, meta_params, batch)
+        return losses + 0.1 * jnp.max(losses)
+
+    with pytest.warns(mi.CouplingWarning):
+        found = mi.coupling(mi.bilevel(gathered, mi.adaptation.closed_form(ridge)))(LAMBDA, second)
+    assert found.query.shape == (5,)
+    assert np.any(found.query[:3])
+    assert not np.any(found.query[3:])
+    assert not np.any(found.support)
+
+
+def test_under_jit_it_returns_the_numbers(task):
+    found = jax.jit(mi.coupling(PROBLEM))(LAMBDA, task)
+    assert found.support.shape == (4,)
+    assert not np.any(found.support)
+    assert not np.any(found.query)
+
+
+def test_a_loss_that_is_not_finite_is_refused(task):
+    problem = mi.from_task_loss(lambda meta_params, task, weights: jnp.sum(weights.query) * jnp.nan)
+    with pytest.raises(ValueError, match="task: expected a finite loss"):
+        mi.coupling(problem)(LAMBDA, task)
