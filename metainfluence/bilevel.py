@@ -26,6 +26,7 @@ from metainfluence.tasks import (
     fill_padding,
     leaf_name,
     reduce_tasks,
+    refuse_half,
     resolve_weights,
 )
 
@@ -208,6 +209,7 @@ def l2(delta: float) -> Callable[[PyTree], Array]:
 def check_meta_params(meta_params: PyTree) -> None:
     """Raises, naming the leaf, unless λ holds finite floating-point numbers; traced values cannot be checked."""
     check_floating(meta_params, "meta_params")
+    refuse_half(meta_params, "meta_params")
     for path, leaf in jax.tree_util.tree_leaves_with_path(meta_params):
         if concrete(leaf) and not np.all(np.isfinite(np.asarray(leaf))):
             raise ValueError(f"{leaf_name('meta_params', path)}: expected finite numbers, got NaN or infinity")

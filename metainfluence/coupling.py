@@ -54,7 +54,7 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
         weights = resolve_weights(weights, task, stacked=False)
 
         def side(name: str) -> Array:
-            batch, own = getattr(task, name), getattr(weights, name)
+            batch, own = jax.tree.map(jnp.asarray, getattr(task, name)), getattr(weights, name)
             mask = getattr(task, f"{name}_mask")
             real = jnp.ones(own.shape, bool) if mask is None else jnp.asarray(mask)
 
@@ -63,7 +63,7 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
                 # The next real example, around the end of the batch.
                 order = (jnp.arange(own.shape[0]) - example - 1) % own.shape[0]
                 other = jnp.argmin(jnp.where(real, order, own.shape[0]))
-                replaced = jax.tree.map(lambda leaf: jnp.asarray(leaf).at[example].set(leaf[other]), batch)
+                replaced = jax.tree.map(lambda leaf: leaf.at[example].set(leaf[other]), batch)
                 before = loss(meta_params, task, without)
                 after = loss(meta_params, task._replace(**{name: replaced}), without)
                 size = jnp.maximum(jnp.abs(before), jnp.finfo(before.dtype).tiny)

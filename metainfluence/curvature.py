@@ -28,7 +28,7 @@ from metainfluence.bilevel import (
     weighted_losses,
     with_hvp,
 )
-from metainfluence.differentiation import FORWARD, REVERSE, explained, hessian_map, hessian_product, taylor
+from metainfluence.differentiation import FORWARD, REVERSE, check_forward, hessian_map, hessian_product, taylor
 from metainfluence.operators import Losses, Operator, check_damping, from_matvec
 from metainfluence.tasks import (
     Task,
@@ -243,8 +243,7 @@ def summed_sensitivities(problem: Bilevel, at: PyTree, vector: PyTree, tasks: Ta
 
     if problem.hvp == REVERSE:
         return jax.vjp(lambda w: jax.grad(total)(at, w), weights)[1](vector)[0]
-    with explained():
-        return jax.grad(slope)(weights)
+    return jax.grad(slope)(weights)
 
 
 def gradient_map(
@@ -284,8 +283,7 @@ def expand(
         if problem.hvp == REVERSE:
             # Mixed derivatives are symmetric: ∂_w D_λF · direction = D_λ ⟨∂_wF, direction⟩.
             return jax.vjp(lambda m: jax.grad(objective, argnums=2)(m, tasks, weights), at)[1](direction)[0]
-        with explained():
-            return jax.jvp(lambda w: gradient(exact(), at, tasks, at, w)[0], (weights,), (direction,))[1]
+        return jax.jvp(lambda w: gradient(exact(), at, tasks, at, w)[0], (weights,), (direction,))[1]
 
     def objective(meta_params: PyTree, tasks: Task, weights: Weights) -> Array:
         """F without the meta-regulariser, which sees no weights."""
@@ -323,16 +321,20 @@ def expand(
         return expand(problem, curvature, batch_size, mesh)(at, *part).operator
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
+        if problem.hvp == FORWARD:
+            first = jax.tree.map(lambda leaf: leaf[0], (tasks, weights))
+            # The other curvatures, and scores in chunks, take forward mode of functions that are not gradients.
+            twice = batch_size is None and curvature.is_exact
+            check_forward(lambda m: evaluate(problem, m, *first)[0], meta_params, twice=twice)
         expansion = expanded(meta_params, tasks, weights)
         return expansion._replace(operator=described(expansion.operator, meta_params, tasks, weights))
 
     def expanded(meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
         at = meta_params
         if batch_size is None and curvature.is_exact and problem.hvp == FORWARD:
-            with explained():
-                slope, linear, norm = jax.linearize(
-                    functools.partial(gradient, curvature, at, tasks), at, weights, has_aux=True
-                )
+            slope, linear, norm = jax.linearize(
+                functools.partial(gradient, curvature, at, tasks), at, weights, has_aux=True
+            )
             no_step, no_change = jax.tree.map(jnp.zeros_like, (at, weights))
             operator = from_matvec(Partial(_along_first, linear, no_change), at)
             by_weights = Partial(_along_second, linear, no_step)

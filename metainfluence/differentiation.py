@@ -7,14 +7,13 @@ v ↦ ∇⟨gradient, v⟩, is the same product.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 FORWARD = "forward_over_reverse"
 REVERSE = "reverse_over_reverse"
@@ -26,13 +25,28 @@ def check_hvp(hvp: Any) -> None:
         raise ValueError(f"hvp: expected {FORWARD!r} or {REVERSE!r}, got {hvp!r}")
 
 
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Says which argument to change where JAX cannot differentiate a `custom_vjp` forward."""
+def check_forward(loss: Callable[[PyTree], Array], at: PyTree, *, twice: bool) -> None:
+    """Raises where forward mode meets a `custom_vjp`, which under jit JAX says only when it compiles, far from here.
+
+    Args:
+      loss: (point) -> scalar.
+      at: the point; may be traced.
+      twice: whether forward mode is taken of the loss's gradient, in which the `custom_vjp` may have been replaced by
+        functions that have a derivative, or of the loss itself.
+
+    Raises:
+      TypeError: naming the argument to change.
+    """
+    # A trace of the loss is cheap beside those of its second derivatives.
+    if not _holds(jax.make_jaxpr(loss)(at).jaxpr, "custom_vjp_call"):
+        return
+    fn = jax.grad(loss) if twice else loss
+    vectors = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)), jnp.result_type(leaf)), at)
     try:
-        yield
+        # Of what it refuses to compile JAX refuses to trace the vmap.
+        jax.eval_shape(jax.vmap(lambda vector: jax.jvp(fn, (at,), (vector,))[1]), vectors)
     except TypeError as error:
-        if "custom_vjp" not in str(error) or "hvp=" in str(error):
+        if "custom_vjp" not in str(error):
             raise
         raise TypeError(
             f"hvp: {FORWARD!r} differentiates the problem's functions in forward mode too, and one of them has a "
@@ -40,12 +54,26 @@ def explained() -> Iterator[None]:
         ) from error
 
 
+def _holds(jaxpr: Any, name: str) -> bool:
+    """Whether a primitive whose name starts so is in a jaxpr or in one inside it."""
+
+    def inside(value: Any) -> bool:
+        if isinstance(value, (tuple, list)):
+            return any(map(inside, value))
+        inner = getattr(value, "jaxpr", value)
+        return hasattr(inner, "eqns") and _holds(inner, name)
+
+    return any(
+        equation.primitive.name.startswith(name) or any(map(inside, equation.params.values()))
+        for equation in jaxpr.eqns
+    )
+
+
 def hessian_product(gradient: Callable[[PyTree], PyTree], at: PyTree, vector: PyTree, hvp: str) -> PyTree:
     """The derivative of a gradient along a vector like its argument."""
     if hvp == REVERSE:
         return jax.vjp(gradient, at)[1](vector)[0]
-    with explained():
-        return jax.jvp(gradient, (at,), (vector,))[1]
+    return jax.jvp(gradient, (at,), (vector,))[1]
 
 
 def hessian_map(
@@ -64,9 +92,7 @@ def hessian_map(
     if hvp == REVERSE:
         slope, pullback, aux = jax.vjp(gradient, at, has_aux=True)
         return slope, Partial(_first, pullback), aux
-    with explained():
-        slope, linear, aux = jax.linearize(gradient, at, has_aux=True)
-    return slope, linear, aux
+    return jax.linearize(gradient, at, has_aux=True)
 
 
 def taylor(fn: Callable[[PyTree], PyTree], at: PyTree, hvp: str) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
@@ -80,8 +106,7 @@ def taylor(fn: Callable[[PyTree], PyTree], at: PyTree, hvp: str) -> tuple[PyTree
             return transposed((change,))[0]
 
     else:
-        with explained():
-            value, rate = jax.linearize(fn, at)
+        value, rate = jax.linearize(fn, at)
 
     def polynomial(point: PyTree) -> PyTree:
         return jax.tree.map(jnp.add, value, rate(jax.tree.map(jnp.subtract, point, at)))

@@ -26,7 +26,7 @@ from metainfluence.bilevel import Bilevel, check_meta_params, task_loss, with_hv
 from metainfluence.curvature import Curvature, Expansion, check_curvature, exact, expand, gradient_map
 from metainfluence.damping import RANK as DAMPING_RANK
 from metainfluence.damping import rule as damping_rule
-from metainfluence.differentiation import REVERSE, explained
+from metainfluence.differentiation import REVERSE
 from metainfluence.operators import Operator, check_damping
 from metainfluence.preflight import Chunks, fitting_chunks
 from metainfluence.solvers import SolveInfo, Solver
@@ -195,8 +195,7 @@ def _columns(problem: Bilevel, term: Callable[[PyTree, PyTree], Array], meta_par
     """∂_w D_λ of a term: a pytree like the weights, of pytrees like λ with the weights' axes leading."""
     if problem.hvp == REVERSE:
         return jax.jacrev(lambda m: jax.grad(term, argnums=1)(m, weights))(meta_params)
-    with explained():
-        columns = jax.jacfwd(lambda w: jax.grad(term)(meta_params, w))(weights)
+    columns = jax.jacfwd(lambda w: jax.grad(term)(meta_params, w))(weights)
     # jacfwd nests the weights inside the leaves of λ, with their axes last.
     columns = jax.tree.transpose(jax.tree.structure(meta_params), jax.tree.structure(weights), columns)
     return jax.tree.map(

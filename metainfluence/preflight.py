@@ -119,7 +119,8 @@ def preflight(
         check_positive("memory", memory)
 
     def run(meta_params: PyTree, tasks: Task | Sequence[Task]) -> Plan:
-        check_meta_params(meta_params)
+        if not _is_abstract(meta_params):
+            check_meta_params(meta_params)
         devices = 1 if mesh is None else mesh.size
         room = devices * free_memory() * FREE_SHARE if memory is None else memory
         count = sizes(tasks).lead[0] if isinstance(tasks, Task) else len(tasks)
@@ -146,7 +147,7 @@ def preflight(
         passes = num_products + 3
         return Plan(
             num_tasks=count,
-            num_meta_params=sum(jnp.size(leaf) for leaf in jax.tree.leaves(meta_params)),
+            num_meta_params=sum(leaf.size for leaf in jax.tree.leaves(_shapes(meta_params))),
             batch_size=chosen,
             most_tasks=most,
             kept_tasks=min(kept, count),
@@ -232,7 +233,7 @@ def _measure(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks:
     costs = compiled.cost_analysis() or {}
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     seconds = None
-    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((meta_params, tasks))):
+    if not _is_abstract((meta_params, tasks)):
         arguments = jax.device_put((meta_params, meta_params, tasks, resolve_weights(None, tasks)))
         jax.block_until_ready(compiled(*arguments))
         start = time.perf_counter()
@@ -255,18 +256,28 @@ def _linearised_bytes(problem: Bilevel, curvature: Curvature, meta_params: PyTre
 def _first(tasks: Task | Sequence[Task], count: int) -> Task:
     if not isinstance(tasks, Task):
         return stack_tasks([tasks[k] for k in range(count)])
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tasks)) or not concrete(tasks):
+    if _is_abstract(tasks) or not concrete(tasks):
         shapes = _shapes(tasks)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), shapes)
     return jax.tree.map(lambda leaf: leaf[:count], tasks)
 
 
+def _is_abstract(tree: PyTree) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
 def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+    return jax.tree.map(shape, tree)
 
 
 def _size(tree: PyTree) -> float:
-    return float(sum(jnp.size(leaf) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree)))
+    """Bytes of arrays, or of what has their shapes."""
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_shapes(tree))))
 
 
 def _available(meminfo: Path) -> float | None:

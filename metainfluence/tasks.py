@@ -81,9 +81,26 @@ def leaf_name(root: str, path: Any) -> str:
     return root + jax.tree_util.keystr(path)
 
 
+def is_half(value: Any) -> bool:
+    """Whether an array holds floating-point numbers of less than 32 bits."""
+    dtype = jnp.result_type(value)
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize < 4
+
+
+def refuse_half(tree: PyTree, name: str) -> None:
+    """Raises TypeError, naming the leaf, where a leaf is in half precision, in which no Hessian can be solved with."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if is_array(leaf) and is_half(leaf):
+            raise TypeError(
+                f"{leaf_name(name, path)}: expected float32 or float64, got {jnp.result_type(leaf)}; cast it, or use "
+                "scoring.score, which does"
+            )
+
+
 def _lead(name: str, tree: PyTree, mask: Any, axes: int) -> tuple[int, ...]:
     """Checks that all leaves and the mask share their first `axes` axes, and returns these."""
     lead: tuple[int, ...] | None = None
+    refuse_half(tree, name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         shape = jnp.shape(leaf)
         if len(shape) < axes:

@@ -481,10 +481,9 @@ def _tables(store: Store, numbers: Sequence[int]) -> Iterator[Any]:
 
 
 def _result(out: Path) -> Result:
-    table = _table.read_scores(out)
-    ids, task, support, query = _table.dense(table)
-    skipped = dict(table.metadata["skipped"])
-    return Result(task, support, query, _table.info_of(table.metadata["solve"]), ids, skipped)
+    metadata, found = _table.metadata_of(out), _table.read_dense(out)
+    info, skipped = _table.info_of(metadata["solve"]), dict(metadata["skipped"])
+    return Result(found.task, found.support, found.query, info, found.ids, skipped)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int, PyTree, UInt32
 
-from metainfluence.tasks import Task, Weights, leaf_name, sizes
+from metainfluence.tasks import Task, Weights, is_half, leaf_name, sizes
 
 _AHEAD = 2
 
@@ -254,12 +254,7 @@ def stack(found: Sequence[Task | None], template: Task) -> Batch:
 
 def widened(tree: PyTree) -> PyTree:
     """Half-precision leaves in float32, so that nothing is computed in less."""
-
-    def widen(leaf: Any) -> Any:
-        half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
-        return leaf.astype(np.float32) if half else leaf
-
-    return jax.tree.map(widen, tree)
+    return jax.tree.map(lambda leaf: leaf.astype(np.float32) if is_half(leaf) else leaf, tree)
 
 
 def _stacked(*leaves: Any) -> Any:
@@ -267,13 +262,13 @@ def _stacked(*leaves: Any) -> Any:
 
 
 def _on_host(task: Any, name: str) -> Task:
-    sizes(task, stacked=False, name=name)
-
     def array(leaf: Any) -> Any:
         # Typed PRNG keys have no NumPy form.
         return leaf if _is_key(leaf) else np.asarray(leaf)
 
-    return widened(jax.tree.map(array, task))
+    wide = widened(jax.tree.map(array, task))
+    sizes(wide, stacked=False, name=name)
+    return wide
 
 
 def _is_key(leaf: Any) -> bool:

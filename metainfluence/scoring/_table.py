@@ -7,7 +7,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -240,31 +240,70 @@ def info_of(report: Mapping[str, Any]) -> SolveInfo:
     return SolveInfo(**{name: jax.numpy.asarray(value) for name, value in values.items()})
 
 
-def dense(table: ScoreTable) -> tuple[Any, Any, Any, Any]:
-    """The tasks' ids `[T]` and scores `[T]`, `[T, n_support]`, `[T, n_query]`, 0 on padding."""
-    own = table.role == "task"
+class Dense(NamedTuple):
+    """Scores as arrays.
+
+    Attributes:
+      ids: of the tasks, `[T]`.
+      task: `[T]`.
+      support: `[T, n_support]`, 0 on padding.
+      query: `[T, n_query]`.
+    """
+
+    ids: Shaped[np.ndarray, " T"]
+    task: Float[np.ndarray, " T"]
+    support: Float[np.ndarray, "T n_support"]
+    query: Float[np.ndarray, "T n_query"]
+
+
+def read_dense(path: Path) -> Dense:
+    """A score file's scores as arrays, read part by part, since its rows take several times as much memory."""
+    names = ["task", "role", "score"]
+    with parquet().ParquetFile(path) as file:
+        groups = [_dense(file.read_row_group(group, columns=names)) for group in range(file.num_row_groups)]
+
+    def joined(name: str) -> Any:
+        parts = [getattr(group, name) for group in groups]
+        found = np.zeros((sum(map(len, parts)), max(part.shape[1] for part in parts)), parts[0].dtype)
+        start = 0
+        for part in parts:
+            found[start : start + len(part), : part.shape[1]] = part
+            start += len(part)
+        return found
+
+    ids, task = (np.concatenate([getattr(group, name) for group in groups]) for name in ("ids", "task"))
+    return Dense(ids, task, joined("support"), joined("query"))
+
+
+def _dense(table: Any) -> Dense:
+    """Scores of whole tasks."""
+    ids, role, score = (_numpy(table[name]) for name in ("task", "role", "score"))
+    own = role == "task"
     index = np.cumsum(own) - 1
     total = int(own.sum())
 
-    def side(role: str) -> Any:
-        chosen = table.role == role
+    def side(name: str) -> Any:
+        chosen = role == name
         of_task = index[chosen]
         counts = np.bincount(of_task, minlength=total)
         first = np.cumsum(counts) - counts
-        found = np.zeros((total, counts.max(initial=0)), table.score.dtype)
-        found[of_task, np.arange(len(of_task)) - first[of_task]] = table.score[chosen]
+        found = np.zeros((total, counts.max(initial=0)), score.dtype)
+        found[of_task, np.arange(len(of_task)) - first[of_task]] = score[chosen]
         return found
 
-    return table.task[own], table.score[own], side("support"), side("query")
+    return Dense(ids[own], score[own], side("support"), side("query"))
 
 
 def _numpy(column: Any) -> Any:
     pa = arrow()
+    if pa.types.is_string(column.type):
+        column = column.dictionary_encode()
     column = column.combine_chunks()
     if pa.types.is_dictionary(column.type):
-        # As few objects as there are different ones.
-        return np.asarray(column.dictionary.to_pylist(), object)[column.indices.to_numpy()]
-    if column.null_count == 0 or pa.types.is_string(column.type):
+        # As few objects as there are different ones; the last is for null.
+        values = np.asarray([*column.dictionary.to_pylist(), None], object)
+        return values[column.indices.fill_null(len(values) - 1).to_numpy()]
+    if column.null_count == 0:
         return column.to_numpy(zero_copy_only=False)
     if column.null_count == len(column):
         return np.ma.masked_all(len(column))

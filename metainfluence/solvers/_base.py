@@ -120,8 +120,6 @@ class Solver(NamedTuple):
         gain from each other; None for `solve` under vmap.
       init_matvecs: (state) -> products that `init` took.
       report: for iterative solvers, (operator, flat rhs, Outcome of `iteration.finish`) -> SolveInfo; else None.
-      outcome: for solvers without steps, (operator, state, flat rhs) -> Outcome, the solution without the product that
-        a report on it takes; None for `solve`.
     """
 
     init: Callable[[Operator], Any]
@@ -130,7 +128,6 @@ class Solver(NamedTuple):
     solve_many: Callable[..., tuple[PyTree, SolveInfo]] | None = None
     init_matvecs: Callable[[Any], Any] = lambda state: 0
     report: Callable[[Operator, Array, Outcome], SolveInfo] | None = None
-    outcome: Callable[[Operator, Any, Array], Outcome] | None = None
 
 
 class Preconditioner(NamedTuple):
@@ -157,8 +154,10 @@ def preconditioner_of(solver: Solver | None, operator: Operator, state: Any) -> 
 
     init_matvecs = jnp.asarray(solver.init_matvecs(state), jnp.int32)
     zero = jnp.zeros(operator.size, operator.domain.dtype)
-    if solver.outcome is not None:
-        outcome = functools.partial(solver.outcome, operator, state)
+    # Kept at `solve` itself, so that a solver whose `solve` was replaced is not asked for what it did before.
+    unreported = getattr(solver.solve, "outcome", None)
+    if unreported is not None:
+        outcome = functools.partial(unreported, operator, state)
         own = jnp.asarray(outcome(zero).num_matvecs, jnp.int32) - init_matvecs
         return Preconditioner(lambda vector: outcome(vector).solution, init_matvecs, own)
     # What `report` adds for its residual is not run here, where nobody asks for it.
@@ -214,7 +213,9 @@ def direct(
         info = report(system(operator, state), vector, outcome, tol(vector.dtype))
         return operator.domain.unravel(outcome.solution), info
 
-    return Solver(init, solve, init_matvecs=init_matvecs, outcome=apply)
+    # The solution without the product that a report on it takes, for `preconditioner_of`.
+    solve.outcome = apply  # type: ignore[attr-defined]
+    return Solver(init, solve, init_matvecs=init_matvecs)
 
 
 def iterative(

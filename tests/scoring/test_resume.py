@@ -220,18 +220,18 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_finished(tmp_path, whole, m
     assert same(out, whole)
 
 
-def test_products_of_other_solvers_and_of_the_damping_rule_are_kept(tmp_path):
-    """Stopped in its solve, a solver without steps finds the products that it has made."""
+def test_products_of_solvers_without_steps_are_kept(tmp_path):
+    """Stopped in its solve, such a solver finds the products that it has made."""
     solver = mi.solvers.block_cg(tol=1e-12)
     out, source = tmp_path / "scores.parquet", Stopping(TASKS)
-    expected = setting.score(source, tmp_path / "whole.parquet", solver=solver, memory=1.0, damping="auto")
+    expected = setting.score(source, tmp_path / "whole.parquet", solver=solver, memory=1.0)
     needed = source.count
     with pytest.raises(KeyboardInterrupt):
-        setting.score(Stopping(TASKS, needed - 20), out, solver=solver, memory=1.0, damping="auto")
+        setting.score(Stopping(TASKS, needed - 20), out, solver=solver, memory=1.0)
     products = kinds(out)["product"]
     assert products > 3
     source = Stopping(TASKS)
-    result = setting.score(source, out, solver=solver, memory=1.0, damping="auto")
+    result = setting.score(source, out, solver=solver, memory=1.0)
     # A pass for the gradient and one for each product need not be made again.
     assert source.count <= needed - 9 * (products + 1) + 9
     np.testing.assert_allclose(result.task, expected.task, rtol=1e-12)

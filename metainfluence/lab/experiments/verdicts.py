@@ -18,12 +18,12 @@ FOUND, SUPPORT, KEPT, TIMES = 0.95, 0.9, 0.95, 20.0
 
 
 class Verdict(NamedTuple):
-    """One promise: what, what was measured, the bar, and whether it is met."""
+    """One promise: what, what was measured, the bar, and whether it is met; None where there is nothing to judge."""
 
     what: str
     measured: str
     bar: str
-    met: bool
+    met: bool | None
 
 
 def rows_of(out: Path, name: str, size: str) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def editing(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
     if edited and retrained and before:
         gain, kept = (mean(found, "accuracy") - mean(before, "accuracy") for found in (retrained, edited))
         what = f"{data}: accuracy gained by edit, of what retraining gains ({gain:+.4f})"
-        yield Verdict(what, f"{kept:+.4f}", f"≥ {KEPT:.0%} of it", kept >= KEPT * gain)
+        yield Verdict(what, f"{kept:+.4f}", f"≥ {KEPT:.0%} of it", kept >= KEPT * gain if gain > 0 else None)
     if scored and before:
         times = mean(before, "seconds") * level[0]["of"] / mean(scored, "seconds")
         what = f"{data}: retraining without each task in turn over all scores, in time"
@@ -102,7 +102,7 @@ def agreement(out: Path, size: str) -> Iterator[Verdict]:
                 if not row["method"].startswith(by.INFLUENCE) and (row["method"] in SURROGATES) == (names is not None)
             }
             best = max(others.values(), key=lambda row: row["lds"])
-            met = exact[0]["lds"] >= best["lds"]
+            met = bool(exact[0]["lds"] >= best["lds"])
             if names is None:
                 ahead[problem] = met
             spread = interval(*(best[key] for key in ("lds", "lds_low", "lds_high")))
@@ -143,5 +143,6 @@ def all_of(out: Path, size: str) -> list[Verdict]:
 def lines(out: Path, size: str) -> list[str]:
     """A table of the promises, for the report."""
     headers = ("promise", "measured", "bar", "")
-    cells = [[v.what, v.measured, v.bar, "met" if v.met else "missed"] for v in all_of(out, size)]
+    words = {True: "met", False: "missed", None: "no gain to keep"}
+    cells = [[v.what, v.measured, v.bar, words[v.met]] for v in all_of(out, size)]
     return ["## What was promised", "", *markdown(headers, cells)] if cells else []
