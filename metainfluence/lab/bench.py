@@ -36,7 +36,7 @@ class BenchConfig:
     """Layers of the feature extractor on 784 pixels."""
     head_l2: float = 0.1
     """Penalty of the head that each task fits."""
-    damping: float = 1.0
+    damping: float = 5.0
     """Of the solves; λ is untrained here, so its Hessian needs some."""
     batch_size: int = 16
     """Tasks per chunk where chunks are measured."""
