@@ -1,5 +1,7 @@
 """Examples that see each other are found, and a user is told what scores then mean."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,9 @@ from wrapping.page import SECTIONS, as_a_reader, execute
 
 @pytest.fixture(scope="module")
 def page():
-    with as_a_reader(x64=False), pytest.warns(mi.CouplingWarning):
-        return execute([*SECTIONS["Data"], *SECTIONS["Batch normalisation"]], {})
+    with as_a_reader(x64=False), pytest.warns(mi.CouplingWarning) as warned:
+        scope = execute([*SECTIONS["Data"], *SECTIONS["Batch normalisation"]], {})
+    return scope | {"warnings": [str(warning.message) for warning in warned]}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,8 @@ def test_batch_norm_of_a_flax_model_is_detected(page):
 
 
 def test_warning_says_what_scores_mean(page):
-    with as_a_reader(x64=False), pytest.warns(mi.CouplingWarning, match="support set by .* query set by .*own term"):
-        mi.coupling(page["batch"])(page["with_batch_norm"], page["task"])
+    (message,) = page["warnings"]
+    assert re.search("support set by .* query set by .*own term", message)
 
 
 def test_layer_norm_and_fixed_statistics_are_silent(page):

@@ -7,8 +7,8 @@ import pytest
 
 import metainfluence as mi
 from oracles.problems import spec
-from oracles.reference import light_jit
 from tiny import outer_loss, predict, ridge, square, target
+from wrapping.page import quick_jit
 
 FORWARD, REVERSE = "forward_over_reverse", "reverse_over_reverse"
 
@@ -43,7 +43,7 @@ def assert_same(found, expected):
 
 def product(problem, hvp, meta_params, tasks, **options):
     vector = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), meta_params)
-    return light_jit(mi.total_hessian(problem, hvp=hvp, **options))(meta_params, tasks).matvec(vector)
+    return quick_jit(mi.total_hessian(problem, hvp=hvp, **options))(meta_params, tasks).matvec(vector)
 
 
 def influences(problem, hvp, meta_params, tasks, **options):
@@ -56,7 +56,7 @@ def influences(problem, hvp, meta_params, tasks, **options):
     def squares(meta_params):
         return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(meta_params))
 
-    @light_jit
+    @quick_jit
     def run(meta_params, tasks):
         both_ways = (
             mi.influence_scores(problem, squares, **options)(meta_params, tasks)[:3],
@@ -103,7 +103,7 @@ def test_products_of_other_curvatures_are_those_of_forward_over_reverse(name, ta
 def test_the_problems_own_choice_is_taken_and_an_argument_goes_before_it(tasks, expected):
     problem = mi.bilevel(outer_loss, mi.adaptation.closed_form(reverse_only), meta_regularizer=mi.l2(1.0), hvp=REVERSE)
     scores = mi.influence_scores(problem, lambda m: jnp.sum(jnp.square(m["scale"])), damping=5.0)
-    assert_same(jax.jit(scores)(META_PARAMS, tasks)[:3], expected[0])
+    assert_same(quick_jit(scores)(META_PARAMS, tasks)[:3], expected[0])
     with pytest.raises(TypeError, match=f"hvp='{REVERSE}'"):
         product(problem, FORWARD, META_PARAMS, tasks)
 

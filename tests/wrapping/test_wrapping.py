@@ -8,8 +8,7 @@ import optax
 import pytest
 
 import metainfluence as mi
-from oracles.reference import light_jit
-from wrapping.page import SECTIONS, as_a_reader, execute
+from wrapping.page import SECTIONS, as_a_reader, execute, quick_jit
 
 WRAPPED = [title for title in SECTIONS if title not in ("Data", "Scores", "Batch normalisation")]
 PLANTED = 3
@@ -19,25 +18,28 @@ def in_float64(scope):
     """Arrays of the scope that the page has made in float32."""
 
     def cast(leaf):
-        return leaf.astype(float) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        return leaf.astype(float) if equinox.is_inexact_array(leaf) else leaf
 
     names = ("tasks", "held_out", "meta_params", "state", "stats")
     scope.update({name: jax.tree.map(cast, scope[name]) for name in names if name in scope})
     return scope
 
 
-def plain_objective(plain, scope):
-    """The mean loss over tasks by the user's own code."""
-    if "outer_loss" in plain:
-        return plain["outer_loss"]
-    keys = [plain["task_keys"][:12]] if "task_keys" in plain else []
+def plain_objective(scope):
+    """The mean loss over tasks by the user's own code, and where to take it."""
+    if "outer_loss" in scope:
+        return scope["outer_loss"], scope["meta_params"]
+    task_loss, keys = scope["task_loss"], [scope["task_keys"][:12]] if "task_keys" in scope else []
+    # Of an Equinox module λ is the part that is trained; other sections make λ themselves.
+    whole = scope["meta_params"] if "meta_params" in scope else scope["net"]
+    meta_params, static = equinox.partition(whole, equinox.is_inexact_array)
+    meta_params = jax.tree.map(lambda leaf: leaf.astype(float), meta_params)
 
     def objective(meta_params, *data):
-        # Of Equinox, λ is the part of the module that is trained.
-        own = equinox.combine(meta_params, scope["static"]) if "static" in scope else meta_params
-        return jnp.mean(jax.vmap(lambda *task: plain["task_loss"](own, *task))(*data, *keys))
+        own = equinox.combine(meta_params, static)
+        return jnp.mean(jax.vmap(lambda *task: task_loss(own, *task))(*data, *keys))
 
-    return objective
+    return objective, meta_params
 
 
 def one_product(gradient, meta_params, vector, title):
@@ -62,18 +64,28 @@ def test_wrapping_takes_at_most_ten_lines(title):
 def test_wrapped_code_has_the_derivatives_of_the_code_and_finds_the_planted_task(title, data):
     *own, wrapping = SECTIONS[title]
     with as_a_reader(x64=False):
-        # The wrapping may rebind names of the user's code, as a loss that weighs its examples.
-        plain, scope = execute(own, dict(data)), execute([*own, wrapping], dict(data))
+        scope = execute(own, dict(data))
     with as_a_reader(x64=True):
-        plain, scope = in_float64(plain), in_float64(scope)
-        problem, meta_params, objective = scope["problem"], scope["meta_params"], plain_objective(plain, scope)
+        scope = in_float64(scope)
+        objective, meta_params = plain_objective(scope)
 
-        @light_jit
+        @quick_jit
         def by_hand(meta_params, vector, *data):
             gradient = jax.grad(objective)
             return gradient(meta_params, *data), one_product(lambda m: gradient(m, *data), meta_params, vector, title)
 
-        @light_jit
+        rng = np.random.default_rng(7)
+        vector = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), meta_params)
+        expected = by_hand(meta_params, vector, scope["tasks"].support, scope["tasks"].query)
+
+    # Only now, since it may rebind names of the user's code, as a loss that weighs its examples.
+    with as_a_reader(x64=False):
+        execute([wrapping], scope)
+    with as_a_reader(x64=True):
+        scope = in_float64(scope)
+        problem = scope["problem"]
+
+        @quick_jit
         def by_the_library(meta_params, vector, tasks, held_out):
             gradients = jax.vmap(mi.total_gradient(problem), in_axes=(None, 0))(meta_params, tasks)
             product = mi.total_hessian(problem)(meta_params, tasks).matvec(vector)
@@ -81,10 +93,7 @@ def test_wrapped_code_has_the_derivatives_of_the_code_and_finds_the_planted_task
             mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), gradients)
             return (mean, product), scores(meta_params, tasks, held_out)
 
-        rng = np.random.default_rng(7)
-        vector = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), meta_params)
-        expected = by_hand(meta_params, vector, plain["tasks"].support, plain["tasks"].query)
-        found, scores = by_the_library(meta_params, vector, scope["tasks"], scope["held_out"])
+        found, scores = by_the_library(scope["meta_params"], vector, scope["tasks"], scope["held_out"])
         # jaxopt's own solver stops at a residual, and differently in each program.
         tol = 1e-8 if title == "jaxopt" else 1e-9
         for ours, theirs in zip(found, expected, strict=True):
@@ -94,3 +103,9 @@ def test_wrapped_code_has_the_derivatives_of_the_code_and_finds_the_planted_task
     assert np.all(np.isfinite(scores.support))
     assert np.all(scores.support != 0)
     assert np.all(scores.query != 0)
+
+
+def test_scores_as_printed(data, capsys):
+    with as_a_reader(x64=False):
+        execute([*SECTIONS["Plain pytrees"], *SECTIONS["Scores"]], dict(data))
+    assert capsys.readouterr().out.startswith(f"most harmful: task {PLANTED} ")
