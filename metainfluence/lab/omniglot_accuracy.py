@@ -27,7 +27,7 @@ class OmniglotAccuracyConfig:
     """Query examples per class."""
     train_ways: int = 20
     """Classes per training task; harder tasks than the test's teach more (Snell et al., 2017)."""
-    num_tasks: int = 4000
+    num_tasks: int = 6000
     """Training tasks, over which the steps go again and again."""
     num_test_tasks: int = 600
     """Test tasks."""
@@ -39,11 +39,11 @@ class OmniglotAccuracyConfig:
     """Of its layers; see Conv4."""
     rotations: bool = True
     """Whether training characters turned by 90°, 180° and 270° are further classes."""
-    distortions: int = 4
+    distortions: int = 9
     """Distorted copies of every training image, as further examples of its class."""
     tasks_per_step: int = 1
     """Training tasks per step."""
-    num_steps: int = 4000
+    num_steps: int = 6000
     """Training steps."""
     learning_rate: float = 3e-3
     """Adam's, falling to 0 along a cosine."""

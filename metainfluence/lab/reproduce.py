@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -115,18 +116,13 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
     say(f"{path.stem}, {size}: {config.title}")
     started = time.perf_counter()
     # Retrainings are kept as they come, so that a run that was cut goes on where it was.
-    more = {"cache": folder / "cache"} if path_takes_cache(run) else {}
+    more = {"cache": folder / "cache"} if "cache" in inspect.signature(run).parameters else {}
     found = run(config, **more)
     seconds = time.perf_counter() - started
     command = " ".join(["metainfluence reproduce --config", str(path), "--size", size, *overrides])
     results.write(found, config, folder, title=config.title, command=command, seconds=seconds)
     say(f"{path.stem}, {size}: {seconds:.0f} s, in {folder}")
     return folder
-
-
-def path_takes_cache(run: Any) -> bool:
-    """Whether an experiment keeps what it retrains on disk."""
-    return "cache" in run.__code__.co_varnames[: run.__code__.co_argcount]
 
 
 def run_all(folder: Path, size: str, out: Path) -> int:

@@ -194,7 +194,10 @@ class _Run:
                     out.unlink(missing_ok=True)
             ours = self.manifest(precision)
             finished = store.shared(lambda: _table.metadata_of(out)["manifest"] if out.exists() else None)
-            manifest = self.agreed(ours, store.manifest if finished is None else finished, out)
+            theirs = store.manifest if finished is None else finished
+            agreed = self.agreed(ours, theirs, out)
+            # What memory is free may differ from process to process.
+            manifest = store.shared(lambda: agreed)
             if finished is None:
                 store.manifest = manifest
                 self.compute(manifest, store, out, report)

@@ -186,6 +186,18 @@ def test_unknown_names_are_refused():
         removal.run(removal.RemovalConfig())
 
 
+def test_the_lowest_scores_are_removed_at_their_own_level():
+    assert methods.most_harmful(np.array([0.3, -0.2, 0.0, -0.5]), 0.5).tolist() == [3, 1]
+    points = setting.sinusoid_tasks(
+        setting.SettingConfig(data=setting.DataConfig(dataset="sinusoid", num_tasks=3, queries=4))
+    )
+    holder = setting.Setting(*[None] * len(setting.Setting._fields))._replace(tasks=points)
+    weights = methods.without(holder, "query", np.array([1, 6]))
+    assert np.argwhere(np.asarray(weights.query) == 0).tolist() == [[0, 1], [1, 2]]
+    assert np.all(weights.task == 1)
+    assert np.all(weights.support == 1)
+
+
 def test_no_task_is_damaged_twice():
     chosen = setting.harmful(setting.HarmConfig(flipped=0.3, shortcut=0.3, noise=0.4), 50, seed=1)
     assert sorted(np.concatenate(list(chosen.values()))) == list(range(50))

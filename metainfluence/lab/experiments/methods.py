@@ -118,6 +118,11 @@ def level_scores(scores: mi.Scores, level: str) -> np.ndarray:
     return np.ravel(getattr(scores, level))
 
 
+def most_harmful(values: np.ndarray, share: float) -> np.ndarray:
+    """Indices of the share of the data with the lowest scores, most harmful first; ties keep their order."""
+    return np.argsort(values, kind="stable")[: round(share * len(values))]
+
+
 def level_harm(setting: Setting, level: str) -> np.ndarray:
     """Which of them were damaged, as one vector of booleans."""
     tasks = setting.tasks

@@ -169,7 +169,7 @@ def at_level(config: RemovalConfig, level: str, seed: int) -> Outcome:
         scored[name] = values
         reference = values if name == by.INFLUENCE else reference
         rows.append({**common, "method": name, "how": "scored", **detection(config, found, values, damaged, reference)})
-        worst = np.argsort(values, kind="stable")[:count]
+        worst = by.most_harmful(values, of_level.removed)
         if name in config.retrained:
             removal(name, "retrained", *retrain(worst))
         if name in config.edited:
@@ -182,9 +182,8 @@ def at_level(config: RemovalConfig, level: str, seed: int) -> Outcome:
     for name in config.curve_methods if config.curve else ():
         if name not in scored:
             continue
-        order = np.argsort(scored[name], kind="stable")
         for share in config.curve:
-            meta_params, seconds = retrain(order[: round(share * len(order))])
+            meta_params, seconds = retrain(by.most_harmful(scored[name], share))
             removal(name, "curve", meta_params, seconds, share=share)
             curve.setdefault(name, []).append(rows[-1]["accuracy"])
     return Outcome(rows, scored, damaged, curve)
