@@ -202,6 +202,13 @@ def summed_gradient(
     return jax.grad(total, has_aux=True)(meta_params)
 
 
+def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weights, *, twice: bool) -> None:
+    """Raises TypeError where the problem is to be differentiated in forward mode and cannot, see `check_forward`."""
+    if problem.hvp == FORWARD:
+        first = jax.tree.map(lambda leaf: leaf[0], (tasks, weights))
+        check_forward(lambda m: evaluate(problem, m, *first)[0], at, twice=twice)
+
+
 def summed_product(
     problem: Bilevel, curvature: Curvature, at: PyTree, vector: PyTree, tasks: Task, weights: Weights
 ) -> PyTree:
@@ -321,11 +328,8 @@ def expand(
         return expand(problem, curvature, batch_size, mesh)(at, *part).operator
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
-        if problem.hvp == FORWARD:
-            first = jax.tree.map(lambda leaf: leaf[0], (tasks, weights))
-            # The other curvatures, and scores in chunks, take forward mode of functions that are not gradients.
-            twice = batch_size is None and curvature.is_exact
-            check_forward(lambda m: evaluate(problem, m, *first)[0], meta_params, twice=twice)
+        # The other curvatures, and scores in chunks, take forward mode of functions that are not gradients.
+        check_derivatives(problem, meta_params, tasks, weights, twice=batch_size is None and curvature.is_exact)
         expansion = expanded(meta_params, tasks, weights)
         return expansion._replace(operator=described(expansion.operator, meta_params, tasks, weights))
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from metainfluence.bilevel import Bilevel, check_meta_params
-from metainfluence.curvature import Curvature, check_curvature, exact, summed_linear, summed_product
+from metainfluence.curvature import Curvature, check_curvature, check_derivatives, exact, summed_linear, summed_product
 from metainfluence.solvers._base import check_positive
 from metainfluence.tasks import Task, check_batch_size, concrete, resolve_weights, sizes, stack_tasks
 
@@ -110,6 +110,7 @@ def preflight(
 
     Raises:
       MemoryError: not one task, or not `batch_size` tasks, fit; with the numbers.
+      TypeError: forward mode through a `custom_vjp`, see `bilevel`.
     """
     curvature = exact() if curvature is None else curvature
     check_curvature(problem, curvature)
@@ -223,6 +224,11 @@ class _Measured(NamedTuple):
 def _measure(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task) -> _Measured:
     count = sizes(tasks).lead[0]
     weights = jax.eval_shape(lambda: resolve_weights(None, tasks))
+
+    def check(at: PyTree, tasks: Task, weights: Any) -> None:
+        check_derivatives(problem, at, tasks, weights, twice=curvature.is_exact)
+
+    jax.eval_shape(check, meta_params, tasks, weights)
 
     def product(at: PyTree, vector: PyTree, tasks: Task, weights: Any) -> PyTree:
         return summed_product(problem, curvature, at, vector, tasks, weights)

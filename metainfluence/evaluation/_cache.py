@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from metainfluence.files import replacing, write_atomically
 
 MANIFEST = "manifest.json"
 
@@ -40,7 +40,7 @@ class Cache:
         if not path.exists():
             if any(folder.glob("chunk-*.npz")):
                 raise ValueError(f"cache: expected a folder with {MANIFEST}, got {folder} with results but without it")
-            _write(path, lambda file: file.write(json.dumps(dict(parts), indent=1).encode()))
+            write_atomically(path, json.dumps(dict(parts), indent=1).encode())
             return Cache(folder)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -72,21 +72,8 @@ class Cache:
 
     def write(self, number: int, arrays: Sequence[np.ndarray]) -> None:
         """Writes one chunk."""
-        _write(self._path(number), lambda file: np.savez(file, *arrays))
+        with replacing(self._path(number)) as temporary, temporary.open("wb") as file:
+            np.savez(file, *arrays)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"chunk-{number:05d}.npz"
-
-
-def _write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file under another name and renames it, so that no reader meets half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -20,7 +20,7 @@ from metainfluence import damping as damping_rules
 from metainfluence import solvers
 from metainfluence.adaptation import check_scalar
 from metainfluence.bilevel import Bilevel, check_meta_params, meta_regularization
-from metainfluence.curvature import Curvature, check_curvature, exact, summed_product
+from metainfluence.curvature import Curvature, check_curvature, check_derivatives, exact, summed_product
 from metainfluence.operators import Domain, Operator, check_damping
 from metainfluence.preflight import FREE_SHARE, free_memory, preflight
 from metainfluence.scoring import _manifest, _table
@@ -122,6 +122,7 @@ def score(
     Raises:
       ValueError: an `out` that holds another run, with the difference named; ids that repeat; and as
         `influence_scores`.
+      TypeError: forward mode through a `custom_vjp`, see `bilevel`; and as `influence_scores`.
       SourceError: a task that cannot be read, or a source that has changed during the run.
       MemoryError: not one task fits.
       BlockingIOError: another process is writing to `out`.
@@ -211,6 +212,7 @@ class _Run:
         """What this run is about; a batch size that is to be chosen is None."""
         reader = Reader(self.source, 1, self.on_error)
         batch = stack([reader.template()], reader.template())
+        check_derivatives(self.problem, self.meta_params, *batch, twice=False)
 
         def product(meta_params: PyTree, vector: PyTree, batch: Any) -> PyTree:
             return summed_product(self.problem, self.curvature, meta_params, vector, *batch)

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from metainfluence.files import write_atomically
+
 _NAME = re.compile(r"(?P<kind>[a-z_]+)-(?P<number>\d{8})-(?P<digest>[0-9a-f]{32})\.(?:npz|parquet)")
 
 _FOUND = b"+"
@@ -166,34 +168,6 @@ class Store:
     def _drop(self, kind: str, number: int) -> None:
         for path in self._known.pop((kind, number), []):
             path.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is there as a whole or not at all, even if the machine loses power."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives another name to write to, which becomes `path` at the end, or nothing if an exception is raised."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(content: bytes) -> str:

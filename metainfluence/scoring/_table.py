@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from metainfluence.files import replacing
 from metainfluence.influence import Scores
 from metainfluence.scoring._source import Source, ids_of
-from metainfluence.scoring._store import replacing
 from metainfluence.solvers import SolveInfo, SolveStatus
 from metainfluence.tasks import Task, sizes
 

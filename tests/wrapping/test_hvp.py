@@ -27,6 +27,7 @@ reverse_only.defvjp(reverse_only_fwd, lambda args, cotangent: jax.vjp(ridge, *ar
 
 PLAIN = mi.bilevel(predict, mi.adaptation.closed_form(ridge), meta_regularizer=mi.l2(1.0), outer_head=square)
 CUSTOM = mi.bilevel(predict, mi.adaptation.closed_form(reverse_only), meta_regularizer=mi.l2(1.0), outer_head=square)
+BACKWARD = CUSTOM._replace(hvp=REVERSE)
 META_PARAMS = {"scale": jnp.asarray([[0.5, -0.8]])}
 
 
@@ -133,6 +134,35 @@ def test_forward_mode_inside_a_curvature_says_what_to_change(name, tasks):
     hessian = mi.total_hessian(CUSTOM, getattr(mi.curvature, name)())
     with pytest.raises(TypeError, match=f"pass hvp='{REVERSE}'"):
         jax.eval_shape(hessian, META_PARAMS, tasks)
+
+
+def test_engines_on_the_host_say_what_to_change_and_take_reverse_mode(tasks, expected, tmp_path):
+    source = [jax.tree.map(lambda leaf, k=k: np.asarray(leaf[k]), tasks) for k in range(3)]
+    plan = mi.preflight(BACKWARD)(META_PARAMS, tasks)
+    assert plan.batch_size == plan.kept_tasks == 3
+    with pytest.raises(TypeError, match=f"pass hvp='{REVERSE}'"):
+        mi.preflight(CUSTOM)(META_PARAMS, tasks)
+
+    def score(problem):
+        options = {"solver": mi.solvers.cg(tol=1e-12), "damping": 5.0, "progress": False, "memory": 1e8}
+        return mi.scoring.score(
+            problem,
+            lambda m: jnp.sum(jnp.square(m["scale"])),
+            META_PARAMS,
+            source,
+            out=tmp_path / "s.parquet",
+            **options,
+        )
+
+    with pytest.raises(TypeError, match=f"pass hvp='{REVERSE}'"):
+        score(CUSTOM)
+    assert not (tmp_path / "s.parquet").exists()
+    assert_same(score(BACKWARD)[:3], expected[0])
+
+
+def test_the_automatic_damping_takes_reverse_mode(tasks):
+    chosen = [quick_jit(mi.damping.auto(problem))(META_PARAMS, tasks).value for problem in (PLAIN, BACKWARD)]
+    np.testing.assert_allclose(*chosen, rtol=1e-9)
 
 
 def test_other_type_errors_pass_unchanged(tasks):
