@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+# Far more than any configuration takes.
+_MOST_BYTES = 1 << 20
+
 
 class ConfigError(ValueError):
     """A configuration file that makes no sense."""
@@ -23,11 +26,18 @@ def read_config(path: Path, suites: Sequence[str]) -> tuple[str, dict[str, Any]]
       The suite, and all other keys.
 
     Raises:
-      ConfigError: a file that cannot be read or is no TOML, or an unknown suite.
+      ConfigError: a file that cannot be read, is too large or is no TOML, or an unknown suite.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(f"{path}: expected a configuration of at most {_MOST_BYTES} bytes, got more")
+        values = tomllib.loads(content.decode())
+    # Values nested deeper than Python's stack are a RecursionError; ConfigError and TOML's own are ValueErrors.
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     suite = values.pop("suite", suites[0])
     if suite not in suites:
@@ -45,7 +55,8 @@ def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = 
       prefix: of nested keys.
 
     Raises:
-      ConfigError: a key that is no field; a table where none belongs, or no table where one does.
+      ConfigError: a key that is no field; a table where none belongs, or no table where one does; a string that the
+        command line would take for another option.
     """
     types = get_type_hints(config)
     names = [field.name for field in dataclasses.fields(config)]
@@ -68,5 +79,9 @@ def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = 
             flag = name if value else f"no-{name}"
             arguments.append(f"--{head}.{flag}" if head else f"--{flag}")
         else:
-            arguments += [f"--{option}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+            items = value if isinstance(value, list) else [value]
+            for item in items:
+                if isinstance(item, str) and item.startswith("-"):
+                    raise ConfigError(f"{path}: {prefix + key}: expected no string that starts with '-', got {item!r}")
+            arguments += [f"--{option}", *map(str, items)]
     return arguments

@@ -10,6 +10,9 @@ from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
+# More than any image takes whose pixels Pillow would not refuse.
+_MOST_BYTES = 1 << 28
+
 
 def image_files(root: Path) -> tuple[list[Path], list[str]]:
     """The images of a folder laid out as split/class/image, in the order of their names, and the splits.
@@ -34,8 +37,12 @@ def _inside(folder: Path, home: Path, *, folders: bool = True) -> list[Path]:
     if not entries:
         raise ValueError(f"{folder}: expected {'folders' if folders else 'images'}, got an empty folder")
     for entry in entries:
-        if not entry.resolve().is_relative_to(home):
-            raise ValueError(f"{entry}: expected a file inside of {home}, got a link to {entry.resolve()}")
+        try:
+            target = entry.resolve()
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{entry}: expected a file inside of {home}, got a link that leads in a circle") from error
+        if not target.is_relative_to(home):
+            raise ValueError(f"{entry}: expected a file inside of {home}, got a link to {target}")
         if folders and not entry.is_dir():
             raise ValueError(f"{entry}: expected a folder, since images are laid out as split/class/image.jpg")
         if not folders and (entry.suffix.lower() not in SUFFIXES or not entry.is_file()):
@@ -47,9 +54,12 @@ def decode_file(path: str | os.PathLike[str], *, size: int, mode: str) -> np.nda
     """Reads an image file as `decode` does.
 
     Raises:
-      ValueError: no readable image; the message names the file.
+      ValueError: no readable image, or a file too large for one; the message names the file.
     """
     try:
+        size_of_file = os.stat(path).st_size
+        if size_of_file > _MOST_BYTES:
+            raise ValueError(f"expected an image of at most {_MOST_BYTES} bytes, got {size_of_file}")
         return decode(Path(path).read_bytes(), size=size, mode=mode)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,12 +65,25 @@ def read_scores(path: Path | str) -> ScoreTable:
       path: as given for `out` to `scoring.score`, or to `scoring.write_scores`.
 
     Raises:
-      ValueError: a Parquet file that holds no scores.
+      ValueError: no Parquet file, a damaged one, one that holds no scores, or one of more rows than fit in the memory.
+      FileNotFoundError: there is no such file.
       ModuleNotFoundError: pyarrow is missing.
     """
     metadata = metadata_of(path)
-    table = parquet().read_table(path)
-    columns = {name: _numpy(table[name]) for name in table.column_names}
+    with _refused(path):
+        found = parquet().read_metadata(path)
+        # Runs of equal values take no room in a file, so its own size tells nothing of what reading it allocates.
+        needed, there = 8 * found.num_rows * found.num_columns, _physical_memory()
+        if needed > there:
+            raise ValueError(
+                f"{found.num_rows} rows of {found.num_columns} columns take {needed} bytes, of {there} that there are"
+            )
+        table = parquet().read_table(path)
+        table.validate(full=True)
+        missing = {"task", "role", "example", "score"} - set(table.column_names)
+        if missing or not arrow().types.is_floating(table["score"].type):
+            raise ValueError(f"columns {table.schema.to_string(show_schema_metadata=False)}")
+        columns = {name: _numpy(table[name]) for name in table.column_names}
     known = {name: columns.pop(name) for name in ("task", "role", "example", "score")}
     return ScoreTable(**known, labels=columns, metadata=metadata)
 
@@ -78,14 +93,31 @@ def metadata_of(path: Path | str) -> dict[str, Any]:
 
     Raises:
       ValueError: it is no score file.
+      FileNotFoundError: there is no such file.
     """
-    try:
-        found = parquet().read_schema(path).metadata or {}
-    except arrow().ArrowInvalid as error:
-        raise ValueError(f"path: expected a score file of metainfluence, got {path}: {error}") from error
-    if _METADATA not in found:
+    with _refused(path):
+        found = (parquet().read_schema(path).metadata or {}).get(_METADATA)
+        metadata = None if found is None else json.loads(found)
+    if not isinstance(metadata, dict):
         raise ValueError(f"path: expected a score file of metainfluence, got {path} without its metadata")
-    return json.loads(found[_METADATA])
+    return metadata
+
+
+@contextlib.contextmanager
+def _refused(path: Path | str) -> Iterator[None]:
+    """Turns what readers raise over content that is no score file's into a ValueError that names the file."""
+    try:
+        yield
+    except (OSError, LookupError, ValueError, RecursionError, arrow().ArrowException) as error:
+        # Pyarrow calls damage an OSError as well, but one that the operating system knows nothing of.
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"path: expected a score file of metainfluence, got {path}: {error}") from error
+
+
+def _physical_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def write_scores(

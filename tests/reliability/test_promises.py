@@ -1,0 +1,29 @@
+"""Every line of the page of promises names tests that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import metainfluence as mi
+
+ROOT = Path(__file__).parents[2]
+PAGE = Path(mi.__file__).parent / "docs" / "promises.md"
+
+
+def named(text):
+    return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+
+
+def test_every_promise_names_tests_that_exist():
+    text = PAGE.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [line for line in lines if not re.match(r"\| promise \||\|:---", line)]
+    assert len(rows) > 30
+    assert not [row for row in rows if not named(row)]
+    # What looks like a test but does not read as one would go unchecked.
+    assert len(named(text)) == text.count("::")
+    for path, name in named(text):
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name.startswith("test_"), name
+        assert name in functions, f"{path}::{name}"
