@@ -15,6 +15,23 @@ class ConfigError(ValueError):
     """A configuration file that makes no sense."""
 
 
+def load_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+      ConfigError: a file that cannot be read, is too large or is no TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) <= _MOST_BYTES:
+            return tomllib.loads(content.decode())
+    # Values nested deeper than Python's stack are a RecursionError; TOML's own errors are ValueErrors.
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    raise ConfigError(f"{path}: expected a configuration of at most {_MOST_BYTES} bytes, got more")
+
+
 def read_config(path: Path, suites: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Reads a TOML file.
 
@@ -28,17 +45,7 @@ def read_config(path: Path, suites: Sequence[str]) -> tuple[str, dict[str, Any]]
     Raises:
       ConfigError: a file that cannot be read, is too large or is no TOML, or an unknown suite.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise ConfigError(f"{path}: expected a configuration of at most {_MOST_BYTES} bytes, got more")
-        values = tomllib.loads(content.decode())
-    # Values nested deeper than Python's stack are a RecursionError; ConfigError and TOML's own are ValueErrors.
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    values = load_toml(path)
     suite = values.pop("suite", suites[0])
     if suite not in suites:
         raise ConfigError(f"{path}: suite: expected one of {', '.join(suites)}; got {suite!r}")

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from metainfluence.lab.config_files import ConfigError, as_arguments
+from metainfluence.lab.config_files import ConfigError, as_arguments, load_toml
 from metainfluence.lab.experiments import results, verdicts
 
 # experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.
@@ -43,10 +42,7 @@ def read(path: Path, size: str) -> tuple[str, dict[str, Any]]:
     Raises:
       ConfigError: a file that cannot be read or is no TOML, an unknown experiment or key, or a size that it lacks.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    values = load_toml(path)
     name = values.get("experiment")
     if name not in EXPERIMENTS:
         near = difflib.get_close_matches(str(name), EXPERIMENTS, n=1, cutoff=0.0)[0]

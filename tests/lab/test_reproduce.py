@@ -247,3 +247,13 @@ def test_agreement_from_scratch_and_from_its_cache(tmp_path):
     assert {row["method"] for row in first.rows} >= {"influence", "direct-IF", "TRAK", "TLXML", "TracIn", "random"}
     for one, other in zip(first.rows, again.rows, strict=True):
         assert one == pytest.approx(other, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"a = " + b"[" * 5000 + b"]" * 5000, b"#" * (1 << 21), b"\xff"], ids=["deep", "large", "no text"]
+)
+def test_a_file_that_cannot_be_an_experiment_is_named(tmp_path, content):
+    path = tmp_path / "x.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"x\.toml"):
+        reproduce.read(path, "small")
