@@ -250,10 +250,16 @@ def test_agreement_from_scratch_and_from_its_cache(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"a = " + b"[" * 5000 + b"]" * 5000, b"#" * (1 << 21), b"\xff"], ids=["deep", "large", "no text"]
+    ("content", "why"),
+    [
+        (b"a = " + b"[" * 5000 + b"]" * 5000, "recursion|nested"),
+        (b"#" * (1 << 21), "at most 1048576 bytes"),
+        (b"\xff", "decode"),
+    ],
+    ids=["deep", "large", "no text"],
 )
-def test_a_file_that_cannot_be_an_experiment_is_named(tmp_path, content):
+def test_a_file_that_cannot_be_an_experiment_is_named(tmp_path, content, why):
     path = tmp_path / "x.toml"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"x\.toml"):
+    with pytest.raises(ConfigError, match=rf"x\.toml: .*({why})"):
         reproduce.read(path, "small")

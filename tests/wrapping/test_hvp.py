@@ -143,8 +143,9 @@ def test_engines_on_the_host_say_what_to_change_and_take_reverse_mode(tasks, exp
     with pytest.raises(TypeError, match=f"pass hvp='{REVERSE}'"):
         mi.preflight(CUSTOM)(META_PARAMS, tasks)
 
-    def score(problem):
+    def score(problem, batch_size=None):
         options = {"solver": mi.solvers.cg(tol=1e-12), "damping": 5.0, "progress": False, "memory": 1e8}
+        options["batch_size"] = batch_size
         return mi.scoring.score(
             problem,
             lambda m: jnp.sum(jnp.square(m["scale"])),
@@ -154,8 +155,9 @@ def test_engines_on_the_host_say_what_to_change_and_take_reverse_mode(tasks, exp
             **options,
         )
 
-    with pytest.raises(TypeError, match=f"pass hvp='{REVERSE}'"):
-        score(CUSTOM)
+    for batch_size in (None, 2):
+        with pytest.raises(TypeError, match=f"pass hvp='{REVERSE}'"):
+            score(CUSTOM, batch_size)
     assert not (tmp_path / "s.parquet").exists()
     assert_same(score(BACKWARD)[:3], expected[0])
 
