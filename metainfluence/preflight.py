@@ -224,11 +224,7 @@ class _Measured(NamedTuple):
 def _measure(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task) -> _Measured:
     count = sizes(tasks).lead[0]
     weights = jax.eval_shape(lambda: resolve_weights(None, tasks))
-
-    def check(at: PyTree, tasks: Task, weights: Any) -> None:
-        check_derivatives(problem, at, tasks, weights, twice=curvature.is_exact)
-
-    jax.eval_shape(check, meta_params, tasks, weights)
+    check_derivatives(problem, meta_params, tasks, weights, twice=curvature.is_exact)
 
     def product(at: PyTree, vector: PyTree, tasks: Task, weights: Any) -> PyTree:
         return summed_product(problem, curvature, at, vector, tasks, weights)
