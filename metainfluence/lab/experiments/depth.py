@@ -13,7 +13,7 @@ from metainfluence.evaluation import roc_auc
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.results import Result
 from metainfluence.lab.experiments.setting import SettingConfig, make
-from metainfluence.lab.plots import clean
+from metainfluence.lab.plots import error_against_products
 from metainfluence.lab.solver_bench_measure import relative_error, spearman
 from metainfluence.lab.timing import Compiled
 
@@ -95,14 +95,13 @@ def picture(config: DepthConfig, rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(config.title)
     error, ranks = figure.subplots(1, 2)
+    curves: dict[str, dict[str, Any]] = {"error": {}, "spearman": {}}
     for name in dict.fromkeys(row["solver"] for row in rows):
         own = [row for row in rows if row["solver"] == name]
-        products = [row["products"] for row in own]
-        error.plot(products, [row["error"] for row in own], label=name)
-        ranks.plot(products, [row["spearman"] for row in own], label=name)
-    error.set(yscale="log", xlabel="Hessian products", ylabel="relative error", title="Scores' error")
-    ranks.set(xlabel="Hessian products", ylabel="Spearman", title="Ranking of the tasks")
-    for ax in (error, ranks):
-        ax.legend(frameon=False)
-        clean(ax)
+        for key, by_solver in curves.items():
+            by_solver[name] = ([row["products"] for row in own], [row[key] for row in own])
+    error_against_products(curves["error"], ax=error).set(title="Scores' error")
+    error_against_products(curves["spearman"], ax=ranks).set(
+        yscale="linear", ylabel="Spearman", title="Ranking of the tasks"
+    )
     return figure

@@ -12,13 +12,12 @@ import optax
 from matplotlib.figure import Figure
 
 import metainfluence as mi
-from metainfluence.evaluation import bootstrap, detection_curve, found_at, roc_auc, roc_auc_difference
-from metainfluence.lab import learners
+from metainfluence.evaluation import bootstrap, found_at, roc_auc, roc_auc_difference
+from metainfluence.lab import learners, plots
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.methods import Scored
 from metainfluence.lab.experiments.results import Result, interval
 from metainfluence.lab.experiments.setting import SINUSOID, Setting, SettingConfig, make, performance
-from metainfluence.lab.plots import METHOD_COLORS, clean
 from metainfluence.lab.timing import Compiled
 
 LEVELS = ("task", "support", "query")
@@ -311,21 +310,17 @@ def picture(config: RemovalConfig, shown: dict[str, Outcome]) -> Figure:
     figure = Figure(figsize=(5.2 * (len(shown) + len(curves)), 4.2), layout="constrained")
     figure.suptitle(config.title)
     axes = np.atleast_1d(figure.subplots(1, len(shown) + len(curves)))
-    colors = dict(zip(by.NAMES, METHOD_COLORS, strict=True))
+    colors = dict(zip(by.NAMES, plots.METHOD_COLORS, strict=True))
     for ax, (level, outcome) in zip(axes, shown.items(), strict=False):
-        inspected = np.linspace(0, 1, len(outcome.damaged) + 1)
-        for name, values in outcome.scored.items():
-            ax.plot(inspected, detection_curve(values, outcome.damaged), color=colors.get(name), label=name)
-        ax.set(title=f"Damaged {_plural(level)} found", xlabel="share inspected", ylabel="share found", xlim=(0, 1))
-        ax.legend(frameon=False, fontsize="small")
-        clean(ax)
+        plots.detection(outcome.scored, outcome.damaged, colors=colors, ax=ax)
+        ax.set(title=f"Damaged {_plural(level)} found")
     for ax, (level, outcome) in zip(axes[len(shown) :], curves.items(), strict=True):
         for name, accuracies in outcome.curve.items():
             ax.plot(config.curve, accuracies, color=colors.get(name), marker="o", markersize=3, label=name)
         title = f"{measured(config).capitalize()} without the most harmful {_plural(level)}"
         ax.set(title=title, xlabel="share removed", ylabel=measured(config))
         ax.legend(frameon=False, fontsize="small")
-        clean(ax)
+        plots.clean(ax)
     return figure
 
 
