@@ -315,6 +315,8 @@ def _on_features(outputs: Any, adapt: Any, loss: Loss, meta_l2: float) -> mi.Bil
 def accuracy(problem: mi.Bilevel, *, batch_size: int | None = None) -> Callable[[Any, mi.Task], jax.Array]:
     """Makes (meta_params, tasks) -> each task's share of query examples that are classified right, [T].
 
+    A task with an output that is NaN has accuracy NaN: no class is the largest of none, and argmax would name the first.
+
     Args:
       problem: with an outer head whose outputs are logits.
       batch_size: tasks at a time, which bounds the memory; None for all.
@@ -329,8 +331,10 @@ def accuracy(problem: mi.Bilevel, *, batch_size: int | None = None) -> Callable[
     def run(meta_params: Any, tasks: mi.Task) -> jax.Array:
         def single(data: tuple[mi.Task, mi.Weights]) -> jax.Array:
             task, weights = data
-            right = jnp.argmax(outputs(adapt(meta_params, task, weights), meta_params, task), -1) == task.query[1]
-            return jnp.mean(right, where=task.query_mask)
+            logits = outputs(adapt(meta_params, task, weights), meta_params, task)
+            right = jnp.argmax(logits, -1) == task.query[1]
+            unknown = jnp.any(jnp.isnan(logits), axis=-1) & (True if task.query_mask is None else task.query_mask)
+            return jnp.where(jnp.any(unknown), jnp.nan, jnp.mean(right, where=task.query_mask))
 
         data = (tasks, mi.unit_weights(tasks))
         return jax.vmap(single)(data) if batch_size is None else jax.lax.map(single, data, batch_size=batch_size)

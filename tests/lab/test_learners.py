@@ -221,6 +221,18 @@ def test_accuracy_counts_real_query_examples(batch_size):
     )
     got = learners.accuracy(problem, batch_size=batch_size)(jnp.asarray(1.0), tasks)
     np.testing.assert_allclose(got, [0.75, 0.5, 1.0])
+    # NaN is no answer, though argmax would give class 0; on padding, where the logits are 0 · NaN too, it is none's.
+    broken = learners.accuracy(problem, batch_size=batch_size)(jnp.asarray(jnp.nan), tasks)
+    assert np.all(np.isnan(broken))
+
+    def padded_nan(params, meta_params, query):
+        return outputs(params, meta_params, query) + jnp.where(query.images == 9, jnp.nan, 0.0)[:, None]
+
+    hidden = mi.bilevel(padded_nan, adapt, outer_head=lambda out, query: models.cross_entropy(out, query.labels))
+    images = jnp.where(tasks.query_mask, tasks.query.images, 9)
+    tasks = tasks._replace(query=tasks.query._replace(images=images))
+    got = learners.accuracy(hidden, batch_size=batch_size)(jnp.asarray(1.0), tasks)
+    np.testing.assert_allclose(got, [0.75, 0.5, 1.0])
 
 
 def test_the_interval_is_196_standard_errors():

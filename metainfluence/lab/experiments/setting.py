@@ -376,7 +376,7 @@ def performance(setting: Setting) -> Callable[[Any], np.ndarray]:
     """Makes (meta_params) -> accuracy of each test task, [n]; for regression, minus the mean squared error."""
     problem, test = setting.problem, setting.tasks.test
     if setting.config.data.dataset == SINUSOID:
-        losses = jax.jit(jax.vmap(mi.task_loss(problem), in_axes=(None, 0)))
+        losses = Compiled(jax.vmap(mi.task_loss(problem), in_axes=(None, 0)))
         return lambda meta_params: -2 * np.asarray(losses(meta_params, test))
-    accuracy = jax.jit(learners.accuracy(problem))
+    accuracy = Compiled(learners.accuracy(problem))
     return lambda meta_params: np.asarray(accuracy(meta_params, test))
