@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo bench test test-slow lint clean
+.PHONY: setup demo bench test test-slow test-matrix lint docs clean
 
 setup: $(STAMP)
 
@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	echo "Making .venv with $$("$$python" -V); this takes a few minutes"; \
 	"$$python" -m venv --clear .venv
-	$(BIN)/pip install $(if $(CI),--quiet) -e '.[lab,notebooks,dev]' -c constraints.txt
+	$(BIN)/pip install $(if $(CI),--quiet) -e '.[lab,notebooks,docs,dev]' -c constraints.txt
 	@touch $@
 
 demo: $(STAMP)
@@ -37,6 +37,14 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
+
+# Installs into environments of its own; takes long.
+test-matrix: $(STAMP)
+	$(BIN)/python tests/matrix.py $(ARGS)
+
+# Into build/docs. The variable silences a message of the theme about another program.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .mkdocs/mkdocs.yml
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
