@@ -1,6 +1,7 @@
 """LAPACK's factorisations, one matrix at a time under vmap.
 
-XLA's batched calls of LAPACK on CPU (jaxlib 0.10.2, 64 matrices, 2 cores) were seen to wait for each other for ever.
+jaxlib 0.10.2 runs a batch of LAPACK calls on the threads of the pool that it is run on, and waits there for them. Where
+as many batches run side by side as the pool has threads, two on two cores, all threads wait and none works.
 """
 
 from __future__ import annotations
@@ -10,9 +11,42 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 _one_by_one: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.custom_batching.sequential_vmap
 
 eigh = _one_by_one(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
 cholesky = _one_by_one(jnp.linalg.cholesky)
 cho_solve = _one_by_one(lambda factor, rhs: jax.scipy.linalg.cho_solve((factor, True), rhs))
+_lu = _one_by_one(lambda matrix: tuple(jax.scipy.linalg.lu_factor(matrix)))
+_lu_solve = _one_by_one(lambda lu, pivots, rhs: jax.scipy.linalg.lu_solve((lu, pivots), rhs))
+_lu_solve_transposed = _one_by_one(lambda lu, pivots, rhs: jax.scipy.linalg.lu_solve((lu, pivots), rhs, trans=1))
+
+
+def linear_solve(matrix: Float[Array, "n n"], rhs: Float[Array, "n *k"]) -> Float[Array, "n *k"]:
+    """Solves A x = b, as `jnp.linalg.solve` does, but safely under vmap: for the closed forms of `closed_form`.
+
+    Differentiable to any order. Under `jax.vmap` matrices are factorised one after the other. `jnp.linalg.solve` there
+    makes batched calls of LAPACK, and on a CPU of two cores two of them side by side, as in the derivatives of a task's
+    closed form, were seen to wait for each other for ever (jaxlib 0.10.2).
+
+    Args:
+      matrix: A, regular.
+      rhs: b, one vector or k of them.
+
+    Raises:
+      ValueError: a matrix that is not square, or a right-hand side of another length.
+    """
+    matrix, rhs = jnp.asarray(matrix), jnp.asarray(rhs)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix: expected a square matrix, got shape {matrix.shape}")
+    if rhs.ndim not in (1, 2) or rhs.shape[0] != len(matrix):
+        raise ValueError(f"rhs: expected shape ({len(matrix)},) or ({len(matrix)}, k), got {rhs.shape}")
+    # The derivative by the matrix comes from `custom_linear_solve`, so that none is taken of its factors.
+    lu, pivots = _lu(jax.lax.stop_gradient(matrix))
+    return jax.lax.custom_linear_solve(
+        lambda x: matrix @ x,
+        rhs,
+        solve=lambda _, b: _lu_solve(lu, pivots, b),
+        transpose_solve=lambda _, b: _lu_solve_transposed(lu, pivots, b),
+    )

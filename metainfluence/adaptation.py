@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence import operators, solvers
+from metainfluence import _lapack, operators, solvers
 from metainfluence.solvers._base import check_positive
 from metainfluence.tasks import described, is_array, leaf_name
 
@@ -25,6 +25,8 @@ Init = Callable[[PyTree, PyTree], PyTree]
 Regularizer = Callable[[PyTree, PyTree], Float[Array, ""]]
 Objective = Callable[[PyTree], Float[Array, ""]]
 Minimizer = Callable[[Objective, PyTree], PyTree]
+
+linear_solve = _lapack.linear_solve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +231,8 @@ def implicit(
 
 def closed_form(fn: Callable[[PyTree, PyTree, Array], PyTree]) -> Adaptation:
     """Any differentiable function: ridge heads (R2D2), prototypes (ProtoNet), a user's own program.
+
+    Systems of equations in it are best solved by `linear_solve`, see there.
 
     Args:
       fn: (meta_params, support, coefficients `[n_support]`) -> params. Removal of support examples works through the

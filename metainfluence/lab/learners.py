@@ -260,12 +260,14 @@ def r2d2(features: nn.Module, ways: int, *, ridge: float = 0.1, meta_l2: float =
         beta = jnp.exp(meta_params["log_ridge"])
         count, width = seen.shape
         if width <= count:
-            return jnp.linalg.solve(
+            return mi.adaptation.linear_solve(
                 seen.T @ (weights * seen) + beta * jnp.eye(width, dtype=seen.dtype), seen.T @ targets
             )
         # The same by the push-through identity, in the number of examples; without a root of C, whose derivative is
         # infinite at weight 0.
-        return seen.T @ jnp.linalg.solve(weights * (seen @ seen.T) + beta * jnp.eye(count, dtype=seen.dtype), targets)
+        return seen.T @ mi.adaptation.linear_solve(
+            weights * (seen @ seen.T) + beta * jnp.eye(count, dtype=seen.dtype), targets
+        )
 
     def outputs(kernel, meta_params, batch):
         return (
@@ -315,7 +317,7 @@ def _on_features(outputs: Any, adapt: Any, loss: Loss, meta_l2: float) -> mi.Bil
 def accuracy(problem: mi.Bilevel, *, batch_size: int | None = None) -> Callable[[Any, mi.Task], jax.Array]:
     """Makes (meta_params, tasks) -> each task's share of query examples that are classified right, [T].
 
-    A task with an output that is NaN has accuracy NaN: no class is the largest of none, and argmax would name the first.
+    A task with an output that is NaN has accuracy NaN; argmax would name the first class.
 
     Args:
       problem: with an outer head whose outputs are logits.
