@@ -234,9 +234,9 @@ def test_limits_repeat_what_was_measured():
     speed = [line for line in table.splitlines() if "training on to the same gap over edit" in line]
     assert "found them as well or better on some of the data" in PAGES["limits"]
     assert any("missed" in line for line in ahead)
-    assert "took less time than `mi.edit`" in PAGES["limits"]
+    assert "took about as long as `mi.edit`" in PAGES["limits"]
     assert speed
-    assert all(float(line.split("|")[2].strip(" ×")) < 1 for line in speed)
+    assert all(0.5 < float(line.split("|")[2].strip(" ×")) < 2 for line in speed)
 
 
 def test_the_changelog_is_of_this_version():
