@@ -53,5 +53,5 @@ lint: $(STAMP)
 
 # Spares .data, where prepared datasets lie that took long to make.
 clean:
-	rm -rf .venv build dist demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo-output train-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,12 +20,15 @@ def main() -> None:
     """Run the command line.
 
     Raises:
-      SystemExit: a package of the lab extra is not installed. Any other missing module is a bug and stays one.
+      SystemExit: as the command line ends; also where a package of the lab extra is not installed.
     """
     try:
         from metainfluence.lab import cli
 
-        cli.main()
+        cli.entry()
+    except KeyboardInterrupt:
+        # While the packages were imported.
+        raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in LAB_MODULES:
             raise

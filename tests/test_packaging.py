@@ -156,7 +156,8 @@ def test_wheel_holds_the_package_only(built):
     assert "metainfluence/py.typed" in names
     others = {name for name in names if name.startswith("metainfluence/") and not name.endswith(".py")}
     pages = {str(path.relative_to(ROOT)) for path in (PACKAGE / "docs").glob("*.md")}
-    assert others == pages | {"metainfluence/py.typed"}
+    page = {f"metainfluence/lab/page/page.{suffix}" for suffix in ("css", "html", "js")}
+    assert others == pages | page | {"metainfluence/py.typed"}
 
 
 def test_sdist_holds_no_data(built):
@@ -164,7 +165,7 @@ def test_sdist_holds_no_data(built):
     with tarfile.open(sdist) as archive:
         sizes = {member.name.partition("/")[2]: member.size for member in archive.getmembers()}
     assert "LICENSE" in sizes
-    data = re.compile(r"\.(npy|npz|parquet|pkl|tfrecord)$|\.array_record|(^|/)(\.data|demo-output|bench-output)/")
+    data = re.compile(r"\.(npy|npz|parquet|pkl|tfrecord)$|\.array_record|(^|/)(\.data|demo-output|train-output|bench-output)/")
     assert not [name for name in sizes if data.search(name)]
     assert not {name: size for name, size in sizes.items() if size > 1_000_000}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +81,7 @@ def score(
     on_error: str = "raise",
     precision: str = "highest",
     progress: bool | Callable[[Progress], None] = True,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Result:
     """Scores all tasks and examples of a source that need not fit in memory, and writes them to a file.
 
@@ -115,6 +117,7 @@ def score(
         file; `Result.skipped` and the file's metadata name it.
       precision: of matrix products: "highest", "high", "default", … see `jax.default_matmul_precision`.
       progress: True shows a bar; or a function of `scoring.Progress`.
+      metadata: anything JSON can hold, which the file is to keep beside what the run says of itself.
 
     Returns:
       The scores, which are also in the file.
@@ -122,7 +125,8 @@ def score(
     Raises:
       ValueError: an `out` that holds another run, with the difference named; ids that repeat; and as
         `influence_scores`.
-      TypeError: forward mode through a `custom_vjp`, see `bilevel`; and as `influence_scores`.
+      TypeError: metadata that JSON cannot hold; forward mode through a `custom_vjp`, see `bilevel`; and as
+        `influence_scores`.
       SourceError: a task that cannot be read, or a source that has changed during the run.
       MemoryError: not one task fits.
       BlockingIOError: another process is writing to `out`.
@@ -130,6 +134,8 @@ def score(
       ModuleNotFoundError: pyarrow is missing.
     """
     _table.arrow()
+    # Now rather than when all is computed.
+    json.dumps(metadata)
     curvature = _EXACT if curvature is None else curvature
     if not isinstance(solver, Solver | None):
         raise TypeError(f"solver: expected one of metainfluence.solvers, as cg(), got {solver!r}")
@@ -167,7 +173,7 @@ def score(
         on_error,
     )
     with jax.default_matmul_precision(precision), reporter(progress) as report:
-        return run(Path(out), precision, resume, report)
+        return run(Path(out), precision, resume, report, metadata or {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +193,9 @@ class _Run:
     memory: float | None
     on_error: str
 
-    def __call__(self, out: Path, precision: str, resume: bool, report: Reporter) -> Result:
+    def __call__(
+        self, out: Path, precision: str, resume: bool, report: Reporter, metadata: Mapping[str, Any]
+    ) -> Result:
         with _store(out) as store:
             if not resume:
                 store.clear()
@@ -201,7 +209,7 @@ class _Run:
             manifest = store.shared(lambda: agreed)
             if finished is None:
                 store.manifest = manifest
-                self.compute(manifest, store, out, report)
+                self.compute(manifest, store, out, report, metadata)
             meet()
             result = _result(out)
             meet()
@@ -286,7 +294,9 @@ class _Run:
         batches = -(-len(self.source) // plan(self.meta_params, tasks).most_tasks)
         return self.rounded(-(-len(self.source) // batches))
 
-    def compute(self, manifest: dict[str, Any], store: Store, out: Path, report: Reporter) -> None:
+    def compute(
+        self, manifest: dict[str, Any], store: Store, out: Path, report: Reporter, metadata: Mapping[str, Any]
+    ) -> None:
         """Solves, scores, and writes the file, as far as that is not done yet."""
         batch_size = manifest["batch_size"]
         if batch_size != self.rounded(batch_size):
@@ -316,13 +326,13 @@ class _Run:
                 tables = []
             report.batch(done, len(batches))
         if first():
-            metadata = {
+            own = {
                 "solve": _table.report(info),
                 "score": "predicted change of the target on removal: positive helps, negative harms",
                 "skipped": [[reader.ids[k], reason] for k, reason in sorted(reader.skipped.items())],
                 "manifest": manifest,
             }
-            _table.write_tables(out, lambda: _tables(store, shards.numbers), metadata)
+            _table.write_tables(out, lambda: _tables(store, shards.numbers), {**metadata, **own})
 
     def solution(
         self, operator: Operator, memorised: Operator, slope: Slope, store: Store, report: Reporter

@@ -1,0 +1,1 @@
+"""The command line's working day: train, score, edit, evaluate, report."""

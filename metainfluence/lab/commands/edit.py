@@ -1,0 +1,200 @@
+"""`metainfluence edit`: the meta-parameters without some data, without retraining."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+import metainfluence as mi
+from metainfluence.files import write_atomically
+from metainfluence.lab.checkpoints import fingerprint
+from metainfluence.lab.commands import parameters, runs
+from metainfluence.lab.commands.job import Job
+from metainfluence.lab.commands.places import Place, example_ids, locator, named, without
+from metainfluence.lab.commands.printing import facts, say, say_table
+from metainfluence.lab.config_files import ConfigError
+from metainfluence.lab.timing import Compiled
+from metainfluence.scoring._source import ids_of
+
+EDITED, CHANGE = "edited.npz", "edited.json"
+MOST_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class EditConfig:
+    """Take harmful data out of the meta-parameters by influence and Newton steps, without retraining."""
+
+    scores: Path | None = None
+    """Score file of `metainfluence score`; none with --remove."""
+    run: Path | None = None
+    """Folder that `metainfluence train` wrote; none for that of the score file."""
+    problem: str | None = None
+    """Instead of a run: MODULE:FUNCTION, as for `metainfluence score`."""
+    role: Literal["task", "support", "query"] = "task"
+    """What is removed: tasks, or examples of one side."""
+    most_harmful: int | None = None
+    """Remove that many, those of the most negative scores."""
+    harm_above: float | None = None
+    """Remove all whose removal is predicted to lower the target by more than this."""
+    remove: tuple[str, ...] = ()
+    """Remove these: ids of tasks, or TASK:EXAMPLE."""
+    num_newton_steps: int = 0
+    """After the first-order step; each needs a Hessian that is positive definite, damping included, where it starts."""
+    damping: float | Literal["auto"] = "auto"
+    """Added to every eigenvalue of the total Hessian; auto for the score file's, or, with --remove, by the rule."""
+    batch_size: int | None = None
+    """Tasks at a time; none for as many as fit in memory."""
+    out: Path | None = None
+    """Folder for edited.npz and edited.json; none for the score file's, or the run's."""
+
+
+def located(scores: Path | None, run: Path | None, problem: str | None) -> Path | None:
+    """The folder that `train` wrote: the one named, or, of a score file that lies in one, this."""
+    beside = scores is not None and (scores.parent / runs.CONFIG).exists()
+    return scores.parent if run is None and problem is None and beside and scores is not None else run
+
+
+def run(config: EditConfig) -> None:
+    """Edits, writes both files and prints what changed.
+
+    Raises:
+      ConfigError: not one way is given to say what is to be removed.
+      ValueError: scores of other meta-parameters, or of data that the source does not hold; nothing to remove.
+      SolveError: a solve failed; nothing is written.
+    """
+    check(config)
+    if config.scores is not None:
+        table = mi.read_scores(config.scores)
+    folder = located(config.scores, config.run, config.problem)
+    job = runs.load(folder, config.problem)
+    predicted: float | None = None
+    damping: Any = config.damping
+    if config.scores is None:
+        chosen = named(job, config.remove, config.role)
+    else:
+        chosen, predicted = harmful(config, job, table)
+        if damping == "auto":
+            damping = table.metadata["solve"].get("damping", "auto")
+    if not chosen:
+        raise ValueError(f"remove: expected something to remove, got no {config.role} that is that harmful")
+    tasks = job.stacked()
+    edit = Compiled(
+        mi.edit(
+            job.problem,
+            # Each of its few solves is at another λ, for which a preconditioner would take longer to compile than it
+            # saves.
+            solver=mi.solvers.block_cg(),
+            damping=damping,
+            batch_size=config.batch_size,
+            num_newton_steps=config.num_newton_steps,
+        )
+    )
+    edited = edit(job.meta_params, tasks, without(tasks, chosen))
+    mi.check(edited)
+    target = Compiled(mi.query_loss(job.problem) if job.target is None else job.target)
+    before, after = (float(target(at, *job.target_args)) for at in (job.meta_params, edited.meta_params))
+    step = optax.tree.norm(optax.tree.sub(edited.meta_params, job.meta_params)) / optax.tree.norm(job.meta_params)
+    out = config.out or folder or (config.scores.parent if config.scores is not None else Path())
+    change = {
+        "removed": labels(job, chosen),
+        "role": config.role,
+        "target before": before,
+        "target after": after,
+        "change predicted by the scores": predicted,
+        "relative change of the meta-parameters": float(step),
+        "gradient norm after each step": np.asarray(edited.info.outer_gradient_norm).tolist(),
+        "meta_params": fingerprint(job.meta_params),
+    }
+    parameters.save(out / EDITED, edited.meta_params)
+    write_atomically(out / CHANGE, json.dumps(change, indent=1, ensure_ascii=False).encode(errors="replace"))
+    tell(change)
+    last = jax.tree.map(lambda leaf: leaf[-1], edited.info)
+    say_table(("", "", ""), facts(last))
+    where = (
+        f"--problem {config.problem} --edited {out / EDITED}" if folder is None else f"{folder} --edited {out / EDITED}"
+    )
+    say(f"Wrote {out / EDITED} and {out / CHANGE}; next: metainfluence evaluate {where}")
+
+
+def tell(change: dict[str, Any]) -> None:
+    """Prints what changed."""
+    removed: Sequence[str] = change["removed"]
+    shown = ", ".join(removed[:MOST_SHOWN]) + (
+        f" and {len(removed) - MOST_SHOWN} more" if len(removed) > MOST_SHOWN else ""
+    )
+    say(f"Removed {len(removed)} ({change['role']}): {shown}")
+    before, after, predicted = (
+        change[key] for key in ("target before", "target after", "change predicted by the scores")
+    )
+    say(
+        f"Target: {before:.5f} before, {after:.5f} after: {after - before:+.5f}"
+        + ("" if predicted is None else f"; {predicted:+.5f} predicted by the scores, to first order")
+    )
+    say(f"Meta-parameters changed by {change['relative change of the meta-parameters']:.2%} of their norm")
+
+
+def check(config: EditConfig) -> None:
+    """Raises ConfigError unless what is to be removed is said in one way."""
+    ways = {
+        "--most-harmful": config.most_harmful is not None,
+        "--harm-above": config.harm_above is not None,
+        "--remove": bool(config.remove),
+    }
+    given = [name for name, is_given in ways.items() if is_given]
+    if len(given) != 1:
+        raise ConfigError(f"expected one of {', '.join(ways)}, got {' and '.join(given) or 'none'}")
+    if bool(config.remove) == (config.scores is not None):
+        raise ConfigError(
+            f"{given[0]}: expected {'no score file with it' if config.remove else 'a score file'}, got {config.scores}"
+        )
+    if config.most_harmful is not None and config.most_harmful < 1:
+        raise ConfigError(f"--most-harmful: expected a positive number, got {config.most_harmful}")
+
+
+def harmful(config: EditConfig, job: Job, table: mi.scoring.ScoreTable) -> tuple[list[Place], float]:
+    """What the scores say is to be removed, and the change of the target that they predict.
+
+    Raises:
+      ValueError: scores of other meta-parameters, or fewer rows than are to be removed.
+    """
+    origin = table.metadata.get("run", {})
+    told = origin.get("meta_params") if isinstance(origin, dict) else None
+    if told is not None and told != fingerprint(job.meta_params):
+        raise ValueError(
+            f"scores: expected a file about these meta-parameters, got {config.scores}, which is about others"
+        )
+    rows = np.flatnonzero(table.role == config.role)
+    rows = rows[np.argsort(table.score[rows], kind="stable")]
+    if config.most_harmful is not None and config.most_harmful >= len(rows):
+        raise ValueError(
+            f"most_harmful: expected fewer than the {len(rows)} rows about a {config.role}, got {config.most_harmful}"
+        )
+    if config.harm_above is not None:
+        rows = rows[table.score[rows] < -config.harm_above]
+    rows = rows[: config.most_harmful]
+    place = locator(job, table)
+    return [place(row) for row in rows.tolist()], float(np.sum(table.score[rows]))
+
+
+def labels(job: Job, chosen: Sequence[Place]) -> list[str]:
+    """The ids of what is removed."""
+    ids = ids_of(job.source)
+    found = []
+    for place in chosen:
+        name = str(ids[place.task])
+        if place.side is not None and place.example is not None:
+            name += f":{example_ids(job, place.task, place.side)[place.example]}"
+        found.append(name)
+    return found
+
+
+def plan(config: EditConfig) -> mi.Plan:
+    """What this will take: each step is a solve."""
+    check(config)
+    job = runs.load(located(config.scores, config.run, config.problem), config.problem)
+    return mi.preflight(job.problem, batch_size=config.batch_size)(job.meta_params, job.source)

@@ -1,0 +1,135 @@
+"""`metainfluence evaluate`: the meta-parameters before and after an edit, on tasks that nothing else has seen."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import metainfluence as mi
+from metainfluence.evaluation import bootstrap, roc_auc
+from metainfluence.files import write_atomically
+from metainfluence.lab.commands import parameters, runs
+from metainfluence.lab.commands.edit import EDITED
+from metainfluence.lab.commands.job import Job
+from metainfluence.lab.commands.printing import say, say_table
+from metainfluence.lab.commands.score import SCORES
+from metainfluence.lab.config_files import ConfigError
+from metainfluence.lab.fewshot import CLEAN
+from metainfluence.lab.learners import mean_interval
+from metainfluence.lab.timing import Compiled
+
+EVALUATION = "evaluation.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Accuracy before and after an edit on held-out tasks, and how well the scores find data known to be damaged."""
+
+    run: Path | None = None
+    """Folder that `metainfluence train` wrote."""
+    problem: str | None = None
+    """Instead of a run: MODULE:FUNCTION, as for `metainfluence score`; it returns `test`, and may return `metric`."""
+    edited: Path | None = None
+    """Edited meta-parameters; none for edited.npz in the run's folder, or, for a problem, here."""
+    scores: Path | None = None
+    """Score file; none for scores.parquet beside it, if it is there."""
+    batch_size: int = 50
+    """Test tasks at a time."""
+    out: Path | None = None
+    """File to write; none for evaluation.json beside the edited meta-parameters."""
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluates, prints and writes the numbers.
+
+    Raises:
+      ConfigError: a problem without test tasks.
+      FileNotFoundError: there are no edited meta-parameters.
+    """
+    home = config.run or Path()
+    path = config.edited or home / EDITED
+    scores = config.scores or home / SCORES
+    job = runs.load(config.run, config.problem)
+    if job.test is None or len(job.test) < 2:
+        raise ConfigError(f"{config.problem}: test: expected at least two tasks to evaluate on, got {job.test}")
+    edited = parameters.load(path, job.meta_params)
+    before, after = (per_task(job, at, config.batch_size) for at in (job.meta_params, edited))
+    rows = {"before": before, "after": after, "after - before": after - before}
+    found: dict[str, Any] = {
+        "metric": "query loss" if job.metric is None else job.metric_name,
+        "test_tasks": len(before),
+        **{
+            name: dict(zip(("mean", "half_width"), mean_interval(values), strict=True)) for name, values in rows.items()
+        },
+    }
+    cells = [(name, f"{found[name]['mean']:+.4f} ± {found[name]['half_width']:.4f}") for name in rows]
+    say_table((found["metric"], f"mean over {len(before)} test tasks, 95 % interval"), cells)
+    if config.scores is not None or scores.exists():
+        found["detection"] = detection(mi.read_scores(scores))
+        lines = [
+            (name, f"{each['damaged']} of {each['all']}", f"{each['auc']:.3f} [{each['low']:.3f}, {each['high']:.3f}]")
+            for name, each in found["detection"].items()
+        ]
+        if lines:
+            say_table(("found by the scores", "damaged", "ROC AUC, 95 % interval"), lines)
+        else:
+            say("The score file names no damaged data, so nothing is known to be found")
+    out = config.out or path.parent / EVALUATION
+    write_atomically(out, json.dumps(found, indent=1, ensure_ascii=False).encode())
+    say(f"Wrote {out}")
+
+
+def per_task(job: Job, meta_params: Any, batch_size: int) -> np.ndarray:
+    """The metric of each test task, [n]."""
+    metric = jax.vmap(mi.task_loss(job.problem), (None, 0)) if job.metric is None else job.metric
+    compiled = Compiled(metric)
+    assert job.test is not None
+    found = np.full(len(job.test), np.nan)
+    for rows, tasks in batches(job.test, batch_size):
+        values = np.asarray(compiled(meta_params, tasks))
+        if values.shape != rows.shape:
+            raise ValueError(f"metric: expected one number for each of {len(rows)} tasks, got shape {values.shape}")
+        found[rows] = values
+    return found
+
+
+def batches(tasks: Any, batch_size: int) -> Iterator[tuple[np.ndarray, mi.Task]]:
+    """Stacked tasks of one size, and their positions; the last overlap those before, so that one program does all."""
+    size = min(batch_size, len(tasks))
+    for start in range(0, len(tasks), size):
+        rows = np.arange(size) + min(start, len(tasks) - size)
+        yield rows, mi.stack_tasks([tasks[k] for k in rows.tolist()])
+
+
+def detection(table: mi.scoring.ScoreTable) -> dict[str, dict[str, Any]]:
+    """How well scores find what a file's own columns `harm` and `label_flipped` call damaged, where they do."""
+    found = {}
+    for role, column in (("task", "harm"), ("support", "label_flipped"), ("query", "label_flipped")):
+        if column not in table.labels:
+            continue
+        rows = table.role == role
+        values = table.labels[column][rows]
+        if column == "harm":
+            damaged = np.array([value not in (None, CLEAN) for value in values])
+        else:
+            damaged = np.ma.filled(values, False).astype(bool)
+        if damaged.any() and not damaged.all():
+            auc = bootstrap(roc_auc, table.score[rows], damaged)
+            found[role if role == "task" else f"{role} label"] = {
+                "damaged": int(damaged.sum()),
+                "all": len(damaged),
+                "auc": float(auc.value),
+                "low": float(auc.low),
+                "high": float(auc.high),
+            }
+    return found
+
+
+def plan(config: EvaluateConfig) -> mi.Plan:
+    """What a score of the same takes, which an evaluation stays far below."""
+    job = runs.load(config.run, config.problem)
+    return mi.preflight(job.problem)(job.meta_params, job.source)

@@ -1,0 +1,99 @@
+"""What the commands after `train` work on, and how a user's function gives it."""
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import metainfluence as mi
+from metainfluence.lab.config_files import ConfigError
+from metainfluence.scoring import Source
+
+
+class Job(NamedTuple):
+    """A problem with its data, as the function that `--problem module:function` names returns it, or a dict of this.
+
+    Attributes:
+      problem: as made by `metainfluence.bilevel` or `metainfluence.from_task_loss`.
+      meta_params: λ, trained.
+      source: the training tasks: a list of `metainfluence.Task`, or any `scoring.Source`.
+      target_args: what the target takes after λ: for `query_loss`, stacked held-out tasks.
+      target: φ: (meta_params, *target_args) -> scalar; None for `query_loss(problem)`.
+      test: tasks like those of the source, which neither training nor the target has seen, for `evaluate`.
+      metric: (meta_params, stacked tasks) -> one number per task, which `evaluate` compares; None for the query loss.
+      metric_name: of that number.
+      images: (a task's support or query) -> [n, H, W] or [n, H, W, 3] from 0 to 1, for the report; None without any.
+    """
+
+    problem: mi.Bilevel
+    meta_params: Any
+    source: Source
+    target_args: tuple[Any, ...] = ()
+    target: Callable[..., Any] | None = None
+    test: Source | None = None
+    metric: Callable[[Any, mi.Task], Any] | None = None
+    metric_name: str = "metric"
+    images: Callable[[Any], Any] | None = None
+
+    def stacked(self) -> mi.Task:
+        """All training tasks."""
+        return mi.stack_tasks([self.source[k] for k in range(len(self.source))])
+
+
+def of_function(name: str) -> Job:
+    """Calls `module:function`, found as Python finds modules and in the current directory.
+
+    Raises:
+      ConfigError: there is no such module or function.
+      TypeError: it returns something else than a `Job` or a dict of its fields.
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not module_name or not function_name.isidentifier():
+        raise ConfigError(f"--problem: expected MODULE:FUNCTION, got {name!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        known = importlib.util.find_spec(module_name)
+    except (ModuleNotFoundError, ValueError):
+        known = None
+    if known is None:
+        raise ConfigError(
+            f"--problem: expected a module in {here} or installed, got {module_name!r}, which there is not"
+        )
+    function = getattr(importlib.import_module(module_name), function_name, None)
+    if not callable(function):
+        raise ConfigError(f"--problem: expected a function in {module_name}, got {function_name!r}, which there is not")
+    return checked(function(), name)
+
+
+def checked(returned: Any, name: str) -> Job:
+    """What a user's function returned, as a job.
+
+    Raises:
+      TypeError: it is something else, or a part of it is.
+    """
+    if isinstance(returned, Mapping):
+        required = {field for field in Job._fields if field not in Job._field_defaults}
+        for key in [*sorted(required - set(returned)), *(key for key in returned if key not in Job._fields)]:
+            near = difflib.get_close_matches(str(key), Job._fields, n=1, cutoff=0.0)[0]
+            what = f"without {key!r}" if key in required else f"with {key!r}; nearest is {near!r}"
+            raise TypeError(f"{name}: expected a dict with some of {', '.join(Job._fields)}, got one {what}")
+        returned = Job(**returned)
+    if not isinstance(returned, Job):
+        raise TypeError(
+            f"{name}: expected a metainfluence.lab.commands.job.Job or a dict of its fields, "
+            f"got {type(returned).__name__}"
+        )
+    if not isinstance(returned.problem, mi.Bilevel):
+        raise TypeError(
+            f"{name}: problem: expected one made by metainfluence.bilevel, got {type(returned.problem).__name__}"
+        )
+    if not isinstance(returned.target_args, tuple):
+        raise TypeError(f"{name}: target_args: expected a tuple, got {type(returned.target_args).__name__}")
+    return returned._replace(meta_params=jax.tree.map(jax.numpy.asarray, returned.meta_params))

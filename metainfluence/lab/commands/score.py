@@ -1,0 +1,128 @@
+"""`metainfluence score`: scores all tasks and examples, and goes on where it was when it is called again."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import metainfluence as mi
+from metainfluence.lab.checkpoints import fingerprint
+from metainfluence.lab.commands import runs
+from metainfluence.lab.commands.job import Job
+from metainfluence.lab.commands.printing import facts, say, say_table
+from metainfluence.lab.experiments import results
+
+SCORES = "scores.parquet"
+MOST_SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """Predict what the target becomes without each task and each example: one solve, streamed, resumable."""
+
+    run: Path | None = None
+    """Folder that `metainfluence train` wrote."""
+    problem: str | None = None
+    """Instead of a run: MODULE:FUNCTION of your own, which returns a dict with problem, meta_params, source,
+    target_args, and, where there are, target, test, metric, metric_name, images."""
+    out: Path | None = None
+    """Score file; none for scores.parquet in the run's folder, or, for a problem, here."""
+    solver: Literal["cg", "minres"] = "cg"
+    """minres for a total Hessian that the damping leaves indefinite."""
+    tol: float | None = None
+    """Relative residual to reach; none for the solver's own."""
+    max_steps: int | None = None
+    """Of the solver; none for its own."""
+    curvature: Literal["exact", "linearized", "gamma", "gauss_newton", "direct"] = "exact"
+    """Which second-order operator."""
+    damping: float | Literal["auto"] = "auto"
+    """Added to every eigenvalue of the total Hessian; auto for the rule of metainfluence.damping.auto."""
+    batch_size: int | None = None
+    """Tasks at a time; none for as many as fit in memory."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a task that cannot be read."""
+    resume: bool = True
+    """Go on with what an earlier call left; else start anew."""
+
+
+def run(config: ScoreConfig) -> None:
+    """Scores, writes the file and prints the most harmful tasks.
+
+    Raises:
+      SolveError: the solve failed; the file is there and says so.
+    """
+    job = runs.load(config.run, config.problem)
+    out = config.out or (config.run or Path()) / SCORES
+    there = out.exists() and config.resume
+    target = mi.query_loss(job.problem) if job.target is None else job.target
+    found = mi.scoring.score(
+        job.problem,
+        target,
+        job.meta_params,
+        job.source,
+        *job.target_args,
+        out=out,
+        solver=solver(config),
+        curvature=curvature(config),
+        damping=config.damping,
+        batch_size=config.batch_size,
+        on_error=config.on_error,
+        resume=config.resume,
+        metadata={"run": origin(config, job)},
+    )
+    say_table(("task", "score"), [(str(found.ids[k]), f"{found.task[k]:+.3e}") for k in order(found.task)[:MOST_SHOWN]])
+    say(
+        f"The most harmful of {len(found.ids)} tasks; a score is the predicted change of the target on removal: "
+        "negative harms"
+    )
+    for skipped in found.skipped.values():
+        say(f"Left out: {skipped}")
+    say_table(("", "", ""), facts(found.info))
+    say(f"Error budget: {mi.error_budget(found.info, job.meta_params).advice}")
+    own = f" --problem {config.problem}" if config.run is None else f" --run {config.run}"
+    own = "" if config.run is not None and config.run == out.parent else own
+    say(f"{'Already in' if there else 'Wrote'} {out}; next: metainfluence edit {out}{own} --most-harmful K")
+    mi.check(found.info)
+
+
+def order(scores: np.ndarray) -> np.ndarray:
+    """Positions from the most harmful to the most helpful."""
+    return np.argsort(scores, kind="stable")
+
+
+def solver(config: ScoreConfig) -> mi.Solver | None:
+    """The solver that is meant; None leaves it to the engine, which knows how many tasks there are."""
+    given: dict[str, Any] = {"tol": config.tol, "max_steps": config.max_steps}
+    options = {name: value for name, value in given.items() if value is not None}
+    if config.solver == "cg" and not options:
+        return None
+    return {"cg": mi.solvers.cg, "minres": mi.solvers.minres}[config.solver](**options)
+
+
+def curvature(config: ScoreConfig) -> mi.curvature.Curvature:
+    """The curvature that is meant."""
+    chosen: mi.curvature.Curvature = getattr(mi.curvature, config.curvature)()
+    return chosen
+
+
+def origin(config: ScoreConfig, job: Job) -> dict[str, Any]:
+    """What the score file says of where it comes from, for those who read it; nothing is ever run because of it."""
+    trained = {} if config.run is None else {"training": results.plain(runs.read(config.run))}
+    given = ["--problem", config.problem or ""] if config.run is None else [str(config.run)]
+    return {
+        "command": shlex.join(["metainfluence", "score", *given]),
+        "score": results.plain(config),
+        **trained,
+        "machine": results.machine(),
+        "meta_params": fingerprint(job.meta_params),
+    }
+
+
+def plan(config: ScoreConfig) -> mi.Plan:
+    """What this will take."""
+    job = runs.load(config.run, config.problem)
+    return mi.preflight(job.problem, curvature=curvature(config), batch_size=config.batch_size)(
+        job.meta_params, job.source
+    )

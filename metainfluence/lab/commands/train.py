@@ -1,0 +1,81 @@
+"""`metainfluence train`: meta-trains a learner, and goes on where it was when it is called again."""
+
+import logging
+from pathlib import Path
+
+import jax
+import optax
+
+import metainfluence as mi
+from metainfluence.files import write_atomically
+from metainfluence.lab import fewshot
+from metainfluence.lab.commands import parameters, runs
+from metainfluence.lab.commands.printing import progress_console, say
+from metainfluence.lab.commands.runs import CHECKPOINTS, CONFIG, TRAINED, TrainConfig
+from metainfluence.lab.experiments import results
+from metainfluence.lab.sources import FewShotSource
+from metainfluence.lab.train import meta_train
+
+__all__ = ["TrainConfig", "plan", "run"]
+
+
+def run(config: TrainConfig) -> None:
+    """Trains and writes the folder.
+
+    Raises:
+      ValueError: a folder that another configuration has written, with the differences named; and as the parts.
+    """
+    jax.config.update("jax_enable_x64", config.float64)
+    folder = config.out
+    claim(folder, config)
+    if (folder / TRAINED).exists():
+        say(f"Already trained, in {folder}")
+        return
+    listed = runs.lists(config)
+    learner, initial = runs.learner(config, listed)
+    steps = config.training
+    train = meta_train(
+        learner.problem,
+        optax.adam(optax.cosine_decay_schedule(steps.learning_rate, steps.num_steps)),
+        steps.num_steps,
+        tasks_per_step=steps.tasks_per_step,
+        seed=config.seed,
+        console=progress_console(),
+        checkpoints=folder / CHECKPOINTS,
+        save_every=steps.save_every,
+    )
+    # Orbax warns where a checkpoint took longer to write than the next block of steps to compute.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    tasks = fewshot.materialize(listed.training, listed.dataset.images)
+    trained = train(initial, tasks)
+    parameters.save(folder / TRAINED, trained.meta_params)
+    damaged = int((fewshot.harm(listed.training) != fewshot.CLEAN).sum())
+    say(
+        f"Trained {config.learner.kind} on {config.data.num_tasks} tasks of {config.data.dataset}, {damaged} of them "
+        f"damaged: F from {trained.losses[0]:.4f} to {trained.losses[-1]:.4f} in {steps.num_steps} steps"
+    )
+    say(f"Wrote {folder / TRAINED}; next: metainfluence score {folder}")
+
+
+def claim(folder: Path, config: TrainConfig) -> None:
+    """Makes the folder this configuration's.
+
+    Raises:
+      ValueError: it is another's.
+    """
+    if not (folder / CONFIG).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without its own name, so that it may be moved.
+        write_atomically(folder / CONFIG, runs.as_toml(config, leave_out=["out"]).encode())
+        return
+    found = results.differences(results.plain(runs.read(folder)), results.plain(config))
+    if found:
+        raise ValueError(f"out: expected a new folder or one of this configuration, got {folder}: {'; '.join(found)}")
+
+
+def plan(config: TrainConfig) -> mi.Plan:
+    """What scoring will take, once this is trained."""
+    jax.config.update("jax_enable_x64", config.float64)
+    listed = runs.lists(config)
+    learner, initial = runs.learner(config, listed)
+    return mi.preflight(learner.problem)(initial, FewShotSource(listed.training, listed.dataset.images))

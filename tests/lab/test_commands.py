@@ -1,0 +1,457 @@
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import jax
+import numpy as np
+import pytest
+
+import metainfluence as mi
+from metainfluence.lab import cli, fewshot
+from metainfluence.lab.checkpoints import Checkpoints
+from metainfluence.lab.commands import evaluate, parameters, runs
+from metainfluence.lab.commands.places import Place, locator
+from metainfluence.scoring._passes import Passes
+
+TRAIN = [
+    *("--data.num-tasks", "12", "--data.num-held-out", "6", "--data.num-test", "5", "--data.ways", "3"),
+    *("--data.shots", "2", "--data.queries", "4", "--harm.flipped", "0.25", "--harm.flip-share", "1.0"),
+    *("--learner.kind", "protonet", "--learner.widths", "6", "--learner.meta-l2", "0.05"),
+    *("--training.num-steps", "30", "--training.learning-rate", "0.1"),
+]
+
+# A ridge head on learned features; a delay makes reading slow enough to be stopped.
+MODULE = """
+import os, time
+import jax, jax.numpy as jnp, numpy as np
+import metainfluence as mi
+
+jax.config.update("jax_enable_x64", True)
+
+def loss(params, meta_params, batch):
+    return (jnp.tanh(batch["x"] @ meta_params) @ params - batch["y"]) ** 2
+
+def adapt(meta_params, support, coefficients):
+    seen = jnp.tanh(support["x"] @ meta_params)
+    gram = seen.T @ (coefficients[:, None] * seen) + jnp.eye(2)
+    return jnp.linalg.solve(gram, seen.T @ (coefficients * support["y"]))
+
+def task(k):
+    rng = np.random.default_rng(k)
+    x = rng.normal(size=(6, 3))
+    y = np.tanh(x[:, 0] + rng.normal() * x[:, 1])
+    return mi.Task({"x": x[:3], "y": y[:3]}, {"x": x[3:], "y": y[3:]}, None, None)
+
+class Source:
+    ids = [f"task {k}" for k in range(8)]
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, k):
+        time.sleep(float(os.environ.get("DELAY", "0")))
+        return task(k)
+
+    def columns(self, k):
+        return {"harm": ("clean", ["clean"] * 3, ["clean"] * 3)}
+
+def make():
+    problem = mi.bilevel(loss, mi.adaptation.closed_form(adapt), meta_regularizer=mi.l2(4.0))
+    held_out = mi.stack_tasks([task(k) for k in (100, 101)])
+    meta_params = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
+    return {"problem": problem, "meta_params": meta_params, "source": Source(), "target_args": (held_out,),
+            "test": [task(k) for k in range(200, 207)]}
+
+def number():
+    return 3
+
+def incomplete():
+    return {"problem": 1, "meta_params": 2}
+
+def misspelt():
+    return {**make(), "metrik": None}
+
+def no_problem():
+    return {**make(), "problem": loss}
+
+def no_tuple():
+    return {**make(), "target_args": 1}
+"""
+
+
+def called(*args):
+    """The exit status, and what was printed on both streams."""
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.entry([str(arg) for arg in args])
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def done(*args):
+    status, out, err = called(*args)
+    assert status == 0, err
+    return out
+
+
+def assert_same_change(before, found, expected):
+    for start, got, leaf in zip(*map(jax.tree.leaves, (before, found, expected)), strict=True):
+        np.testing.assert_allclose(got - start, leaf - start, atol=1e-4 * np.abs(leaf - start).max())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Train, score, edit, evaluate, report; what they printed is in `printed.json`."""
+    folder = tmp_path_factory.mktemp("run") / "new" / "run"
+    scores = folder / "scores.parquet"
+    printed = {
+        "train": done("train", *TRAIN, "--out", folder),
+        "score": done("score", folder, "--damping", "0.1"),
+        "edit": done("edit", scores, "--most-harmful", "3"),
+        "evaluate": done("evaluate", folder),
+        "report": done("report", scores),
+    }
+    (folder / "printed.json").write_text(json.dumps(printed))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def printed(folder):
+    return json.loads((folder / "printed.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def job(folder):
+    return runs.load(folder, None)
+
+
+@pytest.fixture(scope="module")
+def scores(folder):
+    return mi.read_scores(folder / "scores.parquet")
+
+
+@pytest.fixture(scope="module")
+def edit_of(job):
+    """The same by another solver."""
+    return jax.jit(mi.edit(job.problem, solver=mi.solvers.dense(), damping=0.1, num_newton_steps=0))
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A user's module in the current directory."""
+    (tmp_path / "theirs.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    yield tmp_path
+    sys.modules.pop("theirs", None)
+
+
+def test_training_lowers_the_objective(printed, job):
+    first, last = (float(word) for word in printed["train"].partition("F from ")[2].split()[:3:2])
+    assert last < first
+    assert last > float(mi.total_objective(job.problem)(job.meta_params, job.stacked()))
+    assert "12 tasks of digits, 3 of them damaged" in printed["train"]
+
+
+def test_a_finished_training_is_not_repeated(folder):
+    before = (folder / runs.TRAINED).stat().st_mtime_ns
+    assert "Already trained" in done("train", "--config", folder / runs.CONFIG, "--out", folder)
+    assert (folder / runs.TRAINED).stat().st_mtime_ns == before
+
+
+def test_a_stopped_training_goes_on(folder, job, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", save_and_stop)
+        status, _, err = called("train", *TRAIN, "--out", out)
+    assert status == 130
+    again = shlex.join(["metainfluence", "train", *TRAIN, "--out", str(out)])
+    assert err.splitlines()[-1] == f"metainfluence train: stopped; go on with: {again}"
+    status, _, err = called("score", out)
+    assert status == 1
+    assert f"go on with: metainfluence train --config {out / runs.CONFIG} --out {out}" in err
+    with contextlib.redirect_stderr(io.StringIO()) as progress:
+        cli.main(["train", "--config", str(out / runs.CONFIG), "--out", str(out)])
+    # The first 25 steps are not taken again.
+    assert "step 25/30" not in progress.getvalue()
+    assert "step 30/30" in progress.getvalue()
+    found, expected = (parameters.load(each / runs.TRAINED, job.meta_params) for each in (out, folder))
+    jax.tree.map(lambda *leaves: np.testing.assert_allclose(*leaves, rtol=1e-9), found, expected)
+
+
+def test_a_folder_of_another_configuration_is_refused(folder):
+    status, _, err = called("train", *TRAIN, "--seed", "1", "--out", folder)
+    assert status == 1
+    assert "seed: 0 there, 1 here" in err
+
+
+def test_scores_are_those_of_the_library(job, scores):
+    score = mi.influence_scores(job.problem, mi.query_loss(job.problem), solver=mi.solvers.dense(), damping=0.1)
+    expected = jax.jit(score)(job.meta_params, job.stacked(), *job.target_args)
+    own = scores.score[scores.role == "task"]
+    np.testing.assert_allclose(own, expected.task, rtol=1e-4, atol=1e-4 * np.abs(expected.task).max())
+    assert sum(scores.labels["harm"][scores.role == "task"] == fewshot.FLIPPED) == 3
+
+
+def test_the_score_file_tells_what_was_run(folder, scores):
+    run = scores.metadata["run"]
+    assert run["command"].startswith("metainfluence score ")
+    assert run["score"]["damping"] == 0.1
+    assert run["training"]["learner"]["kind"] == "protonet"
+    assert run["machine"]["jax"] == jax.__version__
+
+
+def test_a_finished_score_is_not_repeated(folder, printed):
+    again = done("score", folder, "--damping", "0.1")
+    assert "Already in" in again
+    assert "Wrote" in printed["score"]
+    assert "CONVERGED" in again
+    status, _, err = called("score", folder, "--damping", "0.2")
+    assert status == 1
+    assert "differs in damping" in err
+
+
+def test_the_edit_removes_the_most_harmful(folder, job, scores, printed, edit_of):
+    change = json.loads((folder / "edited.json").read_text())
+    own = np.flatnonzero(scores.role == "task")
+    worst = own[np.argsort(scores.score[own])[:3]]
+    assert change["removed"] == [str(k) for k in scores.task[worst].tolist()]
+    assert change["change predicted by the scores"] == pytest.approx(scores.score[worst].sum())
+    edited = parameters.load(folder / "edited.npz", job.meta_params)
+    weights = mi.drop(mi.unit_weights(job.stacked()), tasks=scores.task[worst])
+    expected = edit_of(job.meta_params, job.stacked(), weights)
+    assert_same_change(job.meta_params, edited, expected.meta_params)
+    target = jax.jit(mi.query_loss(job.problem))
+    assert change["target after"] == pytest.approx(float(target(edited, *job.target_args)), rel=1e-6)
+    assert change["target before"] == pytest.approx(float(target(job.meta_params, *job.target_args)), rel=1e-6)
+    assert f"Removed 3 (task): {', '.join(change['removed'])}" in printed["edit"]
+
+
+def test_evaluation_compares_the_same_tasks(folder, job, printed):
+    found = json.loads((folder / "evaluation.json").read_text())
+    tasks = mi.stack_tasks([job.test[k] for k in range(5)])
+    edited = parameters.load(folder / "edited.npz", job.meta_params)
+    before, after = (np.asarray(job.metric(at, tasks)) for at in (job.meta_params, edited))
+    for name, values in {"before": before, "after": after, "after - before": after - before}.items():
+        assert found[name]["mean"] == pytest.approx(values.mean())
+        assert found[name]["half_width"] == pytest.approx(1.96 * values.std(ddof=1) / 5**0.5)
+    assert found["metric"] == "accuracy"
+    assert set(found["detection"]) == {"task", "query label"}
+    assert found["detection"]["task"]["damaged"] == 3
+    assert "95 % interval" in printed["evaluate"]
+
+
+def test_the_last_batch_overlaps(job):
+    whole = evaluate.per_task(job, job.meta_params, 5)
+    np.testing.assert_allclose(evaluate.per_task(job, job.meta_params, 2), whole)
+
+
+def test_detection_takes_the_harmful_for_damaged(scores):
+    own = scores.role == "task"
+    damaged = scores.labels["harm"][own] != fewshot.CLEAN
+    pairs = scores.score[own][damaged][:, None] < scores.score[own][~damaged][None]
+    assert evaluate.detection(scores)["task"]["auc"] == pytest.approx(pairs.mean())
+
+
+def test_rows_are_found_in_the_source(job, scores):
+    place = locator(job, scores)
+    for row in range(0, len(scores.score), 5):
+        found = place(row)
+        assert found.task == scores.task[row]
+        if scores.role[row] == "task":
+            assert found == Place(found.task)
+        else:
+            ids = getattr(job.source.tasks, f"{scores.role[row]}_ids")
+            assert ids[found.task, found.example] == scores.example[row]
+    other = dataclasses.replace(scores, task=scores.task + 12)
+    with pytest.raises(ValueError, match="rows about tasks of the source, got task of task 12"):
+        locator(job, other)(0)
+
+
+def test_the_report_has_pictures(folder):
+    page = (folder / "scores.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") > 12
+    assert "The solve converged." in page
+    assert "flipped labels" in page
+
+
+def test_data_are_removed_by_their_ids(folder, job, scores, edit_of):
+    rows = np.flatnonzero((scores.role == "query") & (scores.task == 4))
+    name = f"4:{scores.example[rows[2]]}"
+    out = folder / "by-id"
+    done("edit", "--run", folder, "--role", "query", "--remove", name, "--damping", "0.1", "--out", out)
+    assert json.loads((out / "edited.json").read_text())["removed"] == [name]
+    edited = parameters.load(out / "edited.npz", job.meta_params)
+    weights = mi.drop(mi.unit_weights(job.stacked()), query=[(4, 2)])
+    expected = edit_of(job.meta_params, job.stacked(), weights)
+    assert_same_change(job.meta_params, edited, expected.meta_params)
+
+
+def test_scores_of_other_meta_parameters_are_refused(folder, job, tmp_path):
+    done("train", *TRAIN, "--seed", "3", "--training.num-steps", "25", "--out", tmp_path / "other")
+    status, _, err = called("edit", folder / "scores.parquet", "--run", tmp_path / "other", "--most-harmful", "1")
+    assert status == 1
+    assert "which is about others" in err
+    status, _, err = called("evaluate", tmp_path / "other")
+    assert status == 1
+    assert "edited.npz: expected a file of meta-parameters" in err
+
+
+def test_a_dry_run_shows_all_and_writes_nothing(tmp_path):
+    out = tmp_path / "nothing"
+    text = done("train", *TRAIN, "--out", out, "--dry-run")
+    shown, _, plan = text.partition("\n\ntasks")
+    config = tomllib.loads(shown)
+    assert config["data"]["num_tasks"] == 12
+    assert config["learner"] == {
+        "kind": "protonet",
+        "model": "mlp",
+        "widths": [6],
+        "width": 32,
+        "pooling": "max",
+        "activation": "tanh",
+        "head_l2": 0.03,
+        "proximal": 1.0,
+        "inner_lr": 0.1,
+        "inner_steps": 5,
+        "inner_tol": 1e-8,
+        "meta_l2": 0.05,
+    }
+    assert "meta-parameters" in plan
+    assert "tasks per chunk" in plan
+    assert not out.exists()
+
+
+def test_what_a_dry_run_shows_is_a_configuration(tmp_path):
+    shown = done("report", "a.parquet", "--most", "7", "--dry-run")
+    (tmp_path / "report.toml").write_text(shown)
+    assert done("report", "--config", tmp_path / "report.toml", "--dry-run") == shown
+    assert "run" not in tomllib.loads(shown)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["report"], 2, "expected a score file"),
+        (["report", "nowhere.parquet"], 1, "nowhere.parquet"),
+        (["report", "theirs.py"], 1, "expected a score file of metainfluence"),
+        (["score"], 2, "expected one of --run FOLDER"),
+        (["score", "nowhere"], 1, "expected a folder that `metainfluence train` wrote"),
+        (["score", "--problem", "nowhere:make"], 2, "got 'nowhere', which there is not"),
+        (["score", "--problem", "theirs:nothing"], 2, "got 'nothing', which there is not"),
+        (["score", "--problem", "theirs"], 2, "expected MODULE:FUNCTION"),
+        (["score", "--problem", "theirs:number"], 1, "or a dict of its fields, got int"),
+        (["score", "--problem", "theirs:incomplete"], 1, "without 'source'"),
+        (["score", "--problem", "theirs:misspelt"], 1, "with 'metrik'; nearest is 'metric'"),
+        (["score", "--problem", "theirs:no_problem"], 1, "problem: expected one made by metainfluence.bilevel"),
+        (["score", "--problem", "theirs:no_tuple"], 1, "target_args: expected a tuple"),
+        (["edit", "a.parquet"], 2, "expected one of --most-harmful, --harm-above, --remove, got none"),
+        (["edit", "a.parquet", "--most-harmful", "2", "--harm-above", "0"], 2, "--most-harmful and --harm-above"),
+        (["edit", "a.parquet", "--most-harmful", "0"], 2, "expected a positive number"),
+        (["edit", "--problem", "theirs:make", "--remove", "task 9"], 1, "TASK, an id of the source, got 'task 9'"),
+        (["edit", "--problem", "theirs:make", "--role", "query", "--remove", "task 1:9"], 1, "as 0, 1, 2; got '9'"),
+        (["evaluate", "--problem", "theirs:make"], 1, "edited.npz: expected a file of meta-parameters"),
+        (["train", "--data.dataset", "digit", "--out", "new"], 1, "nearest is 'digits'"),
+        (["train", "--config", "wrong.toml"], 2, "nearest is 'num_tasks'"),
+        (["scor"], 2, "nearest is 'score'"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(args, status, message, module):
+    (module / "wrong.toml").write_text("[data]\nnum_task = 3\n")
+    found, _, err = called(*args)
+    assert found == status
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_error_can_be_traced(module):
+    with pytest.raises(TypeError, match="got int"):
+        cli.entry(["score", "--problem", "theirs:number", "--traceback"])
+
+
+def test_pickles_are_not_read(tmp_path, job):
+    np.savez(tmp_path / "a.npz", meta_params=np.array([{}], object))
+    with pytest.raises(ValueError, match="without pickles"):
+        parameters.load(tmp_path / "a.npz", np.zeros(1))
+    (tmp_path / "b.npz").write_bytes(b"\x80\x04N.")
+    with pytest.raises(ValueError, match="without pickles"):
+        parameters.load(tmp_path / "b.npz", np.zeros(1))
+
+
+@pytest.mark.parametrize("other", [np.zeros(3), np.zeros(2, np.float32), {"a": np.zeros(2)}])
+def test_other_meta_parameters_are_refused(other, tmp_path):
+    parameters.save(tmp_path / "a.npz", other)
+    with pytest.raises(ValueError, match="expected"):
+        parameters.load(tmp_path / "a.npz", np.zeros(2))
+
+
+def process(module, *args, **environment):
+    """The command line in a process of its own, which takes Ctrl-C even where the tests were started not to."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from metainfluence.__main__ import main; main()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        cwd=module,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(module, monkeypatch):
+    args = ["score", "--problem", "theirs:make", "--damping", "0.1", "--batch-size", "2", "--out", "scores.parquet"]
+    running = process(module, *args, DELAY="0.1")
+    left = module / "scores.parquet.run"
+    while running.poll() is None and not list(left.glob("gradient-*.npz")):
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err
+    assert f"go on with: metainfluence {' '.join(args)}" in err
+    assert "Traceback" not in err
+    # Both streams are pipes.
+    assert "\x1b" not in out + err
+    assert "\r" not in out + err
+    assert not (module / "scores.parquet").exists()
+    assert list(left.glob("gradient-*.npz"))
+
+    with monkeypatch.context() as patched:
+        # The pass that is kept is not done again.
+        patched.delattr(Passes, "slope")
+        resumed = done(*args)
+    done(*args[:-1], "whole.parquet")
+    assert "Wrote scores.parquet" in resumed
+    found, expected = (mi.read_scores(module / name) for name in ("scores.parquet", "whole.parquet"))
+    np.testing.assert_allclose(found.score, expected.score, rtol=1e-6, atol=1e-12)
+    assert found.task[0] == "task 0"
+
+    # And on with the user's problem, in the current directory.
+    harmful = np.flatnonzero((expected.role == "query") & (expected.score < 0))
+    assert len(harmful) > 0
+    text = done("edit", "scores.parquet", "--problem", "theirs:make", "--role", "query", "--harm-above", "0")
+    assert f"Removed {len(harmful)} (query)" in text
+    text = done("evaluate", "--problem", "theirs:make")
+    assert "query loss" in text
+    assert "names no damaged data" in text
+    assert "without pictures" in done("report", "scores.parquet", "--problem", "theirs:make")
