@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import _lapack, operators, solvers
+from metainfluence.minimum import gradient_norm
 from metainfluence.solvers._base import check_positive
 from metainfluence.tasks import described, is_array, leaf_name
 
@@ -35,8 +36,8 @@ class Adaptation:
 
     Attributes:
       adapt: the map itself, differentiable in meta_params and coefficients.
-      inner_gradient_norm: (params, meta_params, support, coefficients) -> ‖∂_θ L_in‖ where params are meant to be
-        stationary; None where they are not.
+      inner_gradient_norm: (params, meta_params, support, coefficients) -> ‖∂_θ L_in‖ where params are meant to be a
+        minimum, infinity where they are seen to be near none; None where they are not meant to be one.
     """
 
     adapt: Callable[[PyTree, PyTree, Array], PyTree]
@@ -224,7 +225,7 @@ def implicit(
         return minimum(jax.lax.stop_gradient(params), meta_params, support, coefficients)
 
     def inner_gradient_norm(params: PyTree, meta_params: PyTree, support: PyTree, coefficients: Array) -> Array:
-        return optax.tree.norm(gradient(params, meta_params, support, coefficients))
+        return gradient_norm(lambda params: gradient(params, meta_params, support, coefficients), params)
 
     return Adaptation(adapt, inner_gradient_norm)
 

@@ -26,7 +26,8 @@ class ErrorBudget(NamedTuple):
         Algorithms, 2002, ch. 7). Infinite where μ ≤ 0.
       precision: estimate of what rounding leaves, eps ‖b‖ / (μ ‖x‖), by the same bound with a residual of eps.
       inner_residual: ‖∂_θ L_in‖: to first order the total gradient is off by that over the inner problem's smallest
-        curvature (Pedregosa, ICML 2016, Theorem 2), which is not known here and taken for 1: an estimate.
+        curvature (Pedregosa, ICML 2016, Theorem 2), which is not known here and taken for 1: an estimate. Infinite
+        where a task's parameters are seen to be near no minimum.
       outer_stationarity: ‖D_λF‖ / μ, which bounds, for a quadratic F, the distance to the point that the formula takes
         λ for; relative to ‖λ‖ where that was given, else absolute: an estimate.
       min_curvature: μ.
@@ -43,6 +44,11 @@ class ErrorBudget(NamedTuple):
     advice: str
 
 
+_NO_MINIMUM = (
+    "an inner problem has no minimum where its parameters are: its Hessian has a negative eigenvalue there, or its "
+    "gradient is longer than the curvature can end; regularise the inner objective, start it elsewhere, or let its "
+    "minimiser take more steps"
+)
 _ADVICE = {
     "outer_residual": "the unfinished solve dominates: lower the solver's tol, allow more steps, or raise the damping",
     "precision": "rounding dominates: compute in float64, or raise the damping",
@@ -79,6 +85,8 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
     dominant = max(terms, key=lambda name: terms[name])
     smallest = float(np.min(curvature))
     advice = f"{_ADVICE[dominant]} ({dominant} {terms[dominant]:.1e})"
+    if not np.isfinite(terms["inner_residual"]):
+        dominant, advice = "inner_residual", _NO_MINIMUM
     if not smallest > 0:
         advice = (
             f"the curvature is {smallest:.1e} along a direction that was met, and no bound holds: λ is no minimum; "
@@ -88,7 +96,9 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
 
 
 def check(result: Any, *, tol: float | None = None) -> Any:
-    """Raises `SolveError` unless every solve behind `result` converged; for use outside jit.
+    """Raises `SolveError` unless every solve behind `result` converged and every inner problem has a minimum.
+
+    For use outside jit.
 
     Args:
       result: an `Influence`, `Scores`, `Edit`, `Sweep` or `SolveInfo`.
@@ -98,7 +108,8 @@ def check(result: Any, *, tol: float | None = None) -> Any:
       `result`, unchanged.
 
     Raises:
-      SolveError: naming the right-hand sides that failed, how, and what to do; or the term above `tol`.
+      SolveError: naming the right-hand sides that failed, how, and what to do; an inner problem without a minimum; or
+        the term above `tol`.
       TypeError: `result` is none of these, or traced.
     """
     info = _info(result)
@@ -107,6 +118,8 @@ def check(result: Any, *, tol: float | None = None) -> Any:
     failed = "; ".join(line for line in lines if line)
     if failed:
         raise SolveError(f"{failed}. Error budget: {error_budget(result).advice}")
+    if not np.all(np.isfinite(_number(info.inner_gradient_norm))):
+        raise SolveError(_NO_MINIMUM)
     if tol is not None:
         budget = error_budget(result)
         worst = float(getattr(budget, budget.dominant))

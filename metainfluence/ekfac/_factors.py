@@ -217,7 +217,8 @@ def _see(program: Program, places: Sequence[_Place], arguments: list[Any], coeff
     values, vectors = jax.vmap(_lapack.eigh)((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
     # What rounding makes of a zero eigenvalue, as softmax has one, would hide that the factors are singular.
     rounding = columns * jnp.finfo(dtype).eps * jnp.max(jnp.abs(values), axis=1, keepdims=True)
-    root = vectors * jnp.sqrt(jnp.where(values > rounding, values, 0))[:, None, :]
+    # Not `values > rounding`, which would make zeros of NaN.
+    root = vectors * jnp.sqrt(jnp.where(values <= rounding, 0, values))[:, None, :]
 
     _, pull_back, inputs = jax.vjp(lambda probes: evaluate(probes, no_shift)[1], no_probes, has_aux=True)
     (gradients,) = jax.vmap(pull_back, in_axes=2, out_axes=1)(root)

@@ -147,6 +147,9 @@ class Reader:
             return None
         try:
             task = self._checked(self.source[index], index)
+        except MemoryError:
+            # This machine's fault and not the task's, which must not be left out for it.
+            raise
         except Exception as error:
             message = f"task {self.ids[index]!r} (item {index}) could not be read: {type(error).__name__}: {error}"
             if self.known[index]:

@@ -238,13 +238,19 @@ def write_tables(path: Path, tables: Callable[[], Iterable[Any]], metadata: Mapp
     waiting: list[Any] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+
+        def write() -> None:
+            rows = pa.concat_tables(waiting)
+            # pyarrow's own limit of a group, 1048576 rows, would cut a task in two.
+            writer.write_table(rows, row_group_size=len(rows))
+            waiting.clear()
+
         for table in filter(len, tables()):
             waiting.append(table.cast(schema))
             if sum(len(each) for each in waiting) >= _ROWS_PER_GROUP:
-                writer.write_table(pa.concat_tables(waiting))
-                waiting = []
+                write()
         if waiting:
-            writer.write_table(pa.concat_tables(waiting))
+            write()
 
 
 def encoded(tables: Sequence[Any]) -> bytes:

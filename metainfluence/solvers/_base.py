@@ -58,7 +58,8 @@ class SolveInfo(NamedTuple):
         definite.
       outer_gradient_norm: ‖D_λF‖, how far λ is from the stationary point that the formula presumes; None from a solver
         alone, which knows no λ.
-      inner_gradient_norm: max over tasks of ‖∂_θ L_in‖ for implicit adaptation, else 0; None from a solver alone.
+      inner_gradient_norm: max over tasks of ‖∂_θ L_in‖ for implicit adaptation, infinite where a task's parameters are
+        seen to be near no minimum of L_in; 0 for other adaptations, None from a solver alone.
       effective_curvature: ‖b‖ / ‖x‖, the curvature that the solution met; with the residual and the smallest curvature
         it bounds the solution's error.
       choice: what `auto` chose, see `Choice`; None from other solvers.

@@ -1,0 +1,144 @@
+"""Details that the documentation states and that other tests would not miss: defaults, counts, where a loop stops."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metainfluence as mi
+from metainfluence.operators import from_matvec
+from metainfluence.solvers import Choice, SolveStatus
+from metainfluence.solvers._base import default_max_steps
+from metainfluence.solvers._block_cg import default_max_size
+from metainfluence.solvers._neumann import largest_eigenvalue
+from reliability import cases, golden
+from reliability import test_no_silent_approximation as walk
+
+
+def diagonal(*values):
+    values = jnp.asarray(values)
+    return from_matvec(jax.tree_util.Partial(jnp.multiply, values), values)
+
+
+def solved(solver, operator, rhs):
+    return jax.jit(lambda b: solver.solve(operator, solver.init(operator), b))(jnp.asarray(rhs))
+
+
+def test_statuses_and_choices_are_numbers_of_their_own():
+    """Arrays and files hold them."""
+    statuses = {"CONVERGED": 0, "MAX_STEPS": 1, "INDEFINITE": 2, "DIVERGED": 3, "NONFINITE": 4}
+    choices = ["DENSE", "KRYLOV", "DENSE_ABSOLUTE", "KRYLOV_ABSOLUTE", "CG", "MINRES"]
+    assert {name: int(value) for name, value in SolveStatus.__members__.items()} == statuses
+    assert {name: int(value) for name, value in Choice.__members__.items()} == {n: k for k, n in enumerate(choices)}
+
+
+def test_every_solver_with_a_tolerance_has_the_same_one_if_none_is_given():
+    defaults = {
+        name: inspect.signature(getattr(mi.solvers, name)).parameters["tol"].default
+        for name in walk.SOLVERS
+        if "tol" in inspect.signature(getattr(mi.solvers, name)).parameters
+    }
+    assert len(defaults) >= 8
+    assert set(defaults.values()) == {1e-6}
+
+
+@pytest.mark.parametrize("name", ["auto", "block_cg", "cg", "dense", "identity", "minres"])
+def test_what_a_preparation_took_is_counted(name):
+    options = {"dense_size": 0} if name == "auto" else {}
+    solver, operator = getattr(mi.solvers, name)(**options), diagonal(1.0, 2.0, 3.0)
+    expected = 3 if name == "dense" else 0
+    assert int(solver.init_matvecs(solver.init(operator))) == expected
+
+
+def test_steps_and_bases_that_are_allowed_if_none_are_named():
+    assert default_max_steps(5, None) == 20
+    assert default_max_steps(10_000, None) == 1000
+    assert default_max_steps(5, 7) == 7
+    large = from_matvec(lambda v: v, jax.ShapeDtypeStruct((10_000,), jnp.float64))
+    assert default_max_size(large, 100) == 600
+    assert default_max_size(diagonal(1.0, 2.0), 100) == 2
+
+
+@pytest.mark.parametrize("make", [mi.solvers.cg, mi.solvers.minres])
+def test_krylov_solvers_take_as_many_steps_as_allowed_and_no_more_than_needed(make):
+    """One product a step, and one for the residual; with k different eigenvalues k steps are enough."""
+    operator, rhs = diagonal(1.0, 2.0, 4.0, 8.0), np.ones(4)
+    for max_steps in (1, 3):
+        _, info = solved(make(tol=1e-12, max_steps=max_steps), operator, rhs)
+        assert (int(info.status), int(info.num_matvecs)) == (SolveStatus.MAX_STEPS, max_steps + 1)
+    solution, info = solved(make(tol=1e-12, max_steps=50), operator, rhs)
+    assert (int(info.status), int(info.num_matvecs)) == (SolveStatus.CONVERGED, 4 + 1)
+    np.testing.assert_allclose(solution, [1, 0.5, 0.25, 0.125], rtol=1e-12)
+    np.testing.assert_allclose(info.effective_curvature, 2 / np.linalg.norm(solution), rtol=1e-12)
+    small, info = solved(make(tol=1e-12), operator, 0.1 * rhs)
+    np.testing.assert_allclose(info.effective_curvature, 0.2 / np.linalg.norm(small), rtol=1e-12)
+
+
+def test_cg_keeps_what_it_had_before_it_met_a_negative_curvature():
+    solution, info = solved(mi.solvers.cg(), diagonal(-1.0, 0.5), [1.0, 1.0])
+    assert int(info.status) == SolveStatus.INDEFINITE
+    assert np.all(np.asarray(solution) == 0)
+    assert float(info.min_curvature) == -0.25
+
+
+def test_an_ekfac_of_nothing_is_finite_and_indefinite():
+    solution, info = walk.solving("ekfac", 0)(np.eye(walk.SIZE), np.zeros(walk.SIZE), np.ones(walk.SIZE))
+    assert int(info.status) == SolveStatus.INDEFINITE
+    assert np.all(np.isfinite(solution))
+
+
+def test_a_scale_of_a_zero_operator_is_no_nan():
+    """Its largest eigenvalue is 0, and every term of the series is the right-hand side."""
+    estimate = jax.jit(lambda: largest_eigenvalue(diagonal(0.0, 0.0)))()
+    assert float(estimate) == 0
+
+
+def minimized(objective, start, **options):
+    return float(jax.jit(lambda p: mi.adaptation.newton_cg(**options)(objective, p))(jnp.asarray(start)))
+
+
+def test_newtons_steps_are_as_many_as_allowed():
+    """On θ⁴ a step takes a third off."""
+    assert minimized(lambda p: p**4, 1.0, max_steps=1) == pytest.approx(2 / 3, rel=1e-12)
+    assert minimized(lambda p: p**4, 1.0, max_steps=3) == pytest.approx(8 / 27, rel=1e-12)
+
+
+def test_newton_stops_relative_to_the_gradient_at_the_start_or_to_1():
+    """On 100 θ⁴ from 1 the gradient is 400, and at 2/3 and 4/9 it is 118.5 and 35.1; on θ⁴/100 0.04, 0.0119, 0.0035."""
+    assert minimized(lambda p: 100 * p**4, 1.0, tol=0.1) == pytest.approx(4 / 9, rel=1e-12)
+    assert minimized(lambda p: 0.01 * p**4, 1.0, tol=0.005) == pytest.approx(4 / 9, rel=1e-12)
+
+
+def test_newton_halves_a_step_that_is_too_long():
+    """On √(1 + θ²) whole steps lead from θ to −θ³, out to infinity from beyond 1."""
+    assert abs(minimized(lambda p: jnp.sqrt(1 + p**2), 2.0)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [lambda p: (p - 1) ** 2 + jax.lax.stop_gradient(jnp.nan * p), lambda p: jnp.sqrt(p**2)],
+    ids=["value", "gradient"],
+)
+def test_newton_finds_no_minimum_where_value_or_gradient_is_nan(objective):
+    assert np.isnan(minimized(objective, 0.0))
+
+
+def test_an_index_that_no_task_has_is_answered_with_those_that_there_are():
+    inputs = cases.inputs_of(cases.STRUCTURES[0], golden.drawn(golden.stored()["inputs"]))
+    influence = mi.instance_if(cases.problem("closed_form"), "query")
+    for index in (-1, 3):
+        with pytest.raises(ValueError, match=rf"^index: expected a task from 0 to 2, got {index}$"):
+            influence(inputs.meta_params, inputs.tasks, index)
+
+
+def test_products_are_counted_by_scores_as_by_the_solver():
+    inputs = cases.inputs_of(cases.STRUCTURES[0], golden.drawn(golden.stored()["inputs"]))
+    info = cases.scores_of(cases.STRUCTURES[0])(inputs).info
+    assert int(info.num_matvecs) == 6 + 1
+
+
+def test_a_number_of_tasks_to_sample_is_an_integer():
+    with pytest.raises(ValueError, match="number: expected a positive integer"):
+        mi.solvers.sampled(2.5)
