@@ -37,7 +37,7 @@ def run(notebook: Any, *, timeout: int = 300) -> Any:
       nbclient.exceptions.CellExecutionError: a cell raises.
       nbclient.exceptions.CellTimeoutError: a cell takes longer than `timeout` seconds.
     """
-    # Sockets that are files have no ports, which two kernels that start at once may choose alike and then wait for ever.
+    # Sockets that are files have no ports, which two kernels that start at once may choose alike.
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,

@@ -165,7 +165,9 @@ def test_sdist_holds_no_data(built):
     with tarfile.open(sdist) as archive:
         sizes = {member.name.partition("/")[2]: member.size for member in archive.getmembers()}
     assert "LICENSE" in sizes
-    data = re.compile(r"\.(npy|npz|parquet|pkl|tfrecord)$|\.array_record|(^|/)(\.data|demo-output|train-output|bench-output)/")
+    data = re.compile(
+        r"\.(npy|npz|parquet|pkl|tfrecord)$|\.array_record|(^|/)(\.data|demo-output|train-output|bench-output)/"
+    )
     assert not [name for name in sizes if data.search(name)]
     assert not {name: size for name, size in sizes.items() if size > 1_000_000}
 

@@ -79,7 +79,7 @@ COMMANDS = {
         resumes=True,
     ),
     "bench": Command(
-        "measure costs, solvers and the scoring engine",
+        "measure costs, solvers, scoring, growth, accuracy, and other libraries beside it",
         "metainfluence bench --config configs/solvers.toml",
         {
             "costs": ("metainfluence.lab.bench", "BenchConfig"),
