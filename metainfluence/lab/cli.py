@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from metainfluence.__main__ import LAB_MODULES
-from metainfluence.lab.config_files import ConfigError, as_arguments, read_config
+from metainfluence.lab.config_files import ConfigError, as_arguments, as_toml, read_config
 
 
 class Command(NamedTuple):
@@ -114,7 +114,7 @@ One after the other, from data to a page with pictures:
 
   metainfluence COMMAND --help      its options, with their defaults
   --config FILE                     reads them from a TOML file; the command line overrides it
-  --dry-run                         (all but reproduce) shows them all, and what the run would take, and runs nothing
+  --dry-run                         shows them all, and what the run would take, and runs nothing
   --traceback                       shows where in the code an error comes from
 
 Exit status: 0 done, 1 failed, 2 arguments or files that make no sense, 130 stopped by Ctrl-C; train, score and
@@ -245,7 +245,6 @@ def parse(name: str, args: Sequence[str]) -> tuple[Any, Any]:
 
 def show(module: Any, config: Any) -> None:
     """Prints a configuration, and what its run would take where that is known."""
-    as_toml = importlib.import_module("metainfluence.lab.commands.runs").as_toml
     sys.stdout.write(as_toml(config))
     plan = getattr(module, "plan", None)
     if plan is not None:

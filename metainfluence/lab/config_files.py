@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,3 +93,18 @@ def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = 
                     raise ConfigError(f"{path}: {prefix + key}: expected no string that starts with '-', got {item!r}")
             arguments += [f"--{option}", *map(str, items)]
     return arguments
+
+
+def as_toml(config: Any, prefix: str = "", leave_out: Sequence[str] = ()) -> str:
+    """A configuration as TOML; a field that is None is left out, which is how TOML says it."""
+    tables, lines = [], []
+    for field in dataclasses.fields(config):
+        if field.name in leave_out:
+            continue
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            tables.append(f"\n[{prefix}{field.name}]\n{as_toml(value, f'{prefix}{field.name}.')}")
+        elif value is not None:
+            # JSON's scalars and lists are TOML's, too.
+            lines.append(f"{field.name} = {json.dumps(value, default=str, ensure_ascii=False)}\n")
+    return "".join([*lines, *tables])

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from metainfluence.lab.config_files import ConfigError, as_arguments, load_toml
+from metainfluence.lab.config_files import ConfigError, as_arguments, as_toml, load_toml
 from metainfluence.lab.experiments import results, verdicts
 
 # experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.
@@ -121,6 +122,19 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
     return folder
 
 
+def show(path: Path, size: str, out: Path, overrides: Sequence[str]) -> None:
+    """Prints what `run_one` would run, and whether it is there already.
+
+    Raises:
+      ConfigError: as `configured`.
+      OtherConfigError: as `run_one`.
+    """
+    _, config = configured(path, size, overrides)
+    folder = out / path.stem / size
+    say(f"# {path}, {size}: {'already' if results.finished(folder, config) else 'would be'} in {folder}")
+    say(as_toml(config))
+
+
 def run_all(folder: Path, size: str, out: Path) -> int:
     """Runs every experiment of a folder, each in a process of its own, and writes the report.
 
@@ -181,9 +195,15 @@ def main(args: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="metainfluence reproduce",
-        description="Run an experiment from its TOML file, or all of them, and write a Parquet of its rows, a picture, "
-        "a Markdown table and what it ran on. What is finished is not run again. Further options override the "
-        "experiment's fields, as --setting.training.num-steps 10; --config FILE --help lists them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=textwrap.fill(
+            "Run an experiment from its TOML file, or all of them, and write a Parquet of its rows, a picture, "
+            "a Markdown table and what it ran on. What is finished is not run again. Further options override the "
+            "experiment's fields, as --setting.training.num-steps 10; --config FILE --help lists them.",
+            100,
+        ),
+        epilog="Examples:\n  metainfluence reproduce --config configs/table_omniglot.toml\n"
+        "  metainfluence reproduce --config configs/speed.toml --dry-run\n  metainfluence reproduce --all",
         add_help=False,
     )
     parser.add_argument("--config", type=Path, help="TOML file of one experiment")
@@ -192,6 +212,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of TOML files (default: configs)")
     parser.add_argument("--size", choices=SIZES, default="small", help="small: minutes on two cores (default)")
     parser.add_argument("--out", type=Path, default=Path("notebooks/results"), help="default: notebooks/results")
+    parser.add_argument("--dry-run", action="store_true", help="show the configurations and what is there; run nothing")
     parser.add_argument(
         "-h", "--help", action="store_true", help="this text, or, with --config, the experiment's fields"
     )
@@ -199,11 +220,16 @@ def main(args: Sequence[str]) -> None:
     if known.help and known.config is None:
         parser.print_help()
         raise SystemExit(0)
+    if known.report and known.dry_run:
+        parser.error("expected --dry-run with --config or --all, got it with --report")
     if (known.config is not None) + known.all + known.report != 1 or (rest and known.config is None):
         parser.error("expected one of --config FILE, --all and --report; only --config takes further options")
     try:
         if known.report:
             report(experiment_files(known.configs), known.size, known.out)
+        elif known.dry_run:
+            for path in experiment_files(known.configs) if known.all else [known.config]:
+                show(path, known.size, known.out, rest)
         elif known.all:
             if run_all(known.configs, known.size, known.out):
                 raise SystemExit(1)

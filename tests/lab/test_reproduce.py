@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -263,3 +264,15 @@ def test_a_file_that_cannot_be_an_experiment_is_named(tmp_path, content, why):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"x\.toml: .*({why})"):
         reproduce.read(path, "small")
+
+
+def test_a_dry_run_shows_and_runs_nothing(tmp_path, capsys):
+    command = ["--config", str(ROOT / "configs" / "speed.toml"), "--out", str(tmp_path), "--dry-run"]
+    reproduce.main([*command, "--num-removed", "7"])
+    shown = capsys.readouterr().out
+    assert "would be in" in shown
+    assert tomllib.loads(shown)["num_removed"] == 7
+    assert tomllib.loads(shown)["setting"]["training"]["num_steps"] == 3000
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["--report", "--dry-run"])

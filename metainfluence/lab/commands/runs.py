@@ -1,8 +1,6 @@
 """Folders that `metainfluence train` writes: the configuration, checkpoints, and the trained meta-parameters."""
 
 import dataclasses
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,21 +68,6 @@ class Lists(NamedTuple):
     training: fewshot.FewShotTasks
     held_out: fewshot.FewShotTasks
     test: fewshot.FewShotTasks
-
-
-def as_toml(config: Any, prefix: str = "", leave_out: Sequence[str] = ()) -> str:
-    """A configuration as TOML; a field that is None is left out, which is how TOML says it."""
-    tables, lines = [], []
-    for field in dataclasses.fields(config):
-        if field.name in leave_out:
-            continue
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            tables.append(f"\n[{prefix}{field.name}]\n{as_toml(value, f'{prefix}{field.name}.')}")
-        elif value is not None:
-            # JSON's scalars and lists are TOML's, too.
-            lines.append(f"{field.name} = {json.dumps(value, default=str, ensure_ascii=False)}\n")
-    return "".join([*lines, *tables])
 
 
 def read(folder: Path) -> TrainConfig:

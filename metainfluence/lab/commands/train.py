@@ -12,6 +12,7 @@ from metainfluence.lab import fewshot
 from metainfluence.lab.commands import parameters, runs
 from metainfluence.lab.commands.printing import progress_console, say
 from metainfluence.lab.commands.runs import CHECKPOINTS, CONFIG, TRAINED, TrainConfig
+from metainfluence.lab.config_files import as_toml
 from metainfluence.lab.experiments import results
 from metainfluence.lab.sources import FewShotSource
 from metainfluence.lab.train import meta_train
@@ -66,7 +67,7 @@ def claim(folder: Path, config: TrainConfig) -> None:
     if not (folder / CONFIG).exists():
         folder.mkdir(parents=True, exist_ok=True)
         # Without its own name, so that it may be moved.
-        write_atomically(folder / CONFIG, runs.as_toml(config, leave_out=["out"]).encode())
+        write_atomically(folder / CONFIG, as_toml(config, leave_out=["out"]).encode())
         return
     found = results.differences(results.plain(runs.read(folder)), results.plain(config))
     if found:
