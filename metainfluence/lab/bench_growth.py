@@ -20,7 +20,7 @@ from metainfluence.curvature import exact, expand
 from metainfluence.lab.peers.problem import features, losses
 from metainfluence.lab.timing import Compiled
 
-TASKS, EXAMPLES, META_PARAMS = "tasks", "examples per task", "meta-parameters"
+TASKS, CHUNKED, EXAMPLES, META_PARAMS = "tasks", "tasks in chunks", "examples per task", "meta-parameters"
 STEPS, STEPS_REMAT = "inner steps", "inner steps, remat"
 FORWARD, GRADIENT, PRODUCT, SCORES = "forward", "total gradients", "Hessian product from λ", "all scores"
 
@@ -42,6 +42,8 @@ class GrowthBenchConfig:
     """Classes per task."""
     tasks: tuple[int, ...] = (64, 128, 256, 512)
     """Numbers of tasks."""
+    chunk: int = 32
+    """Tasks at a time where they grow in chunks, so that what is at hand stays in the cache."""
     examples: tuple[int, ...] = (40, 80, 160, 320)
     """Numbers of examples per task, two of seven in the support set."""
     widths: tuple[int, ...] = (7, 69, 690, 6900)
@@ -148,16 +150,16 @@ def make_problem(config: GrowthBenchConfig, num_steps: int | None = None, *, rem
     return mi.bilevel(outer, mi.adaptation.closed_form(adapt))
 
 
-def programs(problem: mi.Bilevel) -> dict[str, Callable[..., Any]]:
+def programs(problem: mi.Bilevel, batch_size: int | None = None) -> dict[str, Callable[..., Any]]:
     """What is timed, as functions of (layers, tasks)."""
 
     def scores(layers: Any, tasks: mi.Task) -> Any:
-        return expand(problem, exact(), None)(layers, tasks, mi.unit_weights(tasks)).mixed_transposed(layers)
+        return expand(problem, exact(), batch_size)(layers, tasks, mi.unit_weights(tasks)).mixed_transposed(layers)
 
     return {
         FORWARD: jax.vmap(mi.task_loss(problem), in_axes=(None, 0)),
         GRADIENT: jax.vmap(mi.total_gradient(problem), in_axes=(None, 0)),
-        PRODUCT: lambda layers, tasks: mi.total_hessian(problem)(layers, tasks).matvec(layers),
+        PRODUCT: lambda layers, tasks: mi.total_hessian(problem, batch_size=batch_size)(layers, tasks).matvec(layers),
         SCORES: scores,
     }
 
@@ -175,6 +177,11 @@ def measure(config: GrowthBenchConfig) -> list[Cell]:
     for width in config.widths:
         layers = make_layers(config, width)
         points[META_PARAMS][sum(leaf.size for leaf in jax.tree.leaves(layers))] = (layers, some_tasks, implicit)
+    chunked = programs(make_problem(config), config.chunk)
+    points[CHUNKED] = {
+        n: (layers, tasks, {name: chunked[name] for name in (PRODUCT, SCORES)})
+        for n, (layers, tasks, _) in points[TASKS].items()
+    }
     for axis in (STEPS, STEPS_REMAT):
         of_steps = {n: programs(make_problem(config, n, remat=axis == STEPS_REMAT)) for n in config.steps}
         points[axis] = {
@@ -223,6 +230,7 @@ def exponent(values: dict[int, float]) -> tuple[float, float]:
 def targets(config: GrowthBenchConfig, cells: list[Cell]) -> list[dict[str, Any]]:
     """The bars and what was measured."""
     bars = {(TASKS, name): config.most_exponent for name in (GRADIENT, PRODUCT, SCORES)}
+    bars |= {(CHUNKED, name): config.most_exponent for name in (PRODUCT, SCORES)}
     bars[EXAMPLES, f"{SCORES} over {FORWARD}"] = config.most_excess
     return [
         {

@@ -112,7 +112,7 @@ def sizes_of(layers, tasks):
 def test_from_the_configuration_file_to_the_tables(tmp_path, monkeypatch):
     # What the real programs compute is tested above; here one that compiles at once stands for each.
     names = (growth.FORWARD, growth.GRADIENT, growth.PRODUCT, growth.SCORES)
-    monkeypatch.setattr(growth, "programs", lambda problem: dict.fromkeys(names, sizes_of))
+    monkeypatch.setattr(growth, "programs", lambda problem, batch_size=None: dict.fromkeys(names, sizes_of))
     path = tmp_path / "growth.toml"
     path.write_text(SMALL)
     cli.main(["bench", "--config", str(path), "--out", str(tmp_path / "out")])
@@ -124,8 +124,8 @@ def test_from_the_configuration_file_to_the_tables(tmp_path, monkeypatch):
     assert axes[growth.TASKS, growth.SCORES] == [2, 4]
     assert axes[growth.META_PARAMS, growth.PRODUCT] == [56, 76]
     assert axes[growth.STEPS_REMAT, growth.GRADIENT] == [1, 2]
-    assert len(axes) == 3 * 4 + 2 * 2
-    assert len(record["targets"]) == 4
+    assert len(axes) == 3 * 4 + 3 * 2
+    assert len(record["targets"]) == 6
     text = (tmp_path / "out" / "growth.md").read_text()
     assert text.count("| exponent") == 2
     assert "Scores over forward by examples per task: 7: " in text
