@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import _lapack, operators, solvers
+from metainfluence._calls import calling, check_function
 from metainfluence.minimum import gradient_norm
 from metainfluence.solvers._base import check_positive
 from metainfluence.tasks import described, is_array, leaf_name
@@ -82,9 +83,17 @@ def check_floating(tree: PyTree, name: str) -> None:
             )
 
 
+def _check_functions(inner_loss: Loss, init: Init, regularizer: Regularizer | None) -> None:
+    check_function("inner_loss", inner_loss, "(params, meta_params, support) -> losses [n_support]", *"pms")
+    check_function("init", init, "(meta_params, support) -> params", *"ms")
+    if regularizer is not None:
+        check_function("regularizer", regularizer, "(params, meta_params) -> scalar", *"pm")
+
+
 def _inner_objective(inner_loss: Loss, regularizer: Regularizer | None) -> Callable[..., Array]:
     def objective(params: PyTree, meta_params: PyTree, support: PyTree, coefficients: Array) -> Array:
-        losses = inner_loss(params, meta_params, support)
+        with calling("inner_loss", "(params, meta_params, support)"):
+            losses = inner_loss(params, meta_params, support)
         total = weighted_sum(check_losses(losses, coefficients.shape[0], "inner_loss"), coefficients)
         if regularizer is None:
             return total
@@ -115,10 +124,12 @@ def unrolled(
       remat: recompute each step's intermediates in reverse mode instead of storing them.
 
     Raises:
+      TypeError: a function that cannot be called so.
       ValueError: `num_steps` is negative or no integer; at trace time, losses that are not one per example.
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
         raise ValueError(f"num_steps: expected a non-negative integer, got {num_steps!r}")
+    _check_functions(inner_loss, init, regularizer)
     objective = _inner_objective(inner_loss, regularizer)
 
     def adapt(meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
@@ -165,9 +176,11 @@ def implicit(
       regularizer: (params, meta_params) -> scalar, added to the inner objective, as iMAML's proximal term.
 
     Raises:
+      TypeError: a function that cannot be called so.
       ValueError: at trace time, losses that are not one per example, or an `init` that depends on meta_params where the
         inner objective does not, so that dθ/dλ is exactly zero.
     """
+    _check_functions(inner_loss, init, regularizer)
     minimize = newton_cg() if minimizer is None else minimizer
     objective = _inner_objective(inner_loss, regularizer)
     gradient = jax.grad(objective)
@@ -240,10 +253,9 @@ def closed_form(fn: Callable[[PyTree, PyTree, Array], PyTree]) -> Adaptation:
         coefficients, so `fn` must weigh each example by its own; they sum to 1 at unit weights.
 
     Raises:
-      TypeError: `fn` is not callable.
+      TypeError: `fn` cannot be called so.
     """
-    if not callable(fn):
-        raise TypeError(f"fn: expected a function (meta_params, support, coefficients) -> params, got {fn!r}")
+    check_function("fn", fn, "(meta_params, support, coefficients) -> params", *"msc")
     return Adaptation(fn)
 
 

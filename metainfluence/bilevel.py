@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
+from metainfluence._calls import calling, check_function
 from metainfluence.adaptation import Adaptation, Loss, check_floating, check_losses, check_scalar, weighted_sum
 from metainfluence.differentiation import FORWARD, check_hvp
 from metainfluence.tasks import (
@@ -28,6 +29,7 @@ from metainfluence.tasks import (
     reduce_tasks,
     refuse_half,
     resolve_weights,
+    sizes,
 )
 
 
@@ -77,25 +79,36 @@ def bilevel(
         the problem.
 
     Raises:
-      TypeError: an argument that is not callable.
+      TypeError: a function that cannot be called so.
       ValueError: an unknown `hvp`; at trace time, losses that are not one per example.
     """
-    for name, value in (("outer_loss", outer_loss), ("adapt", adapt)):
-        if not callable(value):
-            raise TypeError(f"{name}: expected a function, got {value!r}")
+    returned = "losses [n_query]" if outer_head is None else "outputs"
+    if isinstance(outer_loss, Adaptation):
+        raise TypeError(
+            f"outer_loss: expected a function (params, meta_params, query) -> {returned}, got an Adaptation; the order "
+            "is bilevel(outer_loss, adapt)"
+        )
+    check_function("outer_loss", outer_loss, f"(params, meta_params, query) -> {returned}", *"pmq")
+    check_function("adapt", adapt, "(meta_params, support, coefficients) -> params", *"msc")
+    _check_meta_regularizer(meta_regularizer)
+    if outer_head is not None:
+        check_function("outer_head", outer_head, "(outputs, query) -> losses [n_query]", *"oq")
     check_hvp(hvp)
 
     def adapted(meta_params: PyTree, task: Task, weights: Weights) -> PyTree:
         support = fill_padding(task.support, task.support_mask)
-        return adapt(meta_params, support, coefficients(weights.support, task.support_mask))
+        with calling("adapt", "(meta_params, support, coefficients)"):
+            return adapt(meta_params, support, coefficients(weights.support, task.support_mask))
 
     def outputs(params: PyTree, meta_params: PyTree, task: Task) -> PyTree:
-        return outer_loss(params, meta_params, fill_padding(task.query, task.query_mask))
+        with calling("outer_loss", "(params, meta_params, query)"):
+            return outer_loss(params, meta_params, fill_padding(task.query, task.query_mask))
 
     def losses_of(outputs: PyTree, task: Task) -> Array:
         if outer_head is None:
             return outputs
-        return outer_head(outputs, fill_padding(task.query, task.query_mask))
+        with calling("outer_head", "(outputs, query)"):
+            return outer_head(outputs, fill_padding(task.query, task.query_mask))
 
     def query_losses(params: PyTree, meta_params: PyTree, task: Task) -> Array:
         return losses_of(outputs(params, meta_params, task), task)
@@ -143,11 +156,11 @@ def from_task_loss(
       hvp: as in `bilevel`.
 
     Raises:
-      TypeError: `task_loss` is not callable.
+      TypeError: a function that cannot be called so.
       ValueError: an unknown `hvp`; at trace time, a loss that is no scalar.
     """
-    if not callable(task_loss):
-        raise TypeError(f"task_loss: expected a function, got {task_loss!r}")
+    check_function("task_loss", task_loss, "(meta_params, task, weights) -> scalar", *"mtw")
+    _check_meta_regularizer(meta_regularizer)
     check_hvp(hvp)
 
     def outer(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
@@ -160,13 +173,25 @@ def from_task_loss(
         filled = task._replace(
             support=fill_padding(task.support, task.support_mask), query=fill_padding(task.query, task.query_mask)
         )
-        return check_scalar(task_loss(meta_params, filled, Weights(weights.task, support, query)), "task_loss")
+        with calling("task_loss", "(meta_params, task, weights)"):
+            value = task_loss(meta_params, filled, Weights(weights.task, support, query))
+        return check_scalar(value, "task_loss")
 
     return Bilevel(outer, meta_regularizer=meta_regularizer, hvp=hvp)
 
 
+def _check_meta_regularizer(meta_regularizer: Any) -> None:
+    if meta_regularizer is not None:
+        expected = "(meta_params) -> scalar, as metainfluence.l2(1e-3)"
+        check_function("meta_regularizer", meta_regularizer, expected, "m")
+
+
 def with_hvp(problem: Bilevel, hvp: str | None) -> Bilevel:
     """The problem, differentiated as `hvp` says; None leaves it as it is."""
+    if not isinstance(problem, Bilevel):
+        raise TypeError(
+            f"problem: expected one made by metainfluence.bilevel or from_task_loss, got {type(problem).__name__}"
+        )
     if hvp is None:
         return problem
     check_hvp(hvp)
@@ -208,6 +233,8 @@ def l2(delta: float) -> Callable[[PyTree], Array]:
 
 def check_meta_params(meta_params: PyTree) -> None:
     """Raises, naming the leaf, unless λ holds finite floating-point numbers; traced values cannot be checked."""
+    if isinstance(meta_params, Task):
+        raise TypeError("meta_params: expected λ, got a Task; meta_params come first, then the tasks")
     check_floating(meta_params, "meta_params")
     refuse_half(meta_params, "meta_params")
     for path, leaf in jax.tree_util.tree_leaves_with_path(meta_params):
@@ -306,6 +333,7 @@ def query_loss(problem: Bilevel, *, batch_size: int | None = None) -> Callable[.
     objective = total_objective(problem._replace(meta_regularizer=None), batch_size=batch_size)
 
     def target(meta_params: PyTree, test_tasks: Task) -> Array:
+        sizes(test_tasks, name="test_tasks")
         return objective(meta_params, test_tasks)
 
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,8 @@ import optax
 from jaxtyping import PyTree
 
 from metainfluence import solvers
+from metainfluence.coupling import CouplingWarning
+from metainfluence.influence import Scores
 from metainfluence.solvers import SolveInfo, SolveStatus
 from metainfluence.tasks import concrete
 
@@ -24,7 +27,8 @@ class ErrorBudget(NamedTuple):
       outer_residual: bound on the solution's error from the unfinished solve, ‖r‖ / (μ ‖x‖) with the residual r and the
         smallest curvature μ that was seen: ‖x − H⁻¹b‖ ≤ ‖H⁻¹‖ ‖r‖ (Higham, Accuracy and Stability of Numerical
         Algorithms, 2002, ch. 7). Infinite where μ ≤ 0.
-      precision: estimate of what rounding leaves, eps ‖b‖ / (μ ‖x‖), by the same bound with a residual of eps.
+      precision: estimate of what rounding leaves, eps ‖b‖ / (μ ‖x‖), by the same bound with a residual of eps; with the
+        residual that there is where rounding is what ended the solve: INDEFINITE at μ > 0, or a dense matrix.
       inner_residual: ‖∂_θ L_in‖: to first order the total gradient is off by that over the inner problem's smallest
         curvature (Pedregosa, ICML 2016, Theorem 2), which is not known here and taken for 1: an estimate. Infinite
         where a task's parameters are seen to be near no minimum.
@@ -44,19 +48,41 @@ class ErrorBudget(NamedTuple):
     advice: str
 
 
+_EPS64 = float(np.finfo(np.float64).eps)
 _NO_MINIMUM = (
     "an inner problem has no minimum where its parameters are: its Hessian has a negative eigenvalue there, or its "
     "gradient is longer than the curvature can end; regularise the inner objective, start it elsewhere, or let its "
     "minimiser take more steps"
 )
+_FLOAT64 = 'compute in float64 (jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1)'
 _ADVICE = {
     "outer_residual": "the unfinished solve dominates: lower the solver's tol, allow more steps, or raise the damping",
-    "precision": "rounding dominates: compute in float64, or raise the damping",
+    "precision": f"rounding dominates: {_FLOAT64}, or raise the damping",
     "inner_residual": "the inner minimisers dominate: lower their tol or allow more steps",
     "outer_stationarity": "λ is not stationary: the formula answers for the proximal problem F(λ') + δ/2 ‖λ' − λ − "
-    "D_λF/δ‖² that λ does minimise; train on, or take edit(problem, num_newton_steps=…)(meta_params, tasks, weights) "
-    "at unchanged weights, which returns the Newton-corrected λ, and ask there",
+    "D_λF/δ‖² that λ does minimise; train on first, on all tasks at once with a falling learning rate, until "
+    'outer_gradient_norm is small; or take the Newton-corrected λ of edit(problem, damping="auto", '
+    "num_newton_steps=…)(meta_params, tasks, weights, weights), and ask there; steps that "
+    "raise outer_gradient_norm are not taken",
 }
+_ROUNDING = (
+    "no curvature that was met is negative, and what ended the solve is most likely rounding at a badly conditioned "
+    "Hessian: {}raise the damping; of solvers.ekfac it tells that its approximation has an eigenvalue that is not "
+    "positive"
+)
+_NOT_FINITE = (
+    "no number here holds: NaN or infinity came from the data, the weights, meta_params, the target's data or the "
+    "inner solve; called outside jit, the functions name the task and the leaf"
+)
+_NO_SLOPE = (
+    "the target's gradient is exactly 0, and so is every score: accuracy, argmax and thresholds have no gradient; take "
+    "a loss"
+)
+_NO_SUPPORT = (
+    "every score of a support example is exactly 0: adaptation does not see the data weights, as where a closed form "
+    "leaves out its coefficients, or a task_loss weights.support; metainfluence.coupling(problem)(meta_params, task) "
+    "tells"
+)
 
 
 def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
@@ -74,7 +100,7 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
     positive = np.where(curvature > 0, curvature, np.nan)
     effective = _number(info.effective_curvature)
     residual = _number(info.relative_residual)
-    eps = float(np.finfo(np.asarray(info.relative_residual).dtype).eps)
+    eps = np.maximum(_eps(info), np.where(_rounded(info), residual, 0.0))
     length = 1.0 if meta_params is None else max(float(optax.tree.norm(meta_params)), float(np.finfo(float).tiny))
     terms = {
         "outer_residual": _worst(residual * effective / positive),
@@ -82,9 +108,13 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
         "inner_residual": _worst(_number(info.inner_gradient_norm)),
         "outer_stationarity": _worst(_number(info.outer_gradient_norm) / positive / length),
     }
-    dominant = max(terms, key=lambda name: terms[name])
+    # Of equals the more telling one: a residual that is rounding's is no unfinished solve.
+    order = ("precision", "outer_residual", "inner_residual", "outer_stationarity")
+    dominant = max(order, key=lambda name: terms[name])
     smallest = float(np.min(curvature))
     advice = f"{_ADVICE[dominant]} ({dominant} {terms[dominant]:.1e})"
+    if dominant == "outer_residual" and _eps(info) > _EPS64:
+        advice += f"; where more steps do not lower the residual, {_FLOAT64}"
     if not np.isfinite(terms["inner_residual"]):
         dominant, advice = "inner_residual", _NO_MINIMUM
     if not smallest > 0:
@@ -92,6 +122,10 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
             f"the curvature is {smallest:.1e} along a direction that was met, and no bound holds: λ is no minimum; "
             "raise the damping, or solve with |H| (solvers.auto does where it must)"
         )
+    if np.any(np.asarray(info.status) == SolveStatus.NONFINITE):
+        advice = _NOT_FINITE
+    silent = "; ".join(line for line in (_without_slope(result), _without_support(result)) if line)
+    advice = f"{silent}; {advice}" if silent else advice
     return ErrorBudget(**terms, min_curvature=smallest, dominant=dominant, advice=advice)
 
 
@@ -102,14 +136,15 @@ def check(result: Any, *, tol: float | None = None) -> Any:
 
     Args:
       result: an `Influence`, `Scores`, `Edit`, `Sweep` or `SolveInfo`.
-      tol: raise, too, where a term of the `error_budget` is above this; None does not look at it.
+      tol: raise, too, where a term of the `error_budget` is above this or the target's gradient is exactly 0, and warn
+        (`CouplingWarning`) where all support examples have a score of exactly 0; None looks at none of these.
 
     Returns:
       `result`, unchanged.
 
     Raises:
-      SolveError: naming the right-hand sides that failed, how, and what to do; an inner problem without a minimum; or
-        the term above `tol`.
+      SolveError: naming the right-hand sides that failed, how, and what to do; an inner problem without a minimum;
+        a target whose gradient is exactly 0; or the term above `tol`.
       TypeError: `result` is none of these, or traced.
     """
     info = _info(result)
@@ -121,6 +156,10 @@ def check(result: Any, *, tol: float | None = None) -> Any:
     if not np.all(np.isfinite(_number(info.inner_gradient_norm))):
         raise SolveError(_NO_MINIMUM)
     if tol is not None:
+        if told := _without_slope(result):
+            raise SolveError(told)
+        if told := _without_support(result):
+            warnings.warn(told, CouplingWarning, stacklevel=2)
         budget = error_budget(result)
         worst = float(getattr(budget, budget.dominant))
         if not worst <= tol:
@@ -135,12 +174,43 @@ def _failures(info: SolveInfo, status: np.ndarray, kind: SolveStatus) -> str:
     named = ", ".join(str(tuple(index.tolist())) if index.size > 1 else str(*index.tolist()) for index in failed[:8])
     which = f"right-hand sides {named}{' …' if len(failed) > 8 else ''}" if status.ndim else "the right-hand side"
     select = tuple(failed[0])
+    remedy = solvers.REMEDIES[kind]
+    if kind == SolveStatus.INDEFINITE and np.broadcast_to(_rounded(info), status.shape)[select]:
+        remedy = _ROUNDING.format(f"{_FLOAT64}, or " if _eps(info) > _EPS64 else "")
     return (
         f"{len(failed)} of {status.size} solves ended {kind.name} ({which}; first: relative residual "
         f"{float(np.asarray(info.relative_residual)[select]):.2e}, smallest curvature "
         f"{float(np.asarray(info.min_curvature)[select]):.2e}, "
-        f"{int(np.asarray(info.num_matvecs)[select])} products): {solvers.REMEDIES[kind]}"
+        f"{int(np.asarray(info.num_matvecs)[select])} products): {remedy}"
     )
+
+
+def _eps(info: SolveInfo) -> float:
+    return float(np.finfo(np.asarray(info.relative_residual).dtype).eps)
+
+
+def _rounded(info: SolveInfo) -> Any:
+    """Where the residual is what rounding left, and not what a solver left undone."""
+    positive = (np.asarray(info.min_curvature) > 0) & np.isfinite(np.asarray(info.relative_residual))
+    rounded = np.asarray(info.status) == SolveStatus.INDEFINITE
+    if info.choice is not None:
+        rounded = rounded | np.isin(np.asarray(info.choice), (solvers.Choice.DENSE, solvers.Choice.DENSE_ABSOLUTE))
+    return positive & rounded
+
+
+def _without_slope(result: Any) -> str:
+    """What to tell of scores for a target without a gradient; of `self_influence`, which has no target, nothing."""
+    if not isinstance(result, Scores) or result.info.effective_curvature is None:
+        return ""
+    one_target = np.ndim(result.info.status) == np.ndim(result.task) - 1
+    return _NO_SLOPE if one_target and np.any(np.asarray(result.info.effective_curvature) == 0) else ""
+
+
+def _without_support(result: Any) -> str:
+    """What to tell of scores that are 0 for all support examples, though not for all data."""
+    if not isinstance(result, Scores) or not np.size(result.support):
+        return ""
+    return _NO_SUPPORT if not np.any(np.asarray(result.support)) and np.any(np.asarray(result.task)) else ""
 
 
 def _info(result: Any) -> SolveInfo:

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import solvers
+from metainfluence._calls import calling, check_function, maker
 from metainfluence.adaptation import check_scalar
 from metainfluence.bilevel import Bilevel, check_meta_params, task_loss, with_hvp
 from metainfluence.curvature import Curvature, Expansion, check_curvature, exact, expand, gradient_map
@@ -38,6 +40,7 @@ from metainfluence.tasks import (
     concrete,
     described,
     is_array,
+    not_finite,
     reduce_tasks,
     resolve_weights,
     sizes,
@@ -78,7 +81,7 @@ class Edit(NamedTuple):
     Attributes:
       meta_params: λ as predicted for the new weights.
       info: report on the solves, leading axis 1 + num_newton_steps; here `outer_gradient_norm` is ‖D_λF‖ under the new
-        weights *after* each step, so its last entry tells how far the result is from the new optimum.
+        weights *after* each step, and its smallest entry tells how far the result is from the new optimum.
     """
 
     meta_params: PyTree
@@ -124,7 +127,9 @@ class _Method(NamedTuple):
         if not isinstance(solver, Solver):
             raise TypeError(f"solver: expected one of metainfluence.solvers, as cg(), got {solver!r}")
         check_curvature(problem, curvature)
-        if not (isinstance(damping, str) and damping == "auto"):
+        if isinstance(damping, str) and damping != "auto":
+            raise ValueError(f'damping: expected a non-negative number or "auto", got {damping!r}')
+        if not isinstance(damping, str):
             check_damping(damping)
         check_batch_size(batch_size)
         check_mesh(mesh)
@@ -138,13 +143,14 @@ class _Method(NamedTuple):
         if self.batch_size is None:
             chunks = fitting_chunks(self.problem, self.curvature, meta_params, tasks, vectors, self.mesh)
         expansion = expand(self.problem, self.curvature, chunks.tasks, self.mesh)(meta_params, tasks, weights)
+        norm = optax.tree.norm(expansion.gradient)
+        _name_not_finite(norm, tasks, "tasks")
         damping, matvecs = self.damping, 0
         if isinstance(damping, str):
             fixed = jax.lax.stop_gradient((expansion.operator, expansion.gradient, meta_params))
             damping, matvecs = damping_rule(*fixed).value, DAMPING_RANK
         damping = jnp.asarray(damping, expansion.operator.shift.dtype)
         operator = expansion.operator.damped(damping)
-        norm = optax.tree.norm(expansion.gradient)
         state = jax.lax.stop_gradient(self.solver.init(jax.lax.stop_gradient(operator)))
         return _Point(meta_params, tasks, weights, expansion, norm, operator, state, damping, matvecs, chunks)
 
@@ -185,10 +191,35 @@ class _Method(NamedTuple):
         return self.solve(point, jax.tree.map(jnp.negative, mixed))
 
 
+def _name_not_finite(derivative: PyTree, data: PyTree, name: str) -> None:
+    """Raises, naming task and leaf, where a derivative that has come out NaN or infinite can be laid to the tasks."""
+    if not isinstance(data, Task) or not concrete(derivative, data):
+        return
+    finite = all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(derivative))
+    found = None if finite else not_finite(data, name)
+    if found is not None:
+        raise ValueError(found)
+
+
 def _term(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> Array:
     """One task's term of F, w_k L_k / T."""
     value = task_loss(problem)(meta_params, task, weights)
     return value * weights.task.astype(value.dtype) / count
+
+
+def _slope(target: Callable[..., Array], meta_params: PyTree, target_args: tuple[Any, ...]) -> PyTree:
+    """∇φ."""
+    passed = "(meta_params, *target_args), where the call passes them: scores(meta_params, tasks, *target_args)"
+    check_function("target", target, passed, meta_params, *target_args)
+
+    def value(meta_params: PyTree) -> Array:
+        with calling("target", "(meta_params, *target_args)"):
+            return check_scalar(target(meta_params, *target_args), "target")
+
+    slope = jax.grad(value)(meta_params)
+    for k, data in enumerate(target_args):
+        _name_not_finite(slope, data, f"target_args[{k}]")
+    return slope
 
 
 def _columns(problem: Bilevel, term: Callable[[PyTree, PyTree], Array], meta_params: PyTree, weights: PyTree) -> PyTree:
@@ -205,6 +236,7 @@ def _columns(problem: Bilevel, term: Callable[[PyTree, PyTree], Array], meta_par
     )
 
 
+@maker("(meta_params, tasks)")
 def task_if(
     problem: Bilevel,
     *,
@@ -255,6 +287,7 @@ def task_if(
     return run
 
 
+@maker("(meta_params, tasks, index)")
 def instance_if(
     problem: Bilevel,
     side: str,
@@ -311,6 +344,7 @@ def instance_if(
     return run
 
 
+@maker("(meta_params, tasks, direction)")
 def group_influence(
     problem: Bilevel,
     *,
@@ -349,6 +383,7 @@ def group_influence(
     return run
 
 
+@maker("(meta_params, tasks, *target_args)")
 def influence_scores(
     problem: Bilevel,
     target: Callable[..., Array],
@@ -382,13 +417,16 @@ def influence_scores(
       ValueError: a target that is no scalar, and as `task_if`.
     """
     if not callable(target):
-        raise TypeError(f"target: expected a function (meta_params, *target_args) -> scalar, got {target!r}")
+        raise TypeError(f"target: expected a function (meta_params, *target_args) -> scalar, got {described(target)}")
     problem = with_hvp(problem, hvp)
     method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
 
     def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
+        # What is wrong with the target is told before the longer part.
+        check_meta_params(meta_params)
+        weights = resolve_weights(weights, tasks)
+        slope = _slope(target, meta_params, target_args)
         point = method.at(meta_params, tasks, weights)
-        slope = jax.grad(lambda m: check_scalar(target(m, *target_args), "target"))(meta_params)
         direction, info = method.solve(point, slope)
         sensitivity = point.expansion.mixed_transposed(direction)
         task, support, query = jax.tree.map(jnp.multiply, point.weights, sensitivity)
@@ -397,6 +435,7 @@ def influence_scores(
     return run
 
 
+@maker("(meta_params, tasks)")
 def self_influence(
     problem: Bilevel,
     *,
@@ -450,6 +489,7 @@ def self_influence(
     return run
 
 
+@maker("(meta_params, tasks, new_weights)")
 def edit(
     problem: Bilevel,
     *,
@@ -465,6 +505,9 @@ def edit(
 
     First order: λ + (dλ*/dw) · (new_weights − weights). Then `num_newton_steps` Newton steps on F at the new weights,
     λ − H⁻¹ D_λF, each with the Hessian at the point reached.
+
+    A Newton step may lead away, too, where H is indefinite or changes much along it. Of the points from the first-order
+    one on that with the smallest ‖D_λF‖ is the answer; `info.outer_gradient_norm` holds that of each, `[1 + steps]`.
 
     Args:
       problem: the problem.
@@ -494,23 +537,29 @@ def edit(
         direction = jax.tree.map(jnp.subtract, new, old)
 
         # The first-order step and Newton's differ in the right-hand side and the weights, and share one compiled body.
-        def step(current: PyTree, first: Array) -> tuple[PyTree, tuple[SolveInfo, Array, Array]]:
+        def step(
+            carry: tuple[PyTree, PyTree, Array], number: Array
+        ) -> tuple[tuple[PyTree, PyTree, Array], tuple[SolveInfo, Array, Array]]:
+            current, best, least = carry
+            first = number == 0
             here = method.at(current, tasks, optax.tree.where(first, old, new))
+            nearer = (number == 1) | (~first & (here.gradient_norm < least))
+            best, least = optax.tree.where(nearer, current, best), jnp.where(nearer, here.gradient_norm, least)
             expansion = here.expansion
             rhs = jax.lax.cond(first, lambda: expansion.mixed(direction), lambda: expansion.gradient)
             change, info = method.solve(here, rhs)
-            return jax.tree.map(jnp.subtract, current, change), (
-                info,
-                here.gradient_norm,
-                expansion.inner_gradient_norm,
-            )
+            moved = jax.tree.map(jnp.subtract, current, change)
+            return (moved, best, least), (info, here.gradient_norm, expansion.inner_gradient_norm)
 
-        edited, (info, norms, inner_norms) = jax.lax.scan(step, meta_params, jnp.arange(1 + num_newton_steps) == 0)
+        start = (meta_params, meta_params, jnp.zeros_like(optax.tree.norm(meta_params)))
+        (edited, best, least), (info, norms, inner_norms) = jax.lax.scan(step, start, jnp.arange(1 + num_newton_steps))
         final, final_inner = gradient(exact(), edited, tasks, edited, new)
+        _name_not_finite(final, tasks, "tasks")
+        norm = optax.tree.norm(final)
         info = info._replace(
-            outer_gradient_norm=jnp.append(norms[1:], optax.tree.norm(final)),
+            outer_gradient_norm=jnp.append(norms[1:], norm),
             inner_gradient_norm=jnp.append(inner_norms[1:], final_inner),
         )
-        return Edit(edited, info)
+        return Edit(optax.tree.where(norm < least, edited, best) if num_newton_steps else edited, info)
 
     return run

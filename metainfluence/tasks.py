@@ -104,7 +104,8 @@ def _lead(name: str, tree: PyTree, mask: Any, axes: int) -> tuple[int, ...]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         shape = jnp.shape(leaf)
         if len(shape) < axes:
-            raise ValueError(f"{leaf_name(name, path)}: expected at least {axes} leading axes, got shape {shape}")
+            hint = "; one task is stacked by metainfluence.stack_tasks([task])" if axes == 2 else ""
+            raise ValueError(f"{leaf_name(name, path)}: expected at least {axes} leading axes, got shape {shape}{hint}")
         if lead is not None and shape[:axes] != lead:
             raise ValueError(
                 f"{leaf_name(name, path)}: expected the leading axes {lead} of the other leaves, got shape {shape}"
@@ -127,7 +128,9 @@ def sizes(tasks: Task, *, stacked: bool = True, name: str = "tasks") -> Sizes:
       ValueError: leaves disagree in their leading axes, or a side is empty.
     """
     if not isinstance(tasks, Task):
-        raise TypeError(f"{name}: expected a metainfluence.Task, got {type(tasks).__name__}")
+        several = isinstance(tasks, Sequence) and any(isinstance(task, Task) for task in tasks)
+        hint = "stack them with metainfluence.stack_tasks" if several else "meta_params come first, then the tasks"
+        raise TypeError(f"{name}: expected a metainfluence.Task, got {type(tasks).__name__}; {hint}")
     axes = 2 if stacked else 1
     support = _lead(f"{name}.support", tasks.support, tasks.support_mask, axes)
     query = _lead(f"{name}.query", tasks.query, tasks.query_mask, axes)
@@ -145,6 +148,28 @@ def sizes(tasks: Task, *, stacked: bool = True, name: str = "tasks") -> Sizes:
             raise ValueError(f"{name}.{side}_mask: expected a real example in every task, got none in tasks {where}")
     # A support pytree without leaves is a problem whose inner level reads no data.
     return Sizes(query[:-1], support[-1] if support else 0, query[-1])
+
+
+def not_finite(tasks: Task, name: str = "tasks") -> str | None:
+    """Names the first leaf of stacked tasks with NaN or infinity outside the padding, and the tasks; None without."""
+    for side in ("support", "query"):
+        mask = getattr(tasks, f"{side}_mask")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(tasks, side)):
+            # Of arrays that lie on other hosts too, this one cannot see all.
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or not getattr(
+                leaf, "is_fully_addressable", True
+            ):
+                continue
+            bad = ~np.isfinite(np.asarray(leaf))
+            bad = bad.reshape(*bad.shape[:2], -1).any(axis=-1)
+            where = np.flatnonzero(np.any(bad if mask is None else bad & np.asarray(mask), axis=-1))
+            if where.size:
+                return (
+                    f"{leaf_name(f'{name}.{side}', path)}: expected finite numbers, got NaN or infinity in "
+                    f"{'task' if where.size == 1 else 'tasks'} {', '.join(map(str, where[:8]))}"
+                    f"{' …' if where.size > 8 else ''}"
+                )
+    return None
 
 
 def stack_tasks(tasks: Sequence[Task]) -> Task:

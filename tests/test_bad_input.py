@@ -181,3 +181,23 @@ def test_inner_losses_that_are_not_one_per_example(kind, adaptation):
     }[adaptation]()
     with pytest.raises(ValueError, match=rf"inner_loss.*expected.*\(4,\).*got.*{shape}.*per_example"):
         mi.task_loss(mi.bilevel(outer_loss, adapt))(LAMBDA, TASK)
+
+
+def test_the_task_and_the_leaf_that_are_not_finite_are_named():
+    bad = with_support(y=TASKS.support["y"].at[1, 2].set(jnp.nan))
+    with pytest.raises(ValueError, match=r"tasks\.support\['y'\]: expected finite numbers, got NaN .* in task 1$"):
+        mi.task_if(PROBLEM)(LAMBDA, bad)
+    with pytest.raises(ValueError, match=r"target_args\[0\]\.support\['y'\]: expected finite"):
+        mi.influence_scores(PROBLEM, mi.query_loss(PROBLEM))(LAMBDA, TASKS, bad)
+
+
+def test_arguments_that_are_mixed_up():
+    scores = mi.influence_scores(PROBLEM, mi.query_loss(PROBLEM))
+    with pytest.raises(TypeError, match=r"meta_params: expected.*got a Task; meta_params come first"):
+        scores(TASKS, LAMBDA, TASKS)
+    with pytest.raises(TypeError, match=r"tasks: expected.*got list; stack them with metainfluence\.stack_tasks"):
+        scores(LAMBDA, [TASK, TASK], TASKS)
+    with pytest.raises(ValueError, match=r"test_tasks\.support.*expected at least 2.*stack_tasks"):
+        scores(LAMBDA, TASKS, TASK)
+    with pytest.raises(TypeError, match=r"target: expected.*scores\(meta_params, tasks, .*'test_tasks'"):
+        scores(LAMBDA, TASKS)

@@ -151,6 +151,12 @@ def test_num_terms(num_terms):
         (lambda: mi.edit(PROBLEM, num_newton_steps=-1), "num_newton_steps"),
         (lambda: mi.edit(PROBLEM, num_newton_steps=1.5), "num_newton_steps"),
         (lambda: mi.check(3), "result"),
+        (lambda: mi.bilevel(mi.adaptation.closed_form(ridge), outer_loss), "outer_loss"),
+        (lambda: mi.bilevel(lambda params, batch: batch, ridge), "outer_loss"),
+        (lambda: mi.bilevel(outer_loss, ridge, meta_regularizer=1e-3), "meta_regularizer"),
+        (lambda: mi.adaptation.unrolled(outer_loss, jnp.zeros(2), None, 1), "init"),
+        (lambda: mi.adaptation.implicit(outer_loss, jnp.zeros(2)), "init"),
+        (lambda: mi.task_if(outer_loss), "problem"),
     ],
 )
 def test_options(make, name):
@@ -206,3 +212,16 @@ STACKS = [
 def test_stack_tasks(tasks, message):
     with pytest.raises((ValueError, TypeError), match=message):
         mi.stack_tasks(tasks)
+
+
+def test_how_it_is_called_is_told():
+    with pytest.raises(
+        TypeError, match=r"makes a function.*influence_scores\(problem, target, …\)\(meta_params, tasks"
+    ):
+        mi.influence_scores(PROBLEM, LAMBDA, TASKS)
+    with pytest.raises(ValueError, match="\"auto\", got 'automatic'"):
+        mi.task_if(PROBLEM, damping="automatic")
+    of_sides = mi.from_task_loss(lambda params, support, query: jnp.sum(support["x"]))
+    with pytest.raises(TypeError) as told:
+        mi.total_objective(of_sides)(LAMBDA, TASKS)
+    assert told.value.__notes__[:1] == ["task_loss is called as task_loss(meta_params, task, weights)"]

@@ -89,3 +89,17 @@ def test_removal_moves_lambda_by_minus_the_influence_and_the_target_by_the_score
     changes = targets - np.asarray(runs.target(meta_params, coefficients))
     assert relative_error(scores.task, changes) <= 0.25
     assert np.corrcoef(scores.task, changes)[0, 1] >= 0.99
+
+
+@pytest.mark.parametrize(("start", "leads_away"), [(1.5, True), (0.5, False)])
+def test_newton_steps_that_lead_away_are_not_taken(start, leads_away):
+    """On log cosh, from whose minimum Newton's method flees where |λ| > 1.09."""
+    problem = mi.from_task_loss(lambda m, task, weights: jnp.log(jnp.cosh(m)) * jnp.mean(weights.query))
+    tasks = mi.Task(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
+    edit = light_jit(mi.edit(problem, solver=mi.solvers.dense(), num_newton_steps=2))
+    found = edit(jnp.asarray(start), tasks, mi.unit_weights(tasks))
+    norms = found.info.outer_gradient_norm
+    assert norms.shape == (3,)
+    np.testing.assert_allclose(jnp.abs(jnp.tanh(found.meta_params)), jnp.min(norms), rtol=1e-9)
+    assert (float(found.meta_params) == start) == leads_away
+    assert (norms[1] > norms[0]) == leads_away

@@ -178,3 +178,54 @@ def test_check_refuses_traced_results(rng):
     built, rhs = build(POSITIVE), unravel(rng.normal(size=SIZE))
     with pytest.raises(TypeError, match="outside jit"):
         jax.jit(lambda rhs: mi.check(solve(mi.solvers.cg(), built.operator, rhs)[1]))(rhs)
+
+
+def report(status, dtype=np.float32, **fields):
+    """A report of the numbers that a badly conditioned Hessian left in float32."""
+    known = {
+        "num_matvecs": 84,
+        "relative_residual": 1.8e-3,
+        "min_curvature": 2e-2,
+        "outer_gradient_norm": 0,
+        "inner_gradient_norm": 0,
+        "effective_curvature": 0.3,
+    }
+    values = {name: dtype(value) for name, value in (known | fields).items()}
+    return mi.SolveInfo(status=np.int32(status), **values)
+
+
+def test_rounding_is_not_taken_for_negative_curvature():
+    info = report(mi.SolveStatus.INDEFINITE)
+    with pytest.raises(mi.SolveError, match=r"INDEFINITE.*most likely rounding.*float64.*rounding dominates") as told:
+        mi.check(info)
+    assert "not positive along" not in str(told.value)
+    budget = mi.error_budget(info)
+    assert budget.dominant == "precision"
+    assert budget.precision == pytest.approx(1.8e-3 * 0.3 / 2e-2, rel=1e-6)
+    with pytest.raises(mi.SolveError, match="not positive along a direction"):
+        mi.check(report(mi.SolveStatus.INDEFINITE, min_curvature=-1e-2))
+
+
+def test_numbers_that_are_not_finite_are_not_laid_to_the_curvature():
+    with pytest.raises(mi.SolveError, match="no number here holds") as told:
+        mi.check(report(mi.SolveStatus.NONFINITE, relative_residual=np.nan, min_curvature=np.nan))
+    assert "raise the damping" not in str(told.value)
+
+
+def test_scores_that_are_exactly_0_are_told():
+    info, ones = report(mi.SolveStatus.CONVERGED), np.ones((3, 2))
+    flat = mi.Scores(np.zeros(3), 0 * ones, 0 * ones, info._replace(effective_curvature=np.float32(0)))
+    assert "accuracy" in mi.error_budget(flat).advice
+    with pytest.raises(mi.SolveError, match=r"gradient is exactly 0.*accuracy"):
+        mi.check(flat, tol=1.0)
+    unweighed = mi.Scores(np.ones(3), 0 * ones, ones, info)
+    assert "weights.support" in mi.error_budget(unweighed).advice
+    with pytest.warns(mi.CouplingWarning, match="every score of a support example is exactly 0"):
+        mi.check(unweighed, tol=1.0)
+
+
+def test_reports_name_their_codes():
+    info = report(mi.SolveStatus.INDEFINITE)
+    assert repr(info).startswith("SolveInfo(status=INDEFINITE, num_matvecs=")
+    assert "status=[CONVERGED × 2, NONFINITE × 1]" in repr(info._replace(status=np.array([0, 4, 0])))
+    jax.jit(lambda status: repr(info._replace(status=status)) and status)(0)

@@ -189,7 +189,11 @@ def diagnostics(metadata: Mapping[str, Any], meta_params: Any) -> str:
         ("unfinished solve", budget.outer_residual, "bound on the solution's relative error by its residual"),
         ("rounding", budget.precision, "estimate of what the precision leaves"),
         ("inner minimisers", budget.inner_residual, "estimate of what tasks that are not adapted to the end leave"),
-        ("distance from stationarity", budget.outer_stationarity, "bound on the distance to the optimum presumed"),
+        (
+            "distance from stationarity",
+            budget.outer_stationarity,
+            f"bound on the distance to the optimum presumed, {'not ' if meta_params is None else ''}relative to ‖λ‖",
+        ),
     ]
     good = mi.SolveStatus(int(info.status)) == mi.SolveStatus.CONVERGED
     verdict = (

@@ -155,9 +155,7 @@ def score(
     check_meta_params(meta_params)
     count = len(ids_of(source))
     if solver is None:
-        # A basis that costs less than a product, and was seen to save half of them.
-        preconditioner = solvers.sampled(64, rank=50) if count >= _MANY_TASKS else None
-        solver = solvers.cg(preconditioner=preconditioner)
+        solver = default_solver(count)
     run = _Run(
         problem,
         target,
@@ -174,6 +172,13 @@ def score(
     )
     with jax.default_matmul_precision(precision), reporter(progress) as report:
         return run(Path(out), precision, resume, report, metadata or {})
+
+
+def default_solver(count: int, **options: Any) -> Solver:
+    """`cg` with options, preconditioned where there are enough tasks."""
+    # A basis that costs less than a product, and was seen to save half of them.
+    preconditioner = solvers.sampled(64, rank=50) if count >= _MANY_TASKS else None
+    return solvers.cg(preconditioner=preconditioner, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +225,7 @@ class _Run:
         """What this run is about; a batch size that is to be chosen is None."""
         reader = Reader(self.source, 1, self.on_error)
         batch = stack([reader.template()], reader.template())
+        self.check_columns(reader)
         check_derivatives(self.problem, self.meta_params, *batch, twice=False)
 
         def product(meta_params: PyTree, vector: PyTree, batch: Any) -> PyTree:
@@ -249,6 +255,18 @@ class _Run:
             },
             "batch_size": None if self.batch_size is None else self.rounded(self.batch_size),
         }
+
+    def check_columns(self, reader: Reader) -> None:
+        """Makes the first task's rows, so that columns that do not fit are told before the solve."""
+        first_read = next(k for k in range(len(reader.ids)) if k not in reader.skipped)
+        task = reader.template()
+        size = sizes(task, stacked=False)
+        masks = [
+            np.ones((1, count), bool) if mask is None else np.asarray(mask)[None]
+            for mask, count in ((task.support_mask, size.support), (task.query_mask, size.query))
+        ]
+        scores = [np.zeros(1), *(np.zeros(mask.shape) for mask in masks)]
+        _table.rows([reader.ids[first_read]], scores, masks, _table.columns_of(self.source, [first_read]))
 
     def agreed(self, ours: dict[str, Any], theirs: dict[str, Any] | None, out: Path) -> dict[str, Any]:
         """The manifest to go by: that of an earlier run, unless it is about something else."""

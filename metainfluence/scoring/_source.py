@@ -28,7 +28,8 @@ class Source(Protocol):
 
     Two attributes are looked for besides: `ids`, one distinct integer or string for each task, else its position; and
     `columns`, (position) -> mapping from a column's name to its values (of the task, `[n_support]`, `[n_query]`) in the
-    score file, None for null. The column `example` holds the examples' ids, else their positions within the task.
+    score file, None for null: `{"harm": ("clean", ["clean"] * n_support, ["clean"] * n_query)}`. The column `example`
+    holds the examples' ids, else their positions within the task.
     """
 
     def __len__(self) -> int: ...

@@ -24,6 +24,7 @@ from metainfluence.tasks import Task, sizes
 ROLES = ("task", "support", "query")
 _METADATA = b"metainfluence"
 _ROWS_PER_GROUP = 1 << 17
+_LONGEST_SHOWN = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,16 +190,13 @@ def rows(
         if len(kinds) > 1:
             raise ValueError(f"source.columns: expected one type in {name!r}, got {', '.join(map(str, kinds))}")
         kind = kinds.pop() if kinds else pa.null()
-        for side, array, count in zip(ROLES, arrays, counts, strict=True):
-            if len(array) != count.sum():
-                raise ValueError(
-                    f"source.columns: expected {count.sum()} values of {name!r} for the {side} rows, got {len(array)}"
-                )
         return pa.concat_arrays([array.cast(kind) for array in arrays]).take(pa.array(order))
 
     names = list(columns[0]) if columns else []
     if any(list(each) != names for each in columns):
         raise ValueError(f"source.columns: expected the columns {names} of the first task in every task")
+    for id_, each, *lengths in zip(ids, columns, *counts[1:], strict=True):
+        _check_columns(each, id_, lengths)
     own = {
         name: column(name, [[each[name][0] for each in columns], *(_joined(columns, name, side) for side in (1, 2))])
         for name in names
@@ -215,6 +213,21 @@ def rows(
         "score": pa.array(values[order]),
     }
     return pa.table({**known, **own})
+
+
+def _check_columns(columns: Mapping[str, Any], id_: Any, lengths: Sequence[int]) -> None:
+    """Raises ValueError unless each of a task's columns is (its value, one per support, one per query example)."""
+    n_support, n_query = lengths
+    for name, value in columns.items():
+        sides = value[1:] if isinstance(value, (tuple, list)) and len(value) == 3 else ()
+        got = [len(side) if hasattr(side, "__len__") and not isinstance(side, (str, bytes)) else None for side in sides]
+        if got != [n_support, n_query]:
+            short = repr(value) if len(repr(value)) <= _LONGEST_SHOWN else f"{repr(value)[:_LONGEST_SHOWN]} …"
+            raise ValueError(
+                f"source.columns: expected {name!r} of task {id_!r} as (value of the task, [{n_support} of its support "
+                f'examples], [{n_query} of its query examples]), like {{"harm": ("clean", ["clean"] * {n_support}, '
+                f'["clean"] * {n_query})}}, got {short}'
+            )
 
 
 def _joined(columns: Sequence[Mapping[str, Any]], name: str, side: int) -> Any:

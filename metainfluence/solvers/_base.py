@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from metainfluence.operators import Operator
@@ -39,10 +40,12 @@ REMEDIES = {
     SolveStatus.MAX_STEPS: "the residual is above the tolerance after all steps: allow more steps, raise the damping, "
     "loosen tol, precondition, or compute in float64",
     SolveStatus.INDEFINITE: "the curvature is not positive along a direction that was met: raise the damping, train "
-    "closer to a minimum, or use a solver for indefinite operators (minres, dense)",
+    "closer to a minimum, or use a solver for indefinite operators (minres, dense); an unrolled Adam needs "
+    "eps_root > 0",
     SolveStatus.DIVERGED: "the series diverges: an eigenvalue lies outside (0, 2/scale); raise the damping, or let "
     "the solver find the scale (scale=None)",
-    SolveStatus.NONFINITE: "NaN or infinity: look for it in the data, the weights, meta_params or the inner solve",
+    SolveStatus.NONFINITE: "NaN or infinity: look for it in the data, the weights, meta_params or the inner solve (an "
+    "unrolled Adam needs eps_root > 0); called outside jit, the functions name the task and the leaf",
 }
 
 
@@ -75,6 +78,27 @@ class SolveInfo(NamedTuple):
     effective_curvature: Float[Array, "..."] | None = None
     choice: Int[Array, "..."] | None = None
     damping: Float[Array, "..."] | None = None
+
+    def __repr__(self) -> str:
+        """The fields, with the names of codes."""
+        codes: dict[str, type[enum.IntEnum]] = {"status": SolveStatus, "choice": Choice}
+        fields = (
+            f"{name}={_names(value, codes[name]) if name in codes else repr(value)}"
+            for name, value in zip(self._fields, self, strict=True)
+        )
+        return f"SolveInfo({', '.join(fields)})"
+
+
+def _names(value: Any, codes: type[enum.IntEnum]) -> str:
+    """Codes by their names, with how many there are of each; what has no value now, as it is."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)) or isinstance(value, jax.core.Tracer):
+        return repr(value)
+    found, counts = np.unique(np.asarray(value), return_counts=True)
+    known = {int(code): code.name for code in codes}
+    names = [known.get(int(code), str(code)) for code in found]
+    if np.ndim(value) == 0:
+        return names[0]
+    return f"[{', '.join(f'{name} × {count}' for name, count in zip(names, counts, strict=True))}]"
 
 
 class Iteration(NamedTuple):

@@ -12,12 +12,14 @@ import tomllib
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import metainfluence as mi
 from metainfluence.lab import cli, fewshot
-from metainfluence.lab.checkpoints import Checkpoints
-from metainfluence.lab.commands import evaluate, parameters, runs
+from metainfluence.lab.checkpoints import Checkpoints, fingerprint
+from metainfluence.lab.commands import edit, evaluate, parameters, printing, runs, score
+from metainfluence.lab.commands.job import tolerance
 from metainfluence.lab.commands.places import Place, locator
 from metainfluence.scoring._passes import Passes
 
@@ -81,6 +83,10 @@ def misspelt():
 
 def no_problem():
     return {**make(), "problem": loss}
+
+def single():
+    made = make()
+    return {**made, "meta_params": made["meta_params"].astype("float32")}
 
 def no_tuple():
     return {**make(), "target_args": 1}
@@ -351,7 +357,11 @@ def test_what_a_dry_run_shows_is_a_configuration(tmp_path):
     ("args", "status", "message"),
     [
         (["report"], 2, "expected a score file"),
-        (["report", "nowhere.parquet"], 1, "nowhere.parquet"),
+        (["report", "nowhere.parquet"], 1, "file that `metainfluence score` wrote, got none at nowhere.parquet"),
+        (["edit", "nowhere.parquet", "--most-harmful", "1"], 1, "got none at nowhere.parquet"),
+        (["score", "theirs:make"], 2, "did you mean --problem theirs:make?"),
+        (["edit", "--problem", "theirs:make", "--remove", "task 1:2"], 1, "for an example add --role support or"),
+        (["score", "--problem", "theirs:make", "--solver", "auto", "--max-steps", "3"], 2, "--solver cg or minres"),
         (["report", "theirs.py"], 1, "expected a score file of metainfluence"),
         (["score"], 2, "expected one of --run FOLDER"),
         (["score", "nowhere"], 1, "expected a folder that `metainfluence train` wrote"),
@@ -385,6 +395,104 @@ def test_what_makes_no_sense_is_one_line(args, status, message, module):
 def test_an_error_can_be_traced(module):
     with pytest.raises(TypeError, match="got int"):
         cli.entry(["score", "--problem", "theirs:number", "--traceback"])
+
+
+def table_about(path, meta_params):
+    """A score file of one task, about these meta-parameters."""
+    zero = np.zeros(1)
+    info = mi.SolveInfo(np.int32(0), np.int32(1), np.float64(0), np.float64(1))
+    tasks = mi.Task({"x": np.zeros((1, 1))}, {"x": np.zeros((1, 1))}, None, None)
+    scores = mi.Scores(zero, zero[None], zero[None], info)
+    path.parent.mkdir(exist_ok=True)
+    mi.scoring.write_scores(
+        path,
+        scores,
+        mi.stack_tasks([tasks]),
+        metadata={"run": {"meta_params": fingerprint(meta_params)}},
+    )
+
+
+def test_evaluate_takes_the_scores_beside_the_edited_and_refuses_others(module):
+    made = runs.load(None, "theirs:make")
+    here, beside = module / "scores.parquet", module / "new" / "scores.parquet"
+    edited = module / "new" / "edited.npz"
+    parameters.save(edited, made.meta_params)
+    args = ("evaluate", "--problem", "theirs:make", "--edited", edited)
+    table_about(here, made.meta_params)
+    assert "Scores: none beside" in done(*args)
+    table_about(beside, made.meta_params)
+    assert f"Scores: {beside}\n" in done(*args)
+    table_about(beside, made.meta_params + 1)
+    assert f"Scores: left out {beside}, which is about other meta-parameters" in done(*args)
+    status, _, err = called(*args, "--scores", beside)
+    assert status == 1
+    assert "which is about others" in err
+
+
+def test_the_edit_names_the_scores_for_evaluate_and_its_error_budget(folder, printed):
+    edited, scores = folder / "edited.npz", folder / "scores.parquet"
+    assert f"next: metainfluence evaluate {folder} --edited {edited} --scores {scores}" in printed["edit"]
+    assert f"Scores: {scores}" in printed["evaluate"]
+    assert "Error budget (distance from stationarity relative to ‖λ‖): " in printed["edit"]
+
+
+def test_the_edit_tells_whether_it_came_closer(folder, job, scores, printed):
+    change = json.loads((folder / "edited.json").read_text())
+    tasks = job.stacked()
+    weights = mi.drop(mi.unit_weights(tasks), tasks=np.asarray([int(k) for k in change["removed"]]))
+    slope = jax.jit(jax.grad(mi.total_objective(job.problem)))
+    for name, each in {"with all data": mi.unit_weights(tasks), "before": weights}.items():
+        norm = float(optax.tree.norm(slope(job.meta_params, tasks, each)))
+        assert change[f"gradient norm {name}"] == pytest.approx(norm, rel=1e-6)
+    assert edit.RAISED not in printed["edit"]
+
+
+def test_an_edit_that_goes_too_far_is_told(module, monkeypatch):
+    args = ("edit", "--problem", "theirs:make", "--remove", "task 1", "--damping", "30")
+    assert edit.RAISED not in done(*args)
+
+    make = mi.edit
+
+    def far(problem, **options):
+        def run(meta_params, tasks, weights):
+            found = make(problem, **options)(meta_params, tasks, weights)
+            return found._replace(info=found.info._replace(outer_gradient_norm=jax.numpy.full(1, 250.0)))
+
+        return run
+
+    monkeypatch.setattr(mi, "edit", far)
+    text = done(*args)
+    assert edit.RAISED in text
+    assert "and 2.5e+02 after" in text
+
+
+def test_the_budget_is_not_printed_twice(monkeypatch):
+    info = mi.SolveInfo(np.int32(1), np.int32(3), np.float64(0.1), np.float64(1), outer_gradient_norm=np.float64(1))
+    with pytest.raises(mi.SolveError, match="MAX_STEPS") as caught:
+        printing.check_solve(info)
+    assert "Error budget" not in str(caught.value)
+
+
+def test_float32_is_asked_for_what_it_can_reach(module):
+    job = runs.load(None, "theirs:single")
+    assert tolerance(job.meta_params) == 1e-4
+    assert tolerance(runs.load(None, "theirs:make").meta_params) == 1e-6
+    asked = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mi.solvers, "cg", lambda **options: asked.append(options))
+        score.solver(score.ScoreConfig(), job)
+        score.solver(score.ScoreConfig(tol=1e-3), job)
+    assert [options["tol"] for options in asked] == [1e-4, 1e-3]
+
+
+def test_auto_solves_as_the_library_does(module):
+    text = done("score", "--problem", "theirs:make", "--solver", "auto", "--out", "a.parquet", "--damping", "0.1")
+    assert "CONVERGED" in text
+    job = runs.load(None, "theirs:make")
+    expected = mi.influence_scores(job.problem, mi.query_loss(job.problem), damping=0.1)
+    expected = jax.jit(expected)(job.meta_params, job.stacked(), *job.target_args)
+    found = mi.read_scores("a.parquet")
+    np.testing.assert_allclose(found.score[found.role == "task"], expected.task, rtol=1e-8, atol=1e-12)
 
 
 def test_pickles_are_not_read(tmp_path, job):

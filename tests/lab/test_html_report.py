@@ -98,6 +98,11 @@ def test_a_small_file_is_shown_whole():
     assert sorted(html_report.chosen(table_of(), most=100)[:, 0].tolist()) == list(range(24))
 
 
+def test_the_distance_from_stationarity_says_to_what_it_is_relative():
+    assert "presumed, not relative to ‖λ‖" in html_report.page(table_of(), title="t")
+    assert "presumed, relative to ‖λ‖" in html_report.page(table_of(), title="t", meta_params=jnp.ones(2))
+
+
 def test_diagnostics_name_what_dominates():
     table = table_of()
     page = html_report.page(table, title="t")

@@ -116,7 +116,11 @@ class Faulty(Labelled):
 @pytest.mark.parametrize(
     ("columns", "match"),
     [
-        (lambda source, k: {"a": (1, [1], [1])}, "expected 27 values of 'a' for the support rows, got 7"),
+        (
+            lambda source, k: {"a": (1, [1], [1])},
+            r"'a' of task 't0' as .*\[3 of its support.*, got \(1, ",
+        ),
+        (lambda source, k: {"a": "odd"}, r"\(value of the task, .* like \{\"harm\": .*, got 'odd'"),
         (lambda source, k: {"a": (1, ["x"] * (3 + k % 3), [2] * (2 + k % 4))}, "expected one type in 'a', got"),
         (lambda source, k: {f"c{k}": (1, [], [])}, r"expected the columns \['c0'\] of the first task"),
     ],
@@ -126,6 +130,20 @@ def test_columns_that_do_not_fit(columns, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         mi.scoring.write_scores(tmp_path / "scores.parquet", scores, tasks, source=Faulty(columns))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("columns", [{"a": "odd"}, {"a": (1, ["x"] * 4, [2] * 5)}, {"a": ("x", 3, ["x"] * 5)}])
+def test_columns_that_do_not_fit_are_told_before_the_solve(columns, tmp_path, monkeypatch):
+    def compute(*args):
+        raise AssertionError
+
+    class Wrong(list):
+        def columns(self, k):
+            return columns
+
+    monkeypatch.setattr(_engine._Run, "compute", compute)
+    with pytest.raises(ValueError, match=r"source\.columns: expected"):
+        setting.score(Wrong(setting.tasks(3)), tmp_path / "scores.parquet")
 
 
 def test_scores_of_other_tasks_are_refused(tmp_path):

@@ -1,7 +1,9 @@
 """`metainfluence edit`: the meta-parameters without some data, without retraining."""
 
 import dataclasses
+import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,18 +13,23 @@ import numpy as np
 import optax
 
 import metainfluence as mi
+from metainfluence.curvature import gradient_map
 from metainfluence.files import write_atomically
 from metainfluence.lab.checkpoints import fingerprint
-from metainfluence.lab.commands import parameters, runs
-from metainfluence.lab.commands.job import Job
+from metainfluence.lab.commands import parameters, runs, tables
+from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.commands.places import Place, example_ids, locator, named, without
-from metainfluence.lab.commands.printing import facts, say, say_table
+from metainfluence.lab.commands.printing import facts, say, say_budget, say_table
 from metainfluence.lab.config_files import ConfigError
 from metainfluence.lab.timing import Compiled
 from metainfluence.scoring._source import ids_of
 
 EDITED, CHANGE = "edited.npz", "edited.json"
 MOST_SHOWN = 20
+RAISED = (
+    "WARNING: ‖D_λF‖ rose: the edited meta-parameters are further from stationary than the unedited ones, by more than "
+    "first order explains; do not trust this edit: raise --damping, remove less, or train on before scoring"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +51,11 @@ class EditConfig:
     remove: tuple[str, ...] = ()
     """Remove these: ids of tasks, or TASK:EXAMPLE."""
     num_newton_steps: int = 0
-    """After the first-order step; each needs a Hessian that is positive definite, damping included, where it starts."""
+    """After the first-order step; each needs a Hessian that is positive definite, damping included, where it starts.
+    Here none by default, so that the change is what the scores predict; metainfluence.edit in Python takes 1."""
     damping: float | Literal["auto"] = "auto"
-    """Added to every eigenvalue of the total Hessian; auto for the score file's, or, with --remove, by the rule."""
+    """Added to every eigenvalue of the total Hessian; auto, the default here, for the score file's, or, with --remove,
+    by the rule; metainfluence.edit in Python adds 0 by default."""
     batch_size: int | None = None
     """Tasks at a time; none for as many as fit in memory."""
     out: Path | None = None
@@ -69,7 +78,7 @@ def run(config: EditConfig) -> None:
     """
     check(config)
     if config.scores is not None:
-        table = mi.read_scores(config.scores)
+        table = tables.read(config.scores)
     folder = located(config.scores, config.run, config.problem)
     job = runs.load(folder, config.problem)
     predicted: float | None = None
@@ -88,14 +97,20 @@ def run(config: EditConfig) -> None:
             job.problem,
             # Each of its few solves is at another λ, for which a preconditioner would take longer to compile than it
             # saves.
-            solver=mi.solvers.block_cg(),
+            solver=mi.solvers.block_cg(tol=tolerance(job.meta_params)),
             damping=damping,
             batch_size=config.batch_size,
             num_newton_steps=config.num_newton_steps,
         )
     )
-    edited = edit(job.meta_params, tasks, without(tasks, chosen))
+    weights = without(tasks, chosen)
+    edited = edit(job.meta_params, tasks, weights)
     mi.check(edited)
+    gradient = Compiled(functools.partial(gradient_map(job.problem, config.batch_size), mi.curvature.exact()))
+    with_all, unedited = (
+        float(optax.tree.norm(gradient(job.meta_params, tasks, job.meta_params, each)[0]))
+        for each in (mi.unit_weights(tasks), weights)
+    )
     target = Compiled(mi.query_loss(job.problem) if job.target is None else job.target)
     before, after = (float(target(at, *job.target_args)) for at in (job.meta_params, edited.meta_params))
     step = optax.tree.norm(optax.tree.sub(edited.meta_params, job.meta_params)) / optax.tree.norm(job.meta_params)
@@ -107,6 +122,8 @@ def run(config: EditConfig) -> None:
         "target after": after,
         "change predicted by the scores": predicted,
         "relative change of the meta-parameters": float(step),
+        "gradient norm with all data": with_all,
+        "gradient norm before": unedited,
         "gradient norm after each step": np.asarray(edited.info.outer_gradient_norm).tolist(),
         "meta_params": fingerprint(job.meta_params),
     }
@@ -115,9 +132,13 @@ def run(config: EditConfig) -> None:
     tell(change)
     last = jax.tree.map(lambda leaf: leaf[-1], edited.info)
     say_table(("", "", ""), facts(last))
-    where = (
-        f"--problem {config.problem} --edited {out / EDITED}" if folder is None else f"{folder} --edited {out / EDITED}"
-    )
+    say_budget(last, edited.meta_params)
+    # What F is to second order cannot leave more: each component of D_λF ends between its values with all data and
+    # without the removed.
+    if change["gradient norm after each step"][-1] > math.hypot(with_all, unedited):
+        say(RAISED)
+    where = f"--problem {config.problem}" if folder is None else str(folder)
+    where += f" --edited {out / EDITED}" + ("" if config.scores is None else f" --scores {config.scores}")
     say(f"Wrote {out / EDITED} and {out / CHANGE}; next: metainfluence evaluate {where}")
 
 
@@ -136,6 +157,11 @@ def tell(change: dict[str, Any]) -> None:
         + ("" if predicted is None else f"; {predicted:+.5f} predicted by the scores, to first order")
     )
     say(f"Meta-parameters changed by {change['relative change of the meta-parameters']:.2%} of their norm")
+    say(
+        f"‖D_λF‖: {change['gradient norm with all data']:.1e} with all data; without the removed "
+        f"{change['gradient norm before']:.1e} before the edit and "
+        f"{', '.join(f'{each:.1e}' for each in change['gradient norm after each step'])} after"
+    )
 
 
 def check(config: EditConfig) -> None:
@@ -162,12 +188,8 @@ def harmful(config: EditConfig, job: Job, table: mi.scoring.ScoreTable) -> tuple
     Raises:
       ValueError: scores of other meta-parameters, or fewer rows than are to be removed.
     """
-    origin = table.metadata.get("run", {})
-    told = origin.get("meta_params") if isinstance(origin, dict) else None
-    if told is not None and told != fingerprint(job.meta_params):
-        raise ValueError(
-            f"scores: expected a file about these meta-parameters, got {config.scores}, which is about others"
-        )
+    assert config.scores is not None
+    tables.refuse_others(table, config.scores, job.meta_params)
     rows = np.flatnonzero(table.role == config.role)
     rows = rows[np.argsort(table.score[rows], kind="stable")]
     if config.most_harmful is not None and config.most_harmful >= len(rows):

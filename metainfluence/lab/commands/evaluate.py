@@ -12,7 +12,7 @@ import numpy as np
 import metainfluence as mi
 from metainfluence.evaluation import bootstrap, roc_auc
 from metainfluence.files import write_atomically
-from metainfluence.lab.commands import parameters, runs
+from metainfluence.lab.commands import parameters, runs, tables
 from metainfluence.lab.commands.edit import EDITED
 from metainfluence.lab.commands.job import Job
 from metainfluence.lab.commands.printing import say, say_table
@@ -36,7 +36,8 @@ class EvaluateConfig:
     edited: Path | None = None
     """Edited meta-parameters; none for edited.npz in the run's folder, or, for a problem, here."""
     scores: Path | None = None
-    """Score file; none for scores.parquet beside it, if it is there."""
+    """Score file of the same meta-parameters; none for scores.parquet beside the edited ones, or else in the run's
+    folder, if it is there."""
     batch_size: int = 50
     """Test tasks at a time."""
     out: Path | None = None
@@ -52,11 +53,11 @@ def run(config: EvaluateConfig) -> None:
     """
     home = config.run or Path()
     path = config.edited or home / EDITED
-    scores = config.scores or home / SCORES
     job = runs.load(config.run, config.problem)
     if job.test is None or len(job.test) < 2:
         raise ConfigError(f"{config.problem}: test: expected at least two tasks to evaluate on, got {job.test}")
     edited = parameters.load(path, job.meta_params)
+    table = scores_of(config, path, job)
     before, after = (per_task(job, at, config.batch_size) for at in (job.meta_params, edited))
     rows = {"before": before, "after": after, "after - before": after - before}
     found: dict[str, Any] = {
@@ -68,8 +69,8 @@ def run(config: EvaluateConfig) -> None:
     }
     cells = [(name, f"{found[name]['mean']:+.4f} ± {found[name]['half_width']:.4f}") for name in rows]
     say_table((found["metric"], f"mean over {len(before)} test tasks, 95 % interval"), cells)
-    if config.scores is not None or scores.exists():
-        found["detection"] = detection(mi.read_scores(scores))
+    if table is not None:
+        found["detection"] = detection(table)
         lines = [
             (name, f"{each['damaged']} of {each['all']}", f"{each['auc']:.3f} [{each['low']:.3f}, {each['high']:.3f}]")
             for name, each in found["detection"].items()
@@ -81,6 +82,27 @@ def run(config: EvaluateConfig) -> None:
     out = config.out or path.parent / EVALUATION
     write_atomically(out, json.dumps(found, indent=1, ensure_ascii=False).encode())
     say(f"Wrote {out}")
+
+
+def scores_of(config: EvaluateConfig, edited: Path, job: Job) -> mi.scoring.ScoreTable | None:
+    """The score file that is named, or that lies where one is expected; None for none about these meta-parameters.
+
+    Raises:
+      FileNotFoundError: the one that is named is not there.
+      ValueError: the one that is named is about other meta-parameters.
+    """
+    places = [edited.parent, *([] if config.run is None else [config.run])]
+    path = config.scores or next((each / SCORES for each in places if (each / SCORES).exists()), None)
+    if path is None:
+        say(f"Scores: none beside {edited}; --scores FILE names them")
+        return None
+    table = tables.read(path)
+    if config.scores is None and not tables.is_about(table, job.meta_params):
+        say(f"Scores: left out {path}, which is about other meta-parameters; --scores FILE names others")
+        return None
+    tables.refuse_others(table, path, job.meta_params)
+    say(f"Scores: {path}")
+    return table
 
 
 def per_task(job: Job, meta_params: Any, batch_size: int) -> np.ndarray:

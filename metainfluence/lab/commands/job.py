@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 import metainfluence as mi
 from metainfluence.lab.config_files import ConfigError
@@ -43,6 +44,12 @@ class Job(NamedTuple):
     def stacked(self) -> mi.Task:
         """All training tasks."""
         return mi.stack_tasks([self.source[k] for k in range(len(self.source))])
+
+
+def tolerance(meta_params: Any) -> float:
+    """Relative residual to ask for: what rounding can be trusted to reach at these meta-parameters' precision."""
+    eps = max(float(np.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(meta_params))
+    return 1e-4 if eps > np.finfo(np.float64).eps else 1e-6
 
 
 def of_function(name: str) -> Job:

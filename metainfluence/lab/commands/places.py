@@ -56,7 +56,10 @@ def named(job: Job, names: Sequence[str], role: str) -> list[Place]:
         task, colon, example = name.rpartition(":") if role != "task" else (name, ":", "")
         if not colon or task not in position:
             form = "TASK, an id" if role == "task" else "TASK:EXAMPLE, ids"
-            raise ValueError(f"remove: expected {form} of the source, got {name!r}")
+            hint = ""
+            if role == "task" and name.rpartition(":")[0] in position:
+                hint = "; for an example add --role support or --role query"
+            raise ValueError(f"remove: expected {form} of the source, got {name!r}{hint}")
         if role == "task":
             found.append(Place(position[task]))
             continue

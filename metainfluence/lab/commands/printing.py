@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -39,6 +40,23 @@ def facts(info: mi.SolveInfo) -> list[tuple[str, str, str]]:
     return lines + [
         (name, format(value.item(), form), meaning) for name, value, form, meaning in met if value is not None
     ]
+
+
+def say_budget(result: Any, meta_params: Any) -> None:
+    """Prints which error dominates, and what to do about it."""
+    say(f"Error budget (distance from stationarity relative to ‖λ‖): {mi.error_budget(result, meta_params).advice}")
+
+
+def check_solve(result: Any) -> None:
+    """As `metainfluence.check`, without the budget, which `say_budget` has printed relative to ‖λ‖.
+
+    Raises:
+      SolveError: as `check`.
+    """
+    try:
+        mi.check(result)
+    except mi.SolveError as error:
+        raise mi.SolveError(str(error).partition(" Error budget: ")[0]) from error
 
 
 def say_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -3,10 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-import metainfluence as mi
 from metainfluence.files import write_atomically
 from metainfluence.lab import html_report
-from metainfluence.lab.commands import runs
+from metainfluence.lab.commands import runs, tables
 from metainfluence.lab.commands.edit import located
 from metainfluence.lab.commands.places import locator
 from metainfluence.lab.commands.printing import say
@@ -43,7 +42,7 @@ def run(config: ReportConfig) -> None:
         raise ConfigError("expected a score file: metainfluence report scores.parquet")
     if config.most < 2:
         raise ConfigError(f"--most: expected at least 2, got {config.most}")
-    table = mi.read_scores(config.scores)
+    table = tables.read(config.scores)
     folder = located(config.scores, config.run, config.problem)
     job = runs.load(folder, config.problem) if config.pictures and (folder or config.problem) else None
     gallery, meta_params = None, None

@@ -152,6 +152,8 @@ def load(run: Path | None, problem: str | None) -> Job:
         raise ConfigError(
             "expected one of --run FOLDER, written by `metainfluence train`, and --problem MODULE:FUNCTION"
         )
+    if run is not None and ":" in str(run) and not run.exists():
+        raise ConfigError(f"--run: expected a folder, got {str(run)!r}; did you mean --problem {run}?")
     job = job_of(run) if run is not None else of_function(str(problem))
     ids_of(job.source)
     return job

@@ -10,9 +10,11 @@ import numpy as np
 import metainfluence as mi
 from metainfluence.lab.checkpoints import fingerprint
 from metainfluence.lab.commands import runs
-from metainfluence.lab.commands.job import Job
-from metainfluence.lab.commands.printing import facts, say, say_table
+from metainfluence.lab.commands.job import Job, tolerance
+from metainfluence.lab.commands.printing import check_solve, facts, say, say_budget, say_table
+from metainfluence.lab.config_files import ConfigError
 from metainfluence.lab.experiments import results
+from metainfluence.scoring._engine import default_solver
 
 SCORES = "scores.parquet"
 MOST_SHOWN = 10
@@ -29,12 +31,13 @@ class ScoreConfig:
     target_args, and, where there are, target, test, metric, metric_name, images."""
     out: Path | None = None
     """Score file; none for scores.parquet in the run's folder, or, for a problem, here."""
-    solver: Literal["cg", "minres"] = "cg"
-    """minres for a total Hessian that the damping leaves indefinite."""
+    solver: Literal["cg", "minres", "auto"] = "cg"
+    """minres for a total Hessian that the damping leaves indefinite; auto for the default of the functions in Python,
+    which up to 200 meta-parameters diagonalises the matrix, and where H is indefinite goes on with |H|."""
     tol: float | None = None
-    """Relative residual to reach; none for the solver's own."""
+    """Relative residual to reach; none for 1e-6, or, in float32, whose rounding leaves about 1e-5, 1e-4."""
     max_steps: int | None = None
-    """Of the solver; none for its own."""
+    """Of cg or minres; none for their own."""
     curvature: Literal["exact", "linearized", "gamma", "gauss_newton", "direct"] = "exact"
     """Which second-order operator."""
     damping: float | Literal["auto"] = "auto"
@@ -64,7 +67,7 @@ def run(config: ScoreConfig) -> None:
         job.source,
         *job.target_args,
         out=out,
-        solver=solver(config),
+        solver=solver(config, job),
         curvature=curvature(config),
         damping=config.damping,
         batch_size=config.batch_size,
@@ -80,11 +83,14 @@ def run(config: ScoreConfig) -> None:
     for skipped in found.skipped.values():
         say(f"Left out: {skipped}")
     say_table(("", "", ""), facts(found.info))
-    say(f"Error budget: {mi.error_budget(found.info, job.meta_params).advice}")
+    # With the scores themselves, since some of what is told is seen in them alone.
+    given: Any = found
+    scores = mi.Scores(given.task, given.support, given.query, found.info)
+    say_budget(scores, job.meta_params)
     own = f" --problem {config.problem}" if config.run is None else f" --run {config.run}"
     own = "" if config.run is not None and config.run == out.parent else own
     say(f"{'Already in' if there else 'Wrote'} {out}; next: metainfluence edit {out}{own} --most-harmful K")
-    mi.check(found.info)
+    check_solve(scores)
 
 
 def order(scores: np.ndarray) -> np.ndarray:
@@ -92,13 +98,20 @@ def order(scores: np.ndarray) -> np.ndarray:
     return np.argsort(scores, kind="stable")
 
 
-def solver(config: ScoreConfig) -> mi.Solver | None:
-    """The solver that is meant; None leaves it to the engine, which knows how many tasks there are."""
-    given: dict[str, Any] = {"tol": config.tol, "max_steps": config.max_steps}
-    options = {name: value for name, value in given.items() if value is not None}
-    if config.solver == "cg" and not options:
-        return None
-    return {"cg": mi.solvers.cg, "minres": mi.solvers.minres}[config.solver](**options)
+def solver(config: ScoreConfig, job: Job) -> mi.Solver:
+    """The solver that is meant.
+
+    Raises:
+      ConfigError: steps for a solver that counts none.
+    """
+    options: dict[str, Any] = {"tol": tolerance(job.meta_params) if config.tol is None else config.tol}
+    if config.max_steps is not None:
+        if config.solver == "auto":
+            raise ConfigError(f"--max-steps: expected --solver cg or minres with it, got {config.solver}")
+        options["max_steps"] = config.max_steps
+    if config.solver == "cg":
+        return default_solver(len(job.source), **options)
+    return mi.solvers.auto(**options) if config.solver == "auto" else mi.solvers.minres(**options)
 
 
 def curvature(config: ScoreConfig) -> mi.curvature.Curvature:
