@@ -159,9 +159,9 @@ def from_task_loss(
       TypeError: a function that cannot be called so.
       ValueError: an unknown `hvp`; at trace time, a loss that is no scalar.
     """
+    check_hvp(hvp)
     check_function("task_loss", task_loss, "(meta_params, task, weights) -> scalar", *"mtw")
     _check_meta_regularizer(meta_regularizer)
-    check_hvp(hvp)
 
     def outer(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         del params

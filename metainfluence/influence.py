@@ -11,6 +11,7 @@ target on removal, − w · dφ/dw: positive, the datum helps (removing it raise
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -417,7 +418,8 @@ def influence_scores(
       ValueError: a target that is no scalar, and as `task_if`.
     """
     if not callable(target):
-        raise TypeError(f"target: expected a function (meta_params, *target_args) -> scalar, got {described(target)}")
+        expected = "a function (meta_params, *target_args) -> scalar"
+        raise TypeError(f"target: expected {expected}, got {reprlib.repr(target)}")
     problem = with_hvp(problem, hvp)
     method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
 
