@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from metainfluence import solvers
 from metainfluence.coupling import CouplingWarning
-from metainfluence.influence import Scores
+from metainfluence.influence import Edit, Scores
 from metainfluence.solvers import SolveInfo, SolveStatus
 from metainfluence.tasks import concrete
 
@@ -102,11 +102,16 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
     residual = _number(info.relative_residual)
     eps = np.maximum(_eps(info), np.where(_rounded(info), residual, 0.0))
     length = 1.0 if meta_params is None else max(float(optax.tree.norm(meta_params)), float(np.finfo(float).tiny))
+    distance = _number(info.outer_gradient_norm) / positive / length
+    if isinstance(result, Edit):
+        # An edit's answer is the point of its smallest gradient.
+        kept = np.argmin(_number(info.outer_gradient_norm), axis=-1, keepdims=True)
+        distance = np.take_along_axis(distance, kept, axis=-1)
     terms = {
         "outer_residual": _worst(residual * effective / positive),
         "precision": _worst(eps * effective / positive),
         "inner_residual": _worst(_number(info.inner_gradient_norm)),
-        "outer_stationarity": _worst(_number(info.outer_gradient_norm) / positive / length),
+        "outer_stationarity": _worst(distance),
     }
     # Of equals the more telling one: a residual that is rounding's is no unfinished solve.
     order = ("precision", "outer_residual", "inner_residual", "outer_stationarity")

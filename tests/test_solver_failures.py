@@ -212,6 +212,15 @@ def test_numbers_that_are_not_finite_are_not_laid_to_the_curvature():
     assert "raise the damping" not in str(told.value)
 
 
+def test_the_budget_of_an_edit_is_that_of_the_point_it_keeps():
+    info = report(mi.SolveStatus.CONVERGED)
+    steps = jax.tree.map(lambda leaf: np.stack([leaf, leaf, leaf]), info)
+    norms = np.asarray([0.3, 0.01, 0.9])
+    edited = mi.Edit(jnp.ones(3), steps._replace(outer_gradient_norm=norms))
+    kept = mi.error_budget(info._replace(outer_gradient_norm=np.asarray(0.01)))
+    assert mi.error_budget(edited).outer_stationarity == pytest.approx(kept.outer_stationarity)
+
+
 def test_scores_that_are_exactly_0_are_told():
     info, ones = report(mi.SolveStatus.CONVERGED), np.ones((3, 2))
     flat = mi.Scores(np.zeros(3), 0 * ones, 0 * ones, info._replace(effective_curvature=np.float32(0)))

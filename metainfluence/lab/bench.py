@@ -1,7 +1,6 @@
 """What the library's parts cost, as ratios measured in one run."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.markdown import Markdown
 
 import metainfluence as mi
 from metainfluence.curvature import exact, expand
 from metainfluence.lab import fewshot, import_time, omniglot
 from metainfluence.lab.bench_convolution import ConvolutionRatio, convolution_ratio
+from metainfluence.lab.bench_output import publish
 from metainfluence.lab.models import MLP, logistic_head_problem
 from metainfluence.lab.timing import Compiled
 
@@ -68,13 +66,8 @@ def run(config: BenchConfig) -> None:
     rows = measure(config, problem, meta_params, tasks)
     convolution = convolution_ratio()
     imports = import_time.measure()
-    table = markdown(config, rows, convolution, imports)
-    Console().print(Markdown(table))
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "bench.md").write_text(table)
-    record = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, "costs": rows}
-    record |= {"convolution": convolution._asdict(), "import": imports}
-    (config.out / "bench.json").write_text(json.dumps(record, indent=2))
+    record = {"costs": rows, "convolution": convolution._asdict(), "import": imports}
+    publish("bench", config, markdown(config, rows, convolution, imports), **record)
 
 
 def measure(config: BenchConfig, problem: mi.Bilevel, meta_params: Any, tasks: mi.Task) -> list[dict[str, Any]]:

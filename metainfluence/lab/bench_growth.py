@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.markdown import Markdown
 
 import metainfluence as mi
 from metainfluence.curvature import exact, expand
+from metainfluence.lab.bench_output import publish
 from metainfluence.lab.peers.problem import features, losses
 from metainfluence.lab.timing import Compiled
 
@@ -95,17 +93,14 @@ def run(config: GrowthBenchConfig) -> None:
             raise ValueError(f"{name}: expected at least two sizes, got {getattr(config, name)}")
     jax.config.update("jax_enable_x64", True)
     cells = measure(config)
-    table = markdown(config, cells)
-    Console().print(Markdown(table))
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "growth.md").write_text(table)
-    record = {
-        "config": dataclasses.asdict(config) | {"out": str(config.out)},
-        "cells": [cell._asdict() for cell in cells],
-        "exponents": [fit._asdict() for fit in fits(cells)],
-        "targets": targets(config, cells),
-    }
-    (config.out / "growth.json").write_text(json.dumps(record, indent=2))
+    publish(
+        "growth",
+        config,
+        markdown(config, cells),
+        cells=[cell._asdict() for cell in cells],
+        exponents=[fit._asdict() for fit in fits(cells)],
+        targets=targets(config, cells),
+    )
 
 
 def make_tasks(config: GrowthBenchConfig, count: int, examples: int) -> mi.Task:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.markdown import Markdown
 
 import metainfluence as mi
 from metainfluence.lab import datasets, digits, fewshot
+from metainfluence.lab.bench_output import publish
 from metainfluence.lab.models import MLP
 from metainfluence.lab.peers import problem as common
 from metainfluence.lab.peers import single_level, with_jax
@@ -110,16 +108,8 @@ def run(config: PeersBenchConfig) -> None:
         raise ValueError(f"quantities: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     jax.config.update("jax_enable_x64", True)
     rows = measure(config)
-    table = markdown(config, rows)
-    Console().print(Markdown(table))
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "peers.md").write_text(table)
-    record = {
-        "config": dataclasses.asdict(config) | {"out": str(config.out)},
-        "rows": [row._asdict() for row in rows],
-        "targets": [target._asdict() | {"met": target.met} for target in targets(config, rows)],
-    }
-    (config.out / "peers.json").write_text(json.dumps(record, indent=2))
+    judged = [target._asdict() | {"met": target.met} for target in targets(config, rows)]
+    publish("peers", config, markdown(config, rows), rows=[row._asdict() for row in rows], targets=judged)
 
 
 def two_levels(config: PeersBenchConfig) -> Problem:

@@ -1,7 +1,6 @@
 """Scoring more tasks than fit in memory: peak memory, and speed beside that of the path in memory."""
 
 import dataclasses
-import json
 import resource
 import statistics
 import sys
@@ -13,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from rich.console import Console
-from rich.markdown import Markdown
 
 import metainfluence as mi
 from metainfluence.lab import digits, fewshot
+from metainfluence.lab.bench_output import publish
 from metainfluence.lab.models import MLP, logistic_head_problem
 from metainfluence.lab.sources import FewShotSource
 from metainfluence.lab.timing import Compiled
@@ -99,12 +97,7 @@ def run(config: ScoringBenchConfig) -> dict[str, Any]:
             ratio >= config.least_ratio,
         ),
     }
-    table = markdown(config, rows, targets)
-    Console().print(Markdown(table))
-    record = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, "runs": rows, "targets": targets}
-    (config.out / "scoring.md").write_text(table)
-    (config.out / "scoring.json").write_text(json.dumps(record, indent=2))
-    return record
+    return publish("scoring", config, markdown(config, rows, targets), runs=rows, targets=targets)
 
 
 def _solver() -> mi.Solver:

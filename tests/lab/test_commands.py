@@ -266,8 +266,25 @@ def test_evaluation_compares_the_same_tasks(folder, job, printed):
 
 
 def test_the_last_batch_overlaps(job):
-    whole = evaluate.per_task(job, job.meta_params, 5)
-    np.testing.assert_allclose(evaluate.per_task(job, job.meta_params, 2), whole)
+    points = (job.meta_params, jax.tree.map(lambda leaf: 1.1 * leaf, job.meta_params))
+    whole = evaluate.per_task(job, points, 5)
+    assert whole.shape == (2, 5)
+    assert np.any(whole[0] != whole[1])
+    np.testing.assert_allclose(evaluate.per_task(job, points, 2), whole)
+
+
+def test_an_edit_of_other_meta_parameters_is_refused(job, tmp_path):
+    edited = tmp_path / "edited.npz"
+    change = edited.with_name("edited.json")
+    evaluate.refuse_others(edited, job)
+    change.write_text(json.dumps({"meta_params": fingerprint(job.meta_params)}))
+    evaluate.refuse_others(edited, job)
+    other = job._replace(meta_params=jax.tree.map(lambda leaf: 2 * leaf, job.meta_params))
+    with pytest.raises(ValueError, match="edited: expected an edit of these meta-parameters"):
+        evaluate.refuse_others(edited, other)
+    change.write_text("[]")
+    with pytest.raises(ValueError, match=r"edited: expected .* as `metainfluence edit` writes it"):
+        evaluate.refuse_others(edited, job)
 
 
 def test_detection_takes_the_harmful_for_damaged(scores):

@@ -115,6 +115,8 @@ def run(config: EditConfig) -> None:
     before, after = (float(target(at, *job.target_args)) for at in (job.meta_params, edited.meta_params))
     step = optax.tree.norm(optax.tree.sub(edited.meta_params, job.meta_params)) / optax.tree.norm(job.meta_params)
     out = config.out or folder or (config.scores.parent if config.scores is not None else Path())
+    norms = np.asarray(edited.info.outer_gradient_norm)
+    reached = int(np.argmin(norms))
     change = {
         "removed": labels(job, chosen),
         "role": config.role,
@@ -124,18 +126,19 @@ def run(config: EditConfig) -> None:
         "relative change of the meta-parameters": float(step),
         "gradient norm with all data": with_all,
         "gradient norm before": unedited,
-        "gradient norm after each step": np.asarray(edited.info.outer_gradient_norm).tolist(),
+        "gradient norm after each step": norms.tolist(),
+        "steps kept": reached,
         "meta_params": fingerprint(job.meta_params),
     }
     parameters.save(out / EDITED, edited.meta_params)
     write_atomically(out / CHANGE, json.dumps(change, indent=1, ensure_ascii=False).encode(errors="replace"))
     tell(change)
-    last = jax.tree.map(lambda leaf: leaf[-1], edited.info)
-    say_table(("", "", ""), facts(last))
-    say_budget(last, edited.meta_params)
+    kept = jax.tree.map(lambda leaf: leaf[reached], edited.info)
+    say_table(("", "", ""), facts(kept))
+    say_budget(kept, edited.meta_params)
     # What F is to second order cannot leave more: each component of D_λF ends between its values with all data and
     # without the removed.
-    if change["gradient norm after each step"][-1] > math.hypot(with_all, unedited):
+    if norms[reached] > math.hypot(with_all, unedited):
         say(RAISED)
     where = f"--problem {config.problem}" if folder is None else str(folder)
     where += f" --edited {out / EDITED}" + ("" if config.scores is None else f" --scores {config.scores}")
@@ -161,6 +164,11 @@ def tell(change: dict[str, Any]) -> None:
         f"‖D_λF‖: {change['gradient norm with all data']:.1e} with all data; without the removed "
         f"{change['gradient norm before']:.1e} before the edit and "
         f"{', '.join(f'{each:.1e}' for each in change['gradient norm after each step'])} after"
+        + (
+            f"; of these the point after {change['steps kept']} Newton steps is kept"
+            if len(change["gradient norm after each step"]) > 1
+            else ""
+        )
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 import metainfluence as mi
 from metainfluence.evaluation import bootstrap, roc_auc
 from metainfluence.files import write_atomically
+from metainfluence.lab.checkpoints import fingerprint
 from metainfluence.lab.commands import parameters, runs, tables
-from metainfluence.lab.commands.edit import EDITED
+from metainfluence.lab.commands.edit import CHANGE, EDITED
 from metainfluence.lab.commands.job import Job
 from metainfluence.lab.commands.printing import say, say_table
 from metainfluence.lab.commands.score import SCORES
@@ -50,6 +51,7 @@ def run(config: EvaluateConfig) -> None:
     Raises:
       ConfigError: a problem without test tasks.
       FileNotFoundError: there are no edited meta-parameters.
+      ValueError: they were edited from others than the run's or the problem's.
     """
     home = config.run or Path()
     path = config.edited or home / EDITED
@@ -57,8 +59,9 @@ def run(config: EvaluateConfig) -> None:
     if job.test is None or len(job.test) < 2:
         raise ConfigError(f"{config.problem}: test: expected at least two tasks to evaluate on, got {job.test}")
     edited = parameters.load(path, job.meta_params)
+    refuse_others(path, job)
     table = scores_of(config, path, job)
-    before, after = (per_task(job, at, config.batch_size) for at in (job.meta_params, edited))
+    before, after = per_task(job, (job.meta_params, edited), config.batch_size)
     rows = {"before": before, "after": after, "after - before": after - before}
     found: dict[str, Any] = {
         "metric": "query loss" if job.metric is None else job.metric_name,
@@ -105,17 +108,31 @@ def scores_of(config: EvaluateConfig, edited: Path, job: Job) -> mi.scoring.Scor
     return table
 
 
-def per_task(job: Job, meta_params: Any, batch_size: int) -> np.ndarray:
-    """The metric of each test task, [n]."""
+def refuse_others(edited: Path, job: Job) -> None:
+    """Raises ValueError where the file beside edited meta-parameters says that they were edited from others."""
+    path = edited.with_name(CHANGE)
+    try:
+        told = json.loads(path.read_bytes())["meta_params"] if path.exists() else None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"edited: expected {path} as `metainfluence edit` writes it, got {error}") from error
+    if told is not None and told != fingerprint(job.meta_params):
+        raise ValueError(
+            f"edited: expected an edit of these meta-parameters, got {edited}, which {path} says is of others"
+        )
+
+
+def per_task(job: Job, points: Sequence[Any], batch_size: int) -> np.ndarray:
+    """The metric of each test task at each of some meta-parameters, [points, n]."""
     metric = jax.vmap(mi.task_loss(job.problem), (None, 0)) if job.metric is None else job.metric
     compiled = Compiled(metric)
     assert job.test is not None
-    found = np.full(len(job.test), np.nan)
+    found = np.full((len(points), len(job.test)), np.nan)
     for rows, tasks in batches(job.test, batch_size):
-        values = np.asarray(compiled(meta_params, tasks))
-        if values.shape != rows.shape:
-            raise ValueError(f"metric: expected one number for each of {len(rows)} tasks, got shape {values.shape}")
-        found[rows] = values
+        for point, meta_params in enumerate(points):
+            values = np.asarray(compiled(meta_params, tasks))
+            if values.shape != rows.shape:
+                raise ValueError(f"metric: expected one number for each of {len(rows)} tasks, got shape {values.shape}")
+            found[point, rows] = values
     return found
 
 

@@ -1,0 +1,22 @@
+"""What the benchmarks leave: a table on the terminal and as Markdown, and its numbers as JSON."""
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+
+def publish(name: str, config: Any, table: str, **record: Any) -> dict[str, Any]:
+    """Prints a table, and writes it and the record to the folder `config.out`, as name.md and name.json.
+
+    Returns:
+      The record, with the configuration.
+    """
+    Console().print(Markdown(table))
+    written = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, **record}
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / f"{name}.md").write_text(table, encoding="utf-8")
+    (config.out / f"{name}.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
+    return written
