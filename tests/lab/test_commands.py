@@ -273,8 +273,9 @@ def test_the_last_batch_overlaps(job):
     np.testing.assert_allclose(evaluate.per_task(job, points, 2), whole)
 
 
-def test_an_edit_of_other_meta_parameters_is_refused(job, tmp_path):
+def test_an_edit_of_other_meta_parameters_is_refused(folder, job, tmp_path):
     edited = tmp_path / "edited.npz"
+    parameters.save(edited, job.meta_params)
     change = edited.with_name("edited.json")
     evaluate.refuse_others(edited, job)
     change.write_text(json.dumps({"meta_params": fingerprint(job.meta_params)}))
@@ -282,6 +283,9 @@ def test_an_edit_of_other_meta_parameters_is_refused(job, tmp_path):
     other = job._replace(meta_params=jax.tree.map(lambda leaf: 2 * leaf, job.meta_params))
     with pytest.raises(ValueError, match="edited: expected an edit of these meta-parameters"):
         evaluate.refuse_others(edited, other)
+    change.write_text(json.dumps({"meta_params": fingerprint(other.meta_params)}))
+    with pytest.raises(ValueError, match="edited: expected an edit of these meta-parameters"):
+        evaluate.run(evaluate.EvaluateConfig(run=folder, edited=edited))
     change.write_text("[]")
     with pytest.raises(ValueError, match=r"edited: expected .* as `metainfluence edit` writes it"):
         evaluate.refuse_others(edited, job)
