@@ -260,27 +260,25 @@ def run(folder: Path, tests: list[str], limit: int) -> tuple[str, str]:
 
 
 def pass_unchanged(folder: Path, tests: list[str], limit: int, out: Path | None) -> None:
-    """Raises unless the tests pass without a mutation; once for every file of outcomes."""
-    known = [record["unchanged"] for record in records_in(out) if "unchanged" in record]
-    if tests in known:
+    """Raises unless the tests pass without a mutation; once for every test of a file of outcomes."""
+    known = {test for record in records_in(out) for test in record.get("unchanged", [])}
+    new = [test for test in tests if test not in known]
+    if not new:
         return
-    outcome, by = run(folder, tests, 10 * limit)
+    outcome, by = run(folder, new, 10 * limit)
     if outcome != "survived":
         raise RuntimeError(f"expected the tests to pass without a mutation, got {outcome} by {by}")
-    append(out, {"unchanged": tests})
+    append(out, {"unchanged": new})
 
 
-def trial(folder: Path, mutant: Mutant, limit: int, out: Path | None) -> dict[str, object]:
-    """What becomes of a mutant, by the tests of its file and, if they pass, by the wider ones."""
+def trial(folder: Path, mutant: Mutant, tests: list[str], limit: int, out: Path | None) -> dict[str, object]:
+    """What becomes of a mutant by these tests."""
+    pass_unchanged(folder, tests, limit, out)
     file, start = folder / mutant.file, time.monotonic()
-    unchanged, own = file.read_text(encoding="utf-8"), tests_of(mutant.file)
-    outcome, by = "survived", ""
-    for tests, seconds in ((own, limit), ([test for test in WIDER if test not in own], 3 * limit)):
-        if outcome == "survived":
-            pass_unchanged(folder, tests, seconds, out)
-            file.write_text(mutant.source, encoding="utf-8")
-            outcome, by = run(folder, tests, seconds)
-            file.write_text(unchanged, encoding="utf-8")
+    unchanged = file.read_text(encoding="utf-8")
+    file.write_text(mutant.source, encoding="utf-8")
+    outcome, by = run(folder, tests, limit)
+    file.write_text(unchanged, encoding="utf-8")
     return {
         "key": mutant.key,
         "file": str(mutant.file),
@@ -288,6 +286,7 @@ def trial(folder: Path, mutant: Mutant, limit: int, out: Path | None) -> dict[st
         "kind": mutant.kind,
         "outcome": outcome,
         "by": by,
+        "tests": tests,
         "seconds": round(time.monotonic() - start, 1),
         "diff": mutant.diff(),
     }
@@ -314,9 +313,9 @@ def records_in(path: Path | None) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def outcomes_in(path: Path | None) -> list[dict]:
-    """The outcomes that a file holds."""
-    return [record for record in records_in(path) if "outcome" in record]
+def outcomes_in(path: Path | None) -> dict[str, dict]:
+    """The outcomes that a file holds, the last of each mutant."""
+    return {record["key"]: record for record in records_in(path) if "outcome" in record}
 
 
 def append(path: Path | None, record: dict) -> None:
@@ -360,31 +359,35 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="only print what this file holds")
     options = parser.parse_args()
     if options.report:
-        print(report(outcomes_in(options.report)))
+        print(report(list(outcomes_in(options.report).values())))
         return
     core = [Path("metainfluence") / f"{name}.py" for name in CORE]
     core += sorted(path.relative_to(ROOT) for path in (ROOT / "metainfluence" / "solvers").glob("_*.py"))
     core = [file for file in core if file.name != "__init__.py" and options.only in str(file)]
     every = [mutant for file in core for mutant in mutants_of(file)]
     chosen = random.Random(options.seed).sample(every, min(options.count, len(every)))
-    outcomes, known = outcomes_in(options.out), {mutant.key for mutant in chosen}
-    outcomes = [outcome for outcome in outcomes if outcome["key"] in known]
-    done = {outcome["key"] for outcome in outcomes}
-    print(f"{len(chosen)} of {len(every)} mutants of {len(core)} files, {len(done)} tried before", flush=True)
+    known = {mutant.key for mutant in chosen}
+    outcomes = {key: outcome for key, outcome in outcomes_in(options.out).items() if key in known}
+    print(f"{len(chosen)} of {len(every)} mutants of {len(core)} files, {len(outcomes)} tried before", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_of_the_tree(folder)
-        for mutant in chosen:
-            if mutant.key in done:
-                continue
-            if time.monotonic() - began > options.seconds:
-                break
-            found = trial(folder, mutant, options.limit, options.out)
-            outcomes.append(found)
-            append(options.out, found)
-            print("{outcome:9} {seconds:5} s  {file}:{line}  {kind}  {by}".format(**found), flush=True)
-    print(report(outcomes))
+        # All with the quick tests first, then those that survived with the wider ones.
+        for wider in (False, True):
+            for mutant in chosen:
+                own = tests_of(mutant.file)
+                tests = [test for test in WIDER if test not in own] if wider else own
+                before = outcomes.get(mutant.key)
+                if before and (not wider or before["outcome"] != "survived" or before["tests"] == tests):
+                    continue
+                if time.monotonic() - began > options.seconds:
+                    break
+                found = trial(folder, mutant, tests, 3 * options.limit if wider else options.limit, options.out)
+                outcomes[mutant.key] = found
+                append(options.out, found)
+                print("{outcome:9} {seconds:5} s  {file}:{line}  {kind}  {by}".format(**found), flush=True)
+    print(report(list(outcomes.values())))
 
 
 if __name__ == "__main__":
