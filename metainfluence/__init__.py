@@ -23,6 +23,7 @@ from metainfluence.coupling import CouplingWarning as CouplingWarning
 from metainfluence.coupling import coupling as coupling
 from metainfluence.curvature import total_hessian as total_hessian
 from metainfluence.diagnosis import ErrorBudget as ErrorBudget
+from metainfluence.diagnosis import SlopeWarning as SlopeWarning
 from metainfluence.diagnosis import SolveError as SolveError
 from metainfluence.diagnosis import check as check
 from metainfluence.diagnosis import error_budget as error_budget

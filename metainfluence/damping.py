@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import solvers, subspace
-from metainfluence.adaptation import check_scalar
+from metainfluence._target import name_not_finite, target_gradient
 from metainfluence.bilevel import Bilevel, check_meta_params
 from metainfluence.curvature import Curvature, check_curvature, exact, expand
 from metainfluence.operators import Operator
@@ -170,10 +170,12 @@ def sweep(
     def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Sweep:
         check_meta_params(meta_params)
         resolved = resolve_weights(weights, tasks)
+        # What is wrong with the target is told before the longer part.
+        slope = target_gradient(target, meta_params, target_args)
         point = expansion(meta_params, tasks, resolved)
+        name_not_finite(point.gradient, tasks, "tasks")
         operator = point.operator
         grid = jnp.asarray(dampings, operator.shift.dtype)
-        slope = jax.grad(lambda m: check_scalar(target(m, *target_args), "target"))(meta_params)
         rhs = operator.domain.ravel(slope)[None]
         unpreconditioned = Preconditioner(lambda vector: vector, 0, 0)
         _, info, growth = grown(

@@ -20,6 +20,10 @@ class SolveError(RuntimeError):
     """Right-hand sides that were not solved, or not as well as was asked for."""
 
 
+class SlopeWarning(UserWarning):
+    """Scores that are all 0 because the target has no gradient."""
+
+
 class ErrorBudget(NamedTuple):
     """Relative errors of a result by their source, the worst over its right-hand sides.
 
@@ -141,15 +145,18 @@ def check(result: Any, *, tol: float | None = None) -> Any:
 
     Args:
       result: an `Influence`, `Scores`, `Edit`, `Sweep` or `SolveInfo`.
-      tol: raise, too, where a term of the `error_budget` is above this or the target's gradient is exactly 0, and warn
-        (`CouplingWarning`) where all support examples have a score of exactly 0; None looks at none of these.
+      tol: raise, too, where a term of the `error_budget` is above this or the target's gradient is exactly 0.
+
+    Warns:
+      SlopeWarning: the target's gradient is exactly 0, and so is every score; an error with `tol`.
+      CouplingWarning: every score of a support example is exactly 0.
 
     Returns:
       `result`, unchanged.
 
     Raises:
       SolveError: naming the right-hand sides that failed, how, and what to do; an inner problem without a minimum;
-        a target whose gradient is exactly 0; or the term above `tol`.
+        with `tol`, a target whose gradient is exactly 0, or the term above `tol`.
       TypeError: `result` is none of these, or traced.
     """
     info = _info(result)
@@ -160,11 +167,13 @@ def check(result: Any, *, tol: float | None = None) -> Any:
         raise SolveError(f"{failed}. Error budget: {error_budget(result).advice}")
     if not np.all(np.isfinite(_number(info.inner_gradient_norm))):
         raise SolveError(_NO_MINIMUM)
-    if tol is not None:
-        if told := _without_slope(result):
+    if told := _without_slope(result):
+        if tol is not None:
             raise SolveError(told)
-        if told := _without_support(result):
-            warnings.warn(told, CouplingWarning, stacklevel=2)
+        warnings.warn(told, SlopeWarning, stacklevel=2)
+    if told := _without_support(result):
+        warnings.warn(told, CouplingWarning, stacklevel=2)
+    if tol is not None:
         budget = error_budget(result)
         worst = float(getattr(budget, budget.dominant))
         if not worst <= tol:
@@ -179,15 +188,20 @@ def _failures(info: SolveInfo, status: np.ndarray, kind: SolveStatus) -> str:
     named = ", ".join(str(tuple(index.tolist())) if index.size > 1 else str(*index.tolist()) for index in failed[:8])
     which = f"right-hand sides {named}{' …' if len(failed) > 8 else ''}" if status.ndim else "the right-hand side"
     select = tuple(failed[0])
-    remedy = solvers.REMEDIES[kind]
-    if kind == SolveStatus.INDEFINITE and np.broadcast_to(_rounded(info), status.shape)[select]:
-        remedy = _ROUNDING.format(f"{_FLOAT64}, or " if _eps(info) > _EPS64 else "")
     return (
         f"{len(failed)} of {status.size} solves ended {kind.name} ({which}; first: relative residual "
         f"{float(np.asarray(info.relative_residual)[select]):.2e}, smallest curvature "
         f"{float(np.asarray(info.min_curvature)[select]):.2e}, "
-        f"{int(np.asarray(info.num_matvecs)[select])} products): {remedy}"
+        f"{int(np.asarray(info.num_matvecs)[select])} products): {remedy(info, select)}"
     )
+
+
+def remedy(info: SolveInfo, select: tuple[int, ...] = ()) -> str:
+    """What to do about the solve at an index, which did not converge."""
+    kind = SolveStatus(int(np.asarray(info.status)[select]))
+    if kind == SolveStatus.INDEFINITE and np.broadcast_to(_rounded(info), np.shape(info.status))[select]:
+        return _ROUNDING.format(f"{_FLOAT64}, or " if _eps(info) > _EPS64 else "")
+    return solvers.REMEDIES[kind]
 
 
 def _eps(info: SolveInfo) -> float:

@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import solvers
-from metainfluence._calls import calling, check_function, maker
-from metainfluence.adaptation import check_scalar
+from metainfluence._calls import maker
+from metainfluence._target import name_not_finite, target_gradient
 from metainfluence.bilevel import Bilevel, check_meta_params, task_loss, with_hvp
 from metainfluence.curvature import Curvature, Expansion, check_curvature, exact, expand, gradient_map
 from metainfluence.damping import RANK as DAMPING_RANK
@@ -41,7 +40,6 @@ from metainfluence.tasks import (
     concrete,
     described,
     is_array,
-    not_finite,
     reduce_tasks,
     resolve_weights,
     sizes,
@@ -145,7 +143,7 @@ class _Method(NamedTuple):
             chunks = fitting_chunks(self.problem, self.curvature, meta_params, tasks, vectors, self.mesh)
         expansion = expand(self.problem, self.curvature, chunks.tasks, self.mesh)(meta_params, tasks, weights)
         norm = optax.tree.norm(expansion.gradient)
-        _name_not_finite(norm, tasks, "tasks")
+        name_not_finite(norm, tasks, "tasks")
         damping, matvecs = self.damping, 0
         if isinstance(damping, str):
             fixed = jax.lax.stop_gradient((expansion.operator, expansion.gradient, meta_params))
@@ -192,35 +190,10 @@ class _Method(NamedTuple):
         return self.solve(point, jax.tree.map(jnp.negative, mixed))
 
 
-def _name_not_finite(derivative: PyTree, data: PyTree, name: str) -> None:
-    """Raises, naming task and leaf, where a derivative that has come out NaN or infinite can be laid to the tasks."""
-    if not isinstance(data, Task) or not concrete(derivative, data):
-        return
-    finite = all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(derivative))
-    found = None if finite else not_finite(data, name)
-    if found is not None:
-        raise ValueError(found)
-
-
 def _term(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> Array:
     """One task's term of F, w_k L_k / T."""
     value = task_loss(problem)(meta_params, task, weights)
     return value * weights.task.astype(value.dtype) / count
-
-
-def _slope(target: Callable[..., Array], meta_params: PyTree, target_args: tuple[Any, ...]) -> PyTree:
-    """∇φ."""
-    passed = "(meta_params, *target_args), where the call passes them: scores(meta_params, tasks, *target_args)"
-    check_function("target", target, passed, meta_params, *target_args)
-
-    def value(meta_params: PyTree) -> Array:
-        with calling("target", "(meta_params, *target_args)"):
-            return check_scalar(target(meta_params, *target_args), "target")
-
-    slope = jax.grad(value)(meta_params)
-    for k, data in enumerate(target_args):
-        _name_not_finite(slope, data, f"target_args[{k}]")
-    return slope
 
 
 def _columns(problem: Bilevel, term: Callable[[PyTree, PyTree], Array], meta_params: PyTree, weights: PyTree) -> PyTree:
@@ -427,7 +400,7 @@ def influence_scores(
         # What is wrong with the target is told before the longer part.
         check_meta_params(meta_params)
         weights = resolve_weights(weights, tasks)
-        slope = _slope(target, meta_params, target_args)
+        slope = target_gradient(target, meta_params, target_args)
         point = method.at(meta_params, tasks, weights)
         direction, info = method.solve(point, slope)
         sensitivity = point.expansion.mixed_transposed(direction)
@@ -556,7 +529,7 @@ def edit(
         start = (meta_params, meta_params, jnp.zeros_like(optax.tree.norm(meta_params)))
         (edited, best, least), (info, norms, inner_norms) = jax.lax.scan(step, start, jnp.arange(1 + num_newton_steps))
         final, final_inner = gradient(exact(), edited, tasks, edited, new)
-        _name_not_finite(final, tasks, "tasks")
+        name_not_finite(final, tasks, "tasks")
         norm = optax.tree.norm(final)
         info = info._replace(
             outer_gradient_norm=jnp.append(norms[1:], norm),

@@ -191,6 +191,17 @@ def test_the_task_and_the_leaf_that_are_not_finite_are_named():
         mi.influence_scores(PROBLEM, mi.query_loss(PROBLEM))(LAMBDA, TASKS, bad)
 
 
+def test_a_sweep_says_what_is_wrong_with_tasks_and_target():
+    sweep = mi.damping.sweep(PROBLEM, mi.query_loss(PROBLEM), [0.1, 1.0])
+    bad = with_support(y=TASKS.support["y"].at[1, 2].set(jnp.nan))
+    with pytest.raises(ValueError, match=r"tasks\.support\['y'\]: expected finite numbers.* in task 1$"):
+        sweep(LAMBDA, bad, TASKS)
+    with pytest.raises(ValueError, match=r"target_args\[0\]\.support\['y'\]: expected finite.* in task 1$"):
+        sweep(LAMBDA, TASKS, bad)
+    with pytest.raises(TypeError, match=r"target: expected.*scores\(meta_params, tasks, .*'test_tasks'"):
+        sweep(LAMBDA, TASKS)
+
+
 def test_arguments_that_are_mixed_up():
     scores = mi.influence_scores(PROBLEM, mi.query_loss(PROBLEM))
     with pytest.raises(TypeError, match=r"meta_params: expected.*got a Task; meta_params come first"):

@@ -227,10 +227,12 @@ def test_scores_that_are_exactly_0_are_told():
     assert "accuracy" in mi.error_budget(flat).advice
     with pytest.raises(mi.SolveError, match=r"gradient is exactly 0.*accuracy"):
         mi.check(flat, tol=1.0)
+    with pytest.warns(mi.SlopeWarning, match=r"gradient is exactly 0.*accuracy"):
+        assert mi.check(flat) is flat
     unweighed = mi.Scores(np.ones(3), 0 * ones, ones, info)
     assert "weights.support" in mi.error_budget(unweighed).advice
     with pytest.warns(mi.CouplingWarning, match="every score of a support example is exactly 0"):
-        mi.check(unweighed, tol=1.0)
+        assert mi.check(unweighed) is unweighed
 
 
 def test_reports_name_their_codes():

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 import metainfluence as mi
+from metainfluence.diagnosis import remedy
 from metainfluence.lab.commands.places import Place
 from metainfluence.lab.commands.printing import facts
 from metainfluence.scoring import Source
@@ -195,12 +196,8 @@ def diagnostics(metadata: Mapping[str, Any], meta_params: Any) -> str:
             f"bound on the distance to the optimum presumed, {'not ' if meta_params is None else ''}relative to ‖λ‖",
         ),
     ]
-    good = mi.SolveStatus(int(info.status)) == mi.SolveStatus.CONVERGED
-    verdict = (
-        "The solve converged."
-        if good
-        else f"The solve failed: {mi.solvers.REMEDIES[mi.SolveStatus(int(info.status))]}."
-    )
+    good = int(info.status) == mi.SolveStatus.CONVERGED
+    verdict = "The solve converged." if good else f"The solve failed: {remedy(info)}."
     lines = [(name, value, meaning) for name, value, meaning in told]
     errors = [(name, f"{value:.1e}", meaning) for name, value, meaning in terms]
     skipped = metadata.get("skipped")

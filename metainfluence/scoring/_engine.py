@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree, Shaped
 
 from metainfluence import damping as damping_rules
 from metainfluence import solvers
-from metainfluence.adaptation import check_scalar
+from metainfluence._target import name_target_not_finite, target_gradient
 from metainfluence.bilevel import Bilevel, check_meta_params, meta_regularization
 from metainfluence.curvature import Curvature, check_curvature, check_derivatives, exact, summed_product
 from metainfluence.operators import Domain, Operator, check_damping
@@ -284,7 +284,7 @@ class _Run:
 
     def slope_of_target(self, meta_params: PyTree, *args: Any) -> PyTree:
         """∇φ."""
-        return jax.grad(lambda m: check_scalar(self.target(m, *args), "target"))(meta_params)
+        return target_gradient(self.target, meta_params, args)
 
     def compiled_slope_of_target(self) -> Array:
         """∇φ as a flat vector, by a newly compiled function."""
@@ -370,6 +370,7 @@ class _Run:
         rhs = self.compiled_slope_of_target()
         if holds_nan(rhs):
             rhs = self.compiled_slope_of_target()
+        name_target_not_finite(rhs, self.target_args)
         report.phase("solve")
         solution, info = _solve(self.solver, operator.damped(damping), memorised.damped(damping), rhs, store, report)
         info = info._replace(

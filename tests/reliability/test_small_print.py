@@ -61,6 +61,45 @@ def test_steps_and_bases_that_are_allowed_if_none_are_named():
     assert default_max_size(diagonal(1.0, 2.0), 100) == 2
 
 
+@pytest.mark.parametrize("dense_size", [64, 0])
+def test_auto_counts_what_it_took_and_no_more(dense_size):
+    """All products, and one for the residual; a basis of two eigenvalues has two, and its residual none of its own."""
+    found = solved(mi.solvers.auto(dense_size=dense_size), diagonal(1.0, 1.0, 3.0), np.ones(3))[1]
+    assert int(found.num_matvecs) == (3 + 1 if dense_size else 2)
+
+
+def test_the_smallest_curvature_is_at_most_that_of_the_solution():
+    """Of a solver that sees no eigenvalue it is all that is seen; a solution of 0 has none."""
+    operator = diagonal(2.0, 4.0)
+    assert float(solved(mi.solvers.identity(), operator, np.ones(2))[1].min_curvature) == 3
+    assert float(solved(mi.solvers.identity(), operator, np.zeros(2))[1].min_curvature) == np.inf
+
+
+def test_the_default_tolerance_of_inner_solves_is_that_of_the_lowest_precision():
+    double, single = np.zeros(1), np.zeros(1, np.float32)
+    assert mi.adaptation.accurate_tol({"a": double}) == pytest.approx(1.8e-12, rel=0.02)
+    assert mi.adaptation.accurate_tol({"a": double, "b": single}) == pytest.approx(6.4e-6, rel=0.02)
+
+
+class Asked(Exception):
+    """With how many right-hand sides."""
+
+
+@pytest.mark.parametrize(("name", "expected"), [("task_if", 3), ("instance_if", 2), ("self_influence", 6), ("edit", 1)])
+def test_memory_is_asked_for_as_many_right_hand_sides_as_there_are(monkeypatch, name, expected):
+    inputs = cases.inputs_of(cases.STRUCTURES[0], golden.drawn(golden.stored()["inputs"]))
+    options = {"side": "query"} if name == "instance_if" else {}
+    rest = {"instance_if": (0,), "edit": (inputs.weights,)}.get(name, ())
+
+    def asked(problem, curvature, meta_params, tasks, vectors, mesh):
+        raise Asked(vectors)
+
+    monkeypatch.setattr("metainfluence.influence.fitting_chunks", asked)
+    influence = getattr(mi, name)(cases.problem("closed_form"), **options)
+    with pytest.raises(Asked, match=rf"^{expected}\b"):
+        influence(inputs.meta_params, inputs.tasks, *rest)
+
+
 @pytest.mark.parametrize("make", [mi.solvers.cg, mi.solvers.minres])
 def test_krylov_solvers_take_as_many_steps_as_allowed_and_no_more_than_needed(make):
     """One product a step, and one for the residual; with k different eigenvalues k steps are enough."""

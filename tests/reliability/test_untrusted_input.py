@@ -2,12 +2,14 @@
 
 import ast
 import dataclasses
+import functools
 import io
 import json
 import os
 import struct
 import subprocess
 import sys
+import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -102,36 +104,45 @@ DAMAGE = st.builds(
 
 
 def _named_or_read(path, kind, read):
-    """What is read, or None where that is refused by an error of this kind, which must name the file."""
+    """What is read, or None, and why it is refused: by an error of this kind, which must name the file."""
     try:
-        return read()
+        return read(), "read"
     except kind as error:
         message = str(error)
     assert str(path) in message
-    return None
+    return None, message.replace(str(path), "")
 
 
 @pytest.fixture(scope="session")
-def score_file(tmp_path_factory):
-    """A small valid score file, and a place to write damaged ones."""
-    folder = tmp_path_factory.mktemp("scores")
+def folder(tmp_path_factory):
+    """A place for damaged files."""
+    return tmp_path_factory.mktemp("damaged")
+
+
+@functools.cache
+def score_file():
+    """A small valid score file."""
     rng = np.random.default_rng(0)
     ones = jnp.ones((2, 3, 1))
     info = mi.SolveInfo(*(np.asarray(value) for value in (0, 3, 1e-9, 0.5)))
     scores = mi.Scores(rng.normal(size=2), rng.normal(size=(2, 3)), rng.normal(size=(2, 3)), info)
-    mi.scoring.write_scores(folder / "scores.parquet", scores, mi.Task(ones, ones))
-    return (folder / "scores.parquet").read_bytes(), folder / "damaged.parquet"
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "scores.parquet"
+        mi.scoring.write_scores(path, scores, mi.Task(ones, ones))
+        return path.read_bytes()
 
 
-def _read_scores(score_file, damage):
-    content, path = score_file
-    path.write_bytes(damage.of(content))
-    table = _named_or_read(path, ValueError, lambda: mi.read_scores(path))
+def read_score_file(folder, content):
+    """How it ends; `fuzz.py` asks, as of the other readers."""
+    path = folder / "damaged.parquet"
+    path.write_bytes(content)
+    table, outcome = _named_or_read(path, ValueError, lambda: mi.read_scores(path))
     if table is None:
-        return
+        return outcome
     assert len(table.task) == len(table.role) == len(table.example) == len(table.score)
     assert np.issubdtype(table.score.dtype, np.floating)
     assert isinstance(table.metadata, dict)
+    return outcome
 
 
 @QUICK
@@ -142,15 +153,15 @@ def _read_scores(score_file, damage):
 @example(damage=Damage([(4, b"\xff", 1)]))
 @example(damage=Damage([(40, b"\xff", 1)]))
 @given(damage=DAMAGE)
-def test_a_damaged_score_file_is_named_or_read(score_file, damage):
-    _read_scores(score_file, damage)
+def test_a_damaged_score_file_is_named_or_read(folder, damage):
+    read_score_file(folder, damage.of(score_file()))
 
 
 @pytest.mark.slow
 @LONG
 @given(damage=DAMAGE)
-def test_a_damaged_score_file_is_named_or_read_at_length(score_file, damage):
-    _read_scores(score_file, damage)
+def test_a_damaged_score_file_is_named_or_read_at_length(folder, damage):
+    read_score_file(folder, damage.of(score_file()))
 
 
 def _table(**changes):
@@ -202,7 +213,8 @@ def test_a_score_file_that_is_not_there_is_not_called_damaged(tmp_path):
 CONFIG = b'suite = "costs"\nseed = 3\nname = "x"\nsizes = [1, 2]\n[inner]\nrate = 0.5\nresume = true\n'
 
 
-def _config(folder, content):
+def read_configuration(folder, content):
+    """How it ends."""
     path = folder / "config.toml"
     path.write_bytes(content)
 
@@ -210,13 +222,14 @@ def _config(folder, content):
         _, values = read_config(path, ["costs", "solvers"])
         return as_arguments(values, _configuration(), path)
 
-    arguments = _named_or_read(path, ConfigError, read)
+    arguments, outcome = _named_or_read(path, ConfigError, read)
     if arguments is None:
-        return
+        return outcome
     # A value never turns into an option of its own.
     options = {"--seed", "--name", "--sizes", "--inner.rate", "--inner.resume", "--inner.no-resume"}
     strings = [argument for argument in arguments if argument.startswith("-") and argument not in options]
     assert all(_is_number(string) for string in strings)
+    return outcome
 
 
 def _is_number(text):
@@ -251,20 +264,15 @@ TEXT = st.one_of(
 @example(content=b"seed = 1979-05-27")
 @example(content=b"[[inner]]\nrate = 1")
 @given(content=TEXT)
-def test_a_configuration_is_named_or_read(config_folder, content):
-    _config(config_folder, content)
+def test_a_configuration_is_named_or_read(folder, content):
+    read_configuration(folder, content)
 
 
 @pytest.mark.slow
 @LONG
 @given(content=TEXT)
-def test_a_configuration_is_named_or_read_at_length(config_folder, content):
-    _config(config_folder, content)
-
-
-@pytest.fixture(scope="session")
-def config_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("configs")
+def test_a_configuration_is_named_or_read_at_length(folder, content):
+    read_configuration(folder, content)
 
 
 def test_a_configuration_that_is_too_large_or_would_smuggle_an_option_in_is_refused(tmp_path):
@@ -299,19 +307,21 @@ def _png(width, height, data=b"", *chunks):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def _image(folder, content):
+def read_image(folder, content):
+    """How it ends."""
     path = folder / "picture.png"
     path.write_bytes(content)
     with warnings.catch_warnings():
         # Pillow warns of what it can do without, as an animation.
         warnings.simplefilter("ignore", UserWarning)
-        pixels = _named_or_read(path, ValueError, lambda: decode_file(path, size=4, mode="L"))
+        pixels, outcome = _named_or_read(path, ValueError, lambda: decode_file(path, size=4, mode="L"))
     if pixels is None:
-        return
+        return outcome
     assert pixels.shape == (4, 4)
     assert pixels.dtype == np.float32
     assert pixels.min() >= 0
     assert pixels.max() <= 1
+    return outcome
 
 
 @QUICK
@@ -322,20 +332,28 @@ def _image(folder, content):
 @example(which=0, damage=Damage([(33, _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8))), 0)]))
 @example(which=1, damage=Damage([(41, b"", 5000)]))
 @given(which=st.integers(0, len(IMAGES) - 1), damage=DAMAGE)
-def test_a_damaged_image_is_named_or_read(image_folder, which, damage):
-    _image(image_folder, damage.of(IMAGES[which]))
+def test_a_damaged_image_is_named_or_read(folder, which, damage):
+    read_image(folder, damage.of(IMAGES[which]))
 
 
 @pytest.mark.slow
 @LONG
 @given(which=st.integers(0, len(IMAGES) - 1), damage=DAMAGE)
-def test_a_damaged_image_is_named_or_read_at_length(image_folder, which, damage):
-    _image(image_folder, damage.of(IMAGES[which]))
+def test_a_damaged_image_is_named_or_read_at_length(folder, which, damage):
+    read_image(folder, damage.of(IMAGES[which]))
 
 
-@pytest.fixture(scope="session")
-def image_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("images")
+CORPUS = Path(__file__).parent / "corpus"
+READERS = {"scores": read_score_file, "configurations": read_configuration, "images": read_image}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_fuzzing_has_kept_is_named_or_read(folder, reader):
+    """One file of each outcome that `fuzz.py` has met."""
+    kept = sorted((CORPUS / reader).iterdir())
+    assert len(kept) > 5
+    for file in kept:
+        READERS[reader](folder, file.read_bytes())
 
 
 @pytest.mark.parametrize("size", [(60_000, 60_000), (2**31 - 1, 2**31 - 1), (10_000, 10_000), (0, 5)])

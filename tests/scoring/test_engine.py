@@ -83,6 +83,16 @@ def test_a_product_on_the_host_cannot_be_compiled(operator):
         jax.jit(operator.matvec)(setting.LAMBDA)
 
 
+def test_a_held_out_number_that_is_not_finite_is_named(tmp_path):
+    held_out = mi.stack_tasks(setting.tasks(3, seed=1))
+    values = np.asarray(held_out.query["y"]).copy()
+    values[1, 0] = np.nan
+    bad = held_out._replace(query={**held_out.query, "y": values})
+    given = {"target": mi.query_loss(setting.PROBLEM), "target_args": (bad,)}
+    with pytest.raises(ValueError, match=r"target_args\[0\]\.query\['y'\]: expected finite numbers.* in task 1$"):
+        setting.score(setting.tasks(5), tmp_path / "scores.parquet", **given)
+
+
 def test_a_curvature_that_shifts_the_diagonal(tmp_path):
     curvature = mi.curvature.gamma()
     result = setting.score(setting.tasks(11), tmp_path / "scores.parquet", curvature=curvature)
