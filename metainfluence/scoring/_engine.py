@@ -128,7 +128,7 @@ def score(
       TypeError: metadata that JSON cannot hold; forward mode through a `custom_vjp`, see `bilevel`; and as
         `influence_scores`.
       SourceError: a task that cannot be read, or a source that has changed during the run.
-      MemoryError: not one task fits.
+      MemoryError: not one task fits, or an allocation failed on the device; what was finished is kept.
       BlockingIOError: another process is writing to `out`.
       OSError: `out` cannot be written to; what was finished is kept.
       ModuleNotFoundError: pyarrow is missing.
@@ -170,8 +170,20 @@ def score(
         memory,
         on_error,
     )
-    with jax.default_matmul_precision(precision), reporter(progress) as report:
+    with jax.default_matmul_precision(precision), reporter(progress) as report, _out_of_memory():
         return run(Path(out), precision, resume, report, metadata or {})
+
+
+@contextlib.contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """Says of an allocation that failed on the device what can be done."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "what was finished is kept, and the same call goes on with it where more memory is free"
+        raise MemoryError(f"{error}; {advice}; resume=False starts anew, with a smaller batch_size") from error
 
 
 def default_solver(count: int, **options: Any) -> Solver:

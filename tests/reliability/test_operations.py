@@ -9,6 +9,8 @@ import resource
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -93,6 +95,32 @@ def test_memory_that_ends_is_an_error_and_loses_nothing(on_error, bounded, whole
     np.testing.assert_array_equal(mi.read_scores(out).score, expected)
     assert not result.skipped
     # All are looked at once, and the missing ones read.
+    assert source.count <= 2 * 9 + 1 < reads
+
+
+def _loss_that_takes_more(params, meta_params, batch):
+    """The problem's, and 2 GiB that a branch which is never taken would need, and which are allocated with the rest."""
+
+    def needed():
+        return jnp.dot(jnp.sin(jnp.arange(1.0 * MOST / 4)).reshape(1 << 14, -1), jnp.ones(1 << 14)).sum()
+
+    bias = jax.lax.stop_gradient(meta_params["bias"])
+    return setting._loss(params, meta_params, batch) * jax.lax.cond(bias > 1e30, needed, lambda: 1.0)
+
+
+def test_memory_that_ends_on_the_device_is_an_error_and_loses_nothing(bounded, whole, tmp_path):
+    out, (expected, reads) = tmp_path / "scores.parquet", whole
+    adapt = mi.adaptation.closed_form(setting._ridge)
+    problem = mi.bilevel(_loss_that_takes_more, adapt, meta_regularizer=mi.l2(0.5))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(MemoryError, match=r"RESOURCE_EXHAUSTED.*allocating 2.*what was finished is kept"):
+        score(Watched(reads - 3, bounded), out, problem=problem)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    kept = left(out)
+    assert kept.count("solution") == 1
+    source = Watched()
+    score(source, out, problem=problem)
+    np.testing.assert_allclose(mi.read_scores(out).score, expected, rtol=1e-10)
     assert source.count <= 2 * 9 + 1 < reads
 
 
