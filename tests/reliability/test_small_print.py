@@ -71,7 +71,8 @@ def test_auto_counts_what_it_took_and_no_more(dense_size):
 def test_the_smallest_curvature_is_at_most_that_of_the_solution():
     """Of a solver that sees no eigenvalue it is all that is seen; a solution of 0 has none."""
     operator = diagonal(2.0, 4.0)
-    assert float(solved(mi.solvers.identity(), operator, np.ones(2))[1].min_curvature) == 3
+    info = solved(mi.solvers.identity(), operator, np.ones(2))[1]
+    assert (float(info.min_curvature), int(info.num_matvecs)) == (3, 1)
     assert float(solved(mi.solvers.identity(), operator, np.zeros(2))[1].min_curvature) == np.inf
 
 
@@ -148,6 +149,19 @@ def test_newton_stops_relative_to_the_gradient_at_the_start_or_to_1():
     """On 100 θ⁴ from 1 the gradient is 400, and at 2/3 and 4/9 it is 118.5 and 35.1; on θ⁴/100 0.04, 0.0119, 0.0035."""
     assert minimized(lambda p: 100 * p**4, 1.0, tol=0.1) == pytest.approx(4 / 9, rel=1e-12)
     assert minimized(lambda p: 0.01 * p**4, 1.0, tol=0.005) == pytest.approx(4 / 9, rel=1e-12)
+
+
+def test_newtons_steps_are_the_same_in_any_unit():
+    """Where the gradient at the start is at least 1, so that it is what all is relative to."""
+    spread = jnp.geomspace(1.0, 100.0, 12)
+
+    def reached(unit):
+        minimize = mi.adaptation.newton_cg(max_steps=6)
+        return jax.jit(lambda p: minimize(lambda p: unit * jnp.sum(spread * jnp.log(jnp.cosh(p))), p))(jnp.ones(12))
+
+    one = 1.001 / float(jnp.linalg.norm(spread * jnp.tanh(1.0)))
+    assert np.max(np.abs(reached(one))) > 1e-6
+    np.testing.assert_allclose(reached(1e6 * one), reached(one), rtol=1e-6, atol=1e-9)
 
 
 def test_newton_halves_a_step_that_is_too_long():
