@@ -109,6 +109,11 @@ EQUIVALENT = {
     ("_dense.py", "inverse = jnp.where(zero, 0, 1 / jnp.where(zero, (0), values))"): _MASKED,
     ("_minres.py", "vector=remainder / jnp.where(beta > 0, beta, (2)),"): "the remainder is 0 where beta is",
     ("_minres.py", "steps_left=jnp.where(singular, (-1), carry.steps_left - 1),"): "no steps are left either way",
+    ("_neumann.py", "rounding = (15) * jnp.finfo(term.dtype).eps"): "a margin over rounding, taken large enough",
+    (
+        "minimum.py",
+        "iteration = solvers.cg(tol=tol, max_steps=min((3) * domain.size + 10, 100)).iteration",
+    ): "conjugate gradients end within `size` steps but for rounding, and the margin is free",
     (
         "_neumann.py",
         "product = after(operator.flat_matvec(vector / jnp.where(size > 0, size, (2))))",

@@ -68,6 +68,16 @@ def test_auto_counts_what_it_took_and_no_more(dense_size):
     assert int(found.num_matvecs) == (3 + 1 if dense_size else 2)
 
 
+def test_auto_counts_no_product_that_a_large_problem_did_not_take(monkeypatch):
+    """Conjugate gradients need two, too, and one for the residual; those that met -1 and a basis count together."""
+    monkeypatch.setattr("metainfluence.solvers._auto._QUICK", 0)
+    solver = mi.solvers.auto(dense_size=0)
+    found = solved(solver, diagonal(1.0, 1.0, 3.0), np.ones(3))[1]
+    assert (int(found.num_matvecs), int(found.choice)) == (2 + 1, Choice.CG)
+    found = solved(solver, diagonal(-1.0, 0.5), np.ones(2))[1]
+    assert (int(found.num_matvecs), int(found.choice)) == (1 + 1 + 2, Choice.KRYLOV_ABSOLUTE)
+
+
 def test_the_smallest_curvature_is_at_most_that_of_the_solution():
     """Of a solver that sees no eigenvalue it is all that is seen; a solution of 0 has none."""
     operator = diagonal(2.0, 4.0)
@@ -192,6 +202,17 @@ def test_products_are_counted_by_scores_as_by_the_solver():
     assert int(info.num_matvecs) == 6 + 1
 
 
-def test_a_number_of_tasks_to_sample_is_an_integer():
-    with pytest.raises(ValueError, match="number: expected a positive integer"):
-        mi.solvers.sampled(2.5)
+COUNTS = [
+    (name, option)
+    for name in walk.SOLVERS
+    for option in inspect.signature(getattr(mi.solvers, name)).parameters
+    if option in ("max_steps", "max_size", "block_size", "rank", "num_terms", "number", "batch_size")
+]
+
+
+@pytest.mark.parametrize(("name", "option"), COUNTS)
+def test_a_count_is_a_positive_integer(name, option):
+    others = {"rank": 2} if name in ("lanczos", "nystrom") else {}
+    for wrong in (2.5, 0):
+        with pytest.raises(ValueError, match=rf"^{option}: expected .*integer"):
+            getattr(mi.solvers, name)(**{**others, option: wrong})
