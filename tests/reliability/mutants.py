@@ -87,6 +87,7 @@ WIDER = [
 # Changes that change no answer, by file and changed line, with the reason; found by reading them.
 _MASKED = "the divisor is that of a lane which the outer `where` leaves out"
 _ONE_AXIS = "the array has one axis, so that its first is its last"
+_MAPPED = "vmap and map give the same, at another cost of memory"
 EQUIVALENT = {
     ("influence.py", "count = point.weights.task.shape[(-1)]"): _ONE_AXIS,
     (
@@ -97,7 +98,8 @@ EQUIVALENT = {
         "adaptation.py",
         'total = weighted_sum(check_losses(losses, coefficients.shape[(-1)], "inner_loss"), coefficients)',
     ): _ONE_AXIS,
-    ("operators.py", "if (not self.size <= batch_size):"): "vmap and map give the same, at another cost of memory",
+    ("operators.py", "if (not self.size <= batch_size):"): _MAPPED,
+    ("operators.py", "if (self.size > batch_size):"): _MAPPED,
     (
         "_base.py",
         (

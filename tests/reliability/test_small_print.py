@@ -136,6 +136,7 @@ def test_cg_keeps_what_it_had_before_it_met_a_negative_curvature():
 def test_an_ekfac_of_nothing_is_finite_and_indefinite():
     solution, info = walk.solving("ekfac", 0)(np.eye(walk.SIZE), np.zeros(walk.SIZE), np.ones(walk.SIZE))
     assert int(info.status) == SolveStatus.INDEFINITE
+    assert int(info.num_matvecs) == 1
     assert np.all(np.isfinite(solution))
 
 
