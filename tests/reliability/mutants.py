@@ -98,6 +98,10 @@ EQUIVALENT = {
         "adaptation.py",
         'total = weighted_sum(check_losses(losses, coefficients.shape[(-1)], "inner_loss"), coefficients)',
     ): _ONE_AXIS,
+    (
+        "adaptation.py",
+        "forcing = jnp.clip(jnp.sqrt(carry.norm / jnp.maximum(1, first.norm)), (-0.9999), 0.1)",
+    ): "the last directions, at a gradient of 1e-8 of the first, become more accurate than they need to be",
     ("operators.py", "if (not self.size <= batch_size):"): _MAPPED,
     ("operators.py", "if (self.size > batch_size):"): _MAPPED,
     (

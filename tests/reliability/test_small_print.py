@@ -78,6 +78,12 @@ def test_auto_counts_no_product_that_a_large_problem_did_not_take(monkeypatch):
     assert (int(found.num_matvecs), int(found.choice)) == (1 + 1 + 2, Choice.KRYLOV_ABSOLUTE)
 
 
+def test_auto_turns_no_eigenvalue_that_the_damping_has_made_positive():
+    solution, info = solved(mi.solvers.auto(), diagonal(-0.5, 1.0).damped(1.0), np.ones(2))
+    np.testing.assert_allclose(solution, [2, 0.5], rtol=1e-12)
+    assert int(info.choice) == Choice.DENSE
+
+
 def test_the_smallest_curvature_is_at_most_that_of_the_solution():
     """Of a solver that sees no eigenvalue it is all that is seen; a solution of 0 has none."""
     operator = diagonal(2.0, 4.0)
