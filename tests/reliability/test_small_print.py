@@ -44,11 +44,11 @@ def test_every_solver_with_a_tolerance_has_the_same_one_if_none_is_given():
     assert set(defaults.values()) == {1e-6}
 
 
-@pytest.mark.parametrize("name", ["auto", "block_cg", "cg", "dense", "identity", "minres"])
+@pytest.mark.parametrize("name", ["auto", "block_cg", "cg", "dense", "identity", "minres", "neumann"])
 def test_what_a_preparation_took_is_counted(name):
-    options = {"dense_size": 0} if name == "auto" else {}
+    options = {"auto": {"dense_size": 0}, "neumann": {"num_terms": 3}}.get(name, {})
     solver, operator = getattr(mi.solvers, name)(**options), diagonal(1.0, 2.0, 3.0)
-    expected = 3 if name == "dense" else 0
+    expected = {"dense": 3, "neumann": 20}.get(name, 0)
     assert int(solver.init_matvecs(solver.init(operator))) == expected
 
 
