@@ -152,6 +152,12 @@ def test_a_scale_of_a_zero_operator_is_no_nan():
     assert float(estimate) == 0
 
 
+def test_a_scale_is_that_of_all_power_steps():
+    """After 20 of them an eigenvalue of 3/4 of the largest has (3/4)⁴⁰ of its share."""
+    estimate = jax.jit(lambda: largest_eigenvalue(diagonal(1.0, 2.0, 3.0, 4.0)))()
+    assert float(estimate) == pytest.approx(4, rel=1e-3)
+
+
 def minimized(objective, start, **options):
     return float(jax.jit(lambda p: mi.adaptation.newton_cg(**options)(objective, p))(jnp.asarray(start)))
 
