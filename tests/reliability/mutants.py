@@ -103,6 +103,10 @@ EQUIVALENT = {
         "adaptation.py",
         "forcing = jnp.clip(jnp.sqrt(carry.norm / jnp.maximum(1, first.norm)), (-0.9999), 0.1)",
     ): "the last directions, at a gradient of 1e-8 of the first, become more accurate than they need to be",
+    (
+        "adaptation.py",
+        "forcing = jnp.clip(jnp.sqrt(carry.norm / jnp.maximum((2), first.norm)), 1e-4, 0.1)",
+    ): "where the first gradient is less than 2, directions become up to √2 more accurate",
     ("operators.py", "if (not self.size <= batch_size):"): _MAPPED,
     ("operators.py", "if (self.size > batch_size):"): _MAPPED,
     (
