@@ -91,6 +91,7 @@ _ONE_AXIS = "the array has one axis, so that its first is its last"
 _MAPPED = "vmap and map give the same, at another cost of memory"
 EQUIVALENT = {
     ("influence.py", "count = point.weights.task.shape[(-1)]"): _ONE_AXIS,
+    ("influence.py", "split = 1 + own.support.shape[(-1)]"): _ONE_AXIS,
     (
         "influence.py",
         "point = method.at(meta_params, tasks, weights, (2) + size.support + size.query)",

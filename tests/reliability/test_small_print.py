@@ -139,6 +139,22 @@ def test_cg_keeps_what_it_had_before_it_met_a_negative_curvature():
     assert float(info.min_curvature) == -0.25
 
 
+def test_a_series_counts_the_products_of_its_preconditioner():
+    """Of one of two terms: one application to start with, and a product and one application for each term."""
+    inner = mi.solvers.neumann(2, scale=0.25)
+    solver = mi.solvers.neumann(3, scale=0.5, preconditioner=inner, tol=1e-14)
+    assert int(solved(solver, diagonal(1.0, 2.0, 3.0), np.ones(3))[1].num_matvecs) == 2 + 3 * (1 + 2) + 1
+
+
+def test_a_right_hand_side_that_is_not_finite_takes_no_products_of_the_others():
+    solver, operator = mi.solvers.block_cg(), diagonal(1.0, 2.0, 3.0)
+    rhs = jnp.stack([jnp.asarray([0.0, 1.0, 0.0]), jnp.full(3, jnp.nan)])
+    solutions, info = jax.jit(lambda b: solver.solve_many(operator, solver.init(operator), b))(rhs)
+    np.testing.assert_allclose(solutions[0], [0, 0.5, 0], rtol=1e-12)
+    assert info.status.tolist() == [SolveStatus.CONVERGED, SolveStatus.NONFINITE]
+    assert int(info.num_matvecs[0]) == 1
+
+
 def test_an_ekfac_of_nothing_is_finite_and_indefinite():
     solution, info = walk.solving("ekfac", 0)(np.eye(walk.SIZE), np.zeros(walk.SIZE), np.ones(walk.SIZE))
     assert int(info.status) == SolveStatus.INDEFINITE
