@@ -404,6 +404,8 @@ def main() -> None:
                 before = outcomes.get(mutant.key)
                 if before and (not wider or before["outcome"] != "survived" or before["tests"] == tests):
                     continue
+                if wider and before and reason(before):
+                    continue
                 if time.monotonic() - began > options.seconds:
                     break
                 found = trial(folder, mutant, tests, 3 * options.limit if wider else options.limit, options.out)
