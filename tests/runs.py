@@ -12,7 +12,7 @@ import numpy as np
 
 import metainfluence as mi
 from oracles.problems import KINDS, spec
-from oracles.reference import light_jit, solved
+from oracles.reference import solved
 
 CURVATURES = ("exact", "linearized", "gamma", "gauss_newton", "direct")
 
@@ -51,7 +51,7 @@ def gradient_fn(name: str) -> Callable[..., Any]:
         gradients = jax.vmap(mi.total_gradient(problem(name)), in_axes=(None, 0, 0))(meta_params, tasks, weights)
         return losses, gradients, mi.total_objective(problem(name))(meta_params, tasks, weights)
 
-    return light_jit(run)
+    return jax.jit(run)
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def hessians(name: str) -> dict[str, np.ndarray]:
         return found
 
     point = solved(name)
-    return jax.tree.map(np.asarray, light_jit(run)(point.meta_params, spec(name).tasks, point.weights))
+    return jax.tree.map(np.asarray, jax.jit(run)(point.meta_params, spec(name).tasks, point.weights))
 
 
 @functools.cache
@@ -94,4 +94,4 @@ def influences(name: str) -> dict[str, Any]:
 
     point = solved(name)
     arguments = (point.meta_params, spec(name).tasks, point.weights, random_direction(name), target_coefficients(name))
-    return jax.tree.map(np.asarray, light_jit(run)(*arguments))
+    return jax.tree.map(np.asarray, jax.jit(run)(*arguments))

@@ -11,7 +11,7 @@ import pytest
 import metainfluence as mi
 from oracles.parts import anchored, lenient
 from oracles.problems import NAMES, spec
-from oracles.reference import flat, light_jit, ravel, relative_error, row, share, solved
+from oracles.reference import flat, ravel, relative_error, row, share, solved
 
 
 def support_of(problem_name, k):
@@ -23,7 +23,7 @@ def support_of(problem_name, k):
 @pytest.mark.parametrize("problem_name", NAMES)
 def test_adapted_parameters_are_the_re_solved_ones(problem_name):
     point = solved(problem_name)
-    theta = light_jit(spec(problem_name).adapt.adapt)(point.meta_params, *support_of(problem_name, 1))
+    theta = jax.jit(spec(problem_name).adapt.adapt)(point.meta_params, *support_of(problem_name, 1))
     assert relative_error(ravel(theta), point.bases.theta[1]) <= 1e-10
 
 
@@ -79,7 +79,7 @@ def test_minimizers_and_linear_solvers_can_be_exchanged(combination):
         return jax.jvp(lambda m: gradient(m, tasks, weights), (meta_params,), (vector,))
 
     vector = jnp.cos(jnp.arange(len(point.lam), dtype=point.lam.dtype))
-    gradient, product = light_jit(run)(point.meta_params, s.tasks, point.weights, point.flat.unravel(vector))
+    gradient, product = jax.jit(run)(point.meta_params, s.tasks, point.weights, point.flat.unravel(vector))
     assert np.linalg.norm(ravel(gradient)) <= 1e-10
     assert relative_error(ravel(product), point.derivatives.hessian @ vector) <= 1e-9
 
@@ -98,7 +98,7 @@ def test_remat_changes_nothing():
         problem = mi.bilevel(s.outer_loss, adapt)
         return mi.task_loss(problem)(meta_params, row(s.tasks, 0))
 
-    plain, remat = (light_jit(jax.grad(functools.partial(loss, flag)))(s.meta_params) for flag in (False, True))
+    plain, remat = (jax.jit(jax.grad(functools.partial(loss, flag)))(s.meta_params) for flag in (False, True))
     assert relative_error(ravel(remat), ravel(plain)) <= 1e-13
 
 
@@ -124,7 +124,7 @@ def test_implicit_is_differentiable_to_the_third_order_in_every_order_of_modes(t
         derivative = {"r": jax.jacrev, "f": jax.jacfwd}[mode](derivative)
         expected = jax.jacfwd(expected)
     point = jnp.asarray(0.7)
-    np.testing.assert_allclose(light_jit(derivative)(point), expected(point), rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(derivative)(point), expected(point), rtol=1e-9)
 
 
 def ignorant_problem(inner_loss, init, regularizer=None):
@@ -193,8 +193,8 @@ def test_a_lambda_free_init_of_a_lambda_free_objective_is_accepted():
     )
     problem = mi.bilevel(lambda p, m, batch: m * inner_loss(p, m, batch), adapt)
     tasks = spec("imaml").tasks
-    gradient = light_jit(mi.total_gradient(problem))(jnp.asarray(2.0), row(tasks, 0))
-    loss = light_jit(mi.task_loss(problem))(jnp.asarray(1.0), row(tasks, 0))
+    gradient = jax.jit(mi.total_gradient(problem))(jnp.asarray(2.0), row(tasks, 0))
+    loss = jax.jit(mi.task_loss(problem))(jnp.asarray(1.0), row(tasks, 0))
     np.testing.assert_allclose(gradient, loss, rtol=1e-12)
 
 
@@ -207,7 +207,7 @@ def test_inner_gradient_norm_reports_an_inner_problem_that_was_not_solved():
         regularizer=s.inner.regularizer,
     )
     problem = mi.bilevel(s.outer_loss, adapt, meta_regularizer=anchored(1.0, s.meta_params))
-    info = light_jit(mi.task_if(problem, solver=mi.solvers.identity()))(s.meta_params, s.tasks).info
+    info = jax.jit(mi.task_if(problem, solver=mi.solvers.identity()))(s.meta_params, s.tasks).info
 
     def norm(task):
         theta = adapt(s.meta_params, task.support, share(jnp.ones(6), task.support_mask))
@@ -234,5 +234,5 @@ def test_unrolled_adam_follows_optax():
         gradient = jax.grad(lambda p: jnp.sum(coefficients * s.outer_loss(p, s.meta_params, task.support)))(params)
         updates, state = optimizer.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-    got = light_jit(adapt.adapt)(s.meta_params, task.support, coefficients)
+    got = jax.jit(adapt.adapt)(s.meta_params, task.support, coefficients)
     assert relative_error(ravel(got), ravel(params)) <= 1e-12

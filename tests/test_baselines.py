@@ -14,7 +14,7 @@ import tiny
 from metainfluence import baselines
 from oracles import paper
 from oracles.problems import spec
-from oracles.reference import bases, derivatives, flat, light_jit, ravel, relative_error, row, solved
+from oracles.reference import bases, derivatives, flat, ravel, relative_error, row, solved
 
 DAMPING = 0.2
 RATES = np.array([0.3, -0.1])
@@ -29,7 +29,7 @@ def test_direct_if_takes_the_adapted_parameters_for_constants_of_lambda(problem_
     def run(meta_params, tasks, weights):
         return direct(meta_params, tasks, coefficients, weights=weights)
 
-    scores = light_jit(run)(point.meta_params, spec(problem_name).tasks, point.weights)
+    scores = jax.jit(run)(point.meta_params, spec(problem_name).tasks, point.weights)
     cut = derivatives(problem_name, point.lam, point.weights, cut=True)
     slope = ravel(coefficients) * np.cos(point.lam)
     direction = np.linalg.solve(cut.hessian + DAMPING * np.eye(len(slope)), slope)
@@ -43,7 +43,7 @@ def test_direct_if_is_zero_where_the_outer_loss_sees_lambda_through_theta_only()
     point = solved("imaml")
     coefficients = runs.target_coefficients("imaml")
     direct = baselines.direct_if(runs.problem("imaml"), runs.target, solver=mi.solvers.dense(), damping=DAMPING)
-    scores = light_jit(direct)(point.meta_params, spec("imaml").tasks, coefficients)
+    scores = jax.jit(direct)(point.meta_params, spec("imaml").tasks, coefficients)
     for kind in mi.Weights._fields:
         assert np.all(getattr(scores, kind) == 0)
 
@@ -56,7 +56,7 @@ def test_identity_is_the_inner_product_of_gradients():
     def run(meta_params, tasks, weights):
         return tracin(meta_params, tasks, coefficients, weights=weights)
 
-    scores = light_jit(run)(point.meta_params, spec("maml_sgd").tasks, point.weights)
+    scores = jax.jit(run)(point.meta_params, spec("maml_sgd").tasks, point.weights)
     slope = ravel(coefficients) * np.cos(point.lam)
     for kind in mi.Weights._fields:
         expected = getattr(point.weights, kind) * (getattr(point.derivatives.mixed, kind) @ slope)
@@ -112,7 +112,7 @@ def found():
         return here | there | edits
 
     stacked = jax.vmap(point.flat.unravel)(jnp.asarray(moved(point.lam)))
-    results = light_jit(run)(point.meta_params, stacked, spec(NAME).tasks, point.weights, coefficients)
+    results = jax.jit(run)(point.meta_params, stacked, spec(NAME).tasks, point.weights, coefficients)
     return jax.tree.map(np.asarray, results)
 
 

@@ -1,5 +1,6 @@
 """The outer objective and its total gradient against re-solved values and Theorem 4.1."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import metainfluence as mi
 import runs
 from oracles import paper
 from oracles.problems import NAMES, spec
-from oracles.reference import difference, light_jit, offsets, relative_error, row, rows, solved, task_losses
+from oracles.reference import difference, offsets, relative_error, row, rows, solved, task_losses
 
 
 @pytest.mark.parametrize("problem_name", NAMES)
@@ -43,21 +44,21 @@ def test_weights_of_none_are_ones():
     s = spec("prototypes")
     problem, task = s.problem(), row(s.tasks, 0)
     ones = mi.unit_weights(s.tasks)
-    value = light_jit(mi.total_objective(problem))
+    value = jax.jit(mi.total_objective(problem))
     np.testing.assert_allclose(value(s.meta_params, s.tasks), value(s.meta_params, s.tasks, ones), rtol=1e-14)
-    loss = light_jit(mi.task_loss(problem))
+    loss = jax.jit(mi.task_loss(problem))
     np.testing.assert_allclose(loss(s.meta_params, task), loss(s.meta_params, task, row(ones, 0)), rtol=1e-14)
 
 
 def test_the_weight_of_a_task_enters_the_objective_only():
     s = spec("prototypes")
     problem, weights = s.problem(), row(mi.unit_weights(s.tasks), 0)
-    loss = light_jit(mi.task_loss(problem))
+    loss = jax.jit(mi.task_loss(problem))
     doubled = weights._replace(task=2 * weights.task)
     assert loss(s.meta_params, row(s.tasks, 0), doubled) == loss(s.meta_params, row(s.tasks, 0), weights)
 
     everywhere = mi.unit_weights(s.tasks)
-    objective = light_jit(mi.total_objective(problem))
+    objective = jax.jit(mi.total_objective(problem))
     rise = objective(s.meta_params, s.tasks, everywhere._replace(task=everywhere.task.at[0].set(2.0)))
     per_task = loss(s.meta_params, row(s.tasks, 0)) / len(everywhere.task)
     np.testing.assert_allclose(rise - objective(s.meta_params, s.tasks), per_task, rtol=1e-12)
@@ -65,9 +66,9 @@ def test_the_weight_of_a_task_enters_the_objective_only():
 
 def test_query_loss_is_the_unweighted_mean_without_the_meta_regulariser():
     s = spec("ridge_head")
-    loss = light_jit(mi.task_loss(s.problem()))
+    loss = jax.jit(mi.task_loss(s.problem()))
     losses = [loss(s.meta_params, row(s.tasks, k)) for k in range(4)]
-    target = light_jit(mi.query_loss(s.problem()))
+    target = jax.jit(mi.query_loss(s.problem()))
     np.testing.assert_allclose(target(s.meta_params, s.tasks), np.mean(losses), rtol=1e-13)
 
 
@@ -105,7 +106,7 @@ def test_from_task_loss_is_the_same_problem():
         make = mi.influence_scores(by_hand, runs.target, solver=solver)
         return make(meta_params, tasks, coefficients, weights=weights)
 
-    got = light_jit(scores)(*arguments, point.weights)
+    got = jax.jit(scores)(*arguments, point.weights)
     expected = runs.influences("maml_sgd")["scores"]
     for field in mi.Weights._fields:
         assert relative_error(getattr(got, field), getattr(expected, field)) <= 1e-10

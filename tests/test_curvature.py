@@ -9,7 +9,7 @@ import metainfluence as mi
 import runs
 from oracles import paper
 from oracles.problems import KINDS, NAMES, spec
-from oracles.reference import derivatives, difference, light_jit, offsets, ravel, relative_error, rows, solved
+from oracles.reference import derivatives, difference, offsets, ravel, relative_error, rows, solved
 
 
 @pytest.mark.parametrize("problem_name", NAMES)
@@ -63,7 +63,7 @@ def test_gauss_newton_is_positive_definite_with_a_convex_head(problem_name):
 def test_away_from_the_optimum_the_exact_hessian_is_still_exact():
     s = spec("ridge_head")
     weights = mi.unit_weights(s.tasks)
-    matrix = light_jit(lambda *arguments: mi.total_hessian(s.problem())(*arguments).dense())(s.meta_params, s.tasks)
+    matrix = jax.jit(lambda *arguments: mi.total_hessian(s.problem())(*arguments).dense())(s.meta_params, s.tasks)
     found = derivatives("ridge_head", ravel(s.meta_params), weights)
     assert relative_error(matrix, found.hessian) <= 1e-9
 
@@ -74,14 +74,14 @@ def test_damping_adds_to_every_eigenvalue_whatever_the_number_of_tasks():
     def matrix(damping):
         return mi.total_hessian(s.problem(), mi.curvature.direct(), damping=damping)(s.meta_params, s.tasks).dense()
 
-    matrices = [light_jit(matrix)(damping) for damping in (0.0, 0.3)]
+    matrices = [jax.jit(matrix)(damping) for damping in (0.0, 0.3)]
     np.testing.assert_allclose(matrices[1] - matrices[0], 0.3 * np.eye(len(matrices[0])), atol=1e-14)
 
 
 def test_operator_crosses_jit_as_an_argument_and_can_be_mapped(rng):
     s = spec("prototypes")
-    operator = light_jit(mi.total_hessian(s.problem(), damping=0.1))(s.meta_params, s.tasks)
+    operator = jax.jit(mi.total_hessian(s.problem(), damping=0.1))(s.meta_params, s.tasks)
     vectors = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=(3, *leaf.shape))), s.meta_params)
-    product = light_jit(lambda operator, vectors: jax.vmap(operator.matvec)(vectors))(operator, vectors)
+    product = jax.jit(lambda operator, vectors: jax.vmap(operator.matvec)(vectors))(operator, vectors)
     matrix = derivatives("prototypes", ravel(s.meta_params), mi.unit_weights(s.tasks)).hessian
     assert relative_error(rows(product), rows(vectors) @ (matrix + 0.1 * np.eye(len(matrix)))) <= 1e-9

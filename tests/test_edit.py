@@ -8,7 +8,7 @@ import pytest
 import metainfluence as mi
 import runs
 from oracles.problems import spec
-from oracles.reference import flat, light_jit, minimise, ravel, relative_error, resolve, rows
+from oracles.reference import flat, minimise, ravel, relative_error, resolve, rows
 
 REMOVALS = {
     "a task of twenty": {"tasks": [3]},
@@ -30,7 +30,7 @@ def trained():
 def editors():
     """Compiled editors by number of Newton steps."""
     make = {n: mi.edit(runs.problem("convex"), solver=mi.solvers.dense(), num_newton_steps=n) for n in (0, 3)}
-    return {n: light_jit(edit) for n, edit in make.items()}
+    return {n: jax.jit(edit) for n, edit in make.items()}
 
 
 @pytest.mark.parametrize("removal", REMOVALS)
@@ -55,7 +55,7 @@ def test_the_first_order_edit_is_the_group_influence(trained, editors):
     edit = editors[0](meta_params, tasks, new_weights)
     direction = jax.tree.map(jnp.subtract, new_weights, weights)
     group = mi.group_influence(runs.problem("convex"), solver=mi.solvers.dense())
-    delta = light_jit(group)(meta_params, tasks, direction).delta
+    delta = jax.jit(group)(meta_params, tasks, direction).delta
     assert relative_error(ravel(edit.meta_params) - ravel(meta_params), ravel(delta)) <= 1e-12
     assert edit.info.status.shape == (1,)
 
@@ -78,11 +78,11 @@ def test_removal_moves_lambda_by_minus_the_influence_and_the_target_by_the_score
     moves = retrained - ravel(meta_params)
 
     dense = mi.solvers.dense()
-    influence = light_jit(mi.task_if(runs.problem("convex"), solver=dense))(meta_params, tasks)
+    influence = jax.jit(mi.task_if(runs.problem("convex"), solver=dense))(meta_params, tasks)
     # A twentieth of the weight is a large step: what remains is of second order.
     assert relative_error(-rows(influence.delta), moves) <= 0.25
 
-    scores = light_jit(mi.influence_scores(runs.problem("convex"), runs.target, solver=dense))(
+    scores = jax.jit(mi.influence_scores(runs.problem("convex"), runs.target, solver=dense))(
         meta_params, tasks, coefficients
     )
     targets = np.array([runs.target(jnp.asarray(lam)[:, None], coefficients) for lam in retrained])
@@ -96,7 +96,7 @@ def test_newton_steps_that_lead_away_are_not_taken(start, leads_away):
     """On log cosh, from whose minimum Newton's method flees where |λ| > 1.09."""
     problem = mi.from_task_loss(lambda m, task, weights: jnp.log(jnp.cosh(m)) * jnp.mean(weights.query))
     tasks = mi.Task(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
-    edit = light_jit(mi.edit(problem, solver=mi.solvers.dense(), num_newton_steps=2))
+    edit = jax.jit(mi.edit(problem, solver=mi.solvers.dense(), num_newton_steps=2))
     found = edit(jnp.asarray(start), tasks, mi.unit_weights(tasks))
     norms = found.info.outer_gradient_norm
     assert norms.shape == (3,)

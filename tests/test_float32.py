@@ -9,7 +9,7 @@ import metainfluence as mi
 import runs
 from oracles import problems
 from oracles.parts import apply_net, squared_error
-from oracles.reference import light_jit, relative_error, rows, solved
+from oracles.reference import relative_error, rows, solved
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -51,7 +51,7 @@ def test_float32_is_as_close_to_float64_as_its_precision_allows(problem_name):
                 scores(meta_params, tasks, coefficients, weights=weights),
             )
 
-        losses, gradients, matrix, scores = light_jit(run)(*arguments)
+        losses, gradients, matrix, scores = jax.jit(run)(*arguments)
         assert {leaf.dtype for leaf in jax.tree.leaves((losses, gradients, matrix, scores[:3]))} == {
             np.dtype("float32")
         }
@@ -82,6 +82,6 @@ def test_float32_data_stay_float32_where_float64_is_enabled():
         )
     )
     problem = mi.bilevel(outer_loss, adapt, meta_regularizer=mi.l2(1.0))
-    assert light_jit(mi.total_objective(problem))(meta_params, tasks).dtype == jnp.float32
-    influence = light_jit(mi.task_if(problem, damping=10.0))(meta_params, tasks)
+    assert jax.jit(mi.total_objective(problem))(meta_params, tasks).dtype == jnp.float32
+    influence = jax.jit(mi.task_if(problem, damping=10.0))(meta_params, tasks)
     assert {leaf.dtype for leaf in jax.tree.leaves(influence.delta)} == {jnp.dtype("float32")}

@@ -10,7 +10,6 @@ from oracles import paper
 from oracles.problems import IMPLICIT, KINDS, spec
 from oracles.reference import (
     derivatives,
-    light_jit,
     optimum_differences,
     random_weights,
     ravel,
@@ -117,7 +116,7 @@ def test_info_reports_the_solve_and_the_stationarity_of_both_levels(problem_name
 def test_self_influence_is_the_weighted_inverse_hessian_norm_of_each_datum(problem_name):
     point, mixed = solved(problem_name), solved(problem_name).derivatives.mixed
     self_influence = mi.self_influence(runs.problem(problem_name), solver=mi.solvers.dense())
-    found = light_jit(self_influence)(point.meta_params, spec(problem_name).tasks, point.weights)
+    found = jax.jit(self_influence)(point.meta_params, spec(problem_name).tasks, point.weights)
     for kind in mi.Weights._fields:
         g = getattr(mixed, kind)
         expected = getattr(point.weights, kind) * np.sum(g * solve(problem_name, g), axis=-1)
@@ -146,7 +145,7 @@ def test_scores_use_the_curvature_and_the_damping_they_are_told(kind):
     def run(meta_params, tasks, weights):
         return make(meta_params, tasks, coefficients, weights=weights)
 
-    scores = light_jit(run)(point.meta_params, spec("ridge_head").tasks, point.weights)
+    scores = jax.jit(run)(point.meta_params, spec("ridge_head").tasks, point.weights)
     matrix_of_kind = paper.curvatures("ridge_head")[kind] + damping * np.eye(len(point.lam))
     direction = np.linalg.solve(matrix_of_kind, matrix(coefficients, 0) * np.cos(point.lam))
     for field in mi.Weights._fields:
@@ -157,7 +156,7 @@ def test_scores_use_the_curvature_and_the_damping_they_are_told(kind):
 def test_info_tells_how_far_from_stationary_a_point_is():
     s = spec("convex")
     weights = random_weights("convex")
-    info = light_jit(mi.task_if(runs.problem("convex")))(s.meta_params, s.tasks, weights).info
+    info = jax.jit(mi.task_if(runs.problem("convex")))(s.meta_params, s.tasks, weights).info
     expected = np.linalg.norm(derivatives("convex", ravel(s.meta_params), weights).gradient)
     assert expected > 1e-2
     np.testing.assert_allclose(info.outer_gradient_norm, np.full(20, expected), rtol=1e-9)

@@ -10,7 +10,7 @@ import pytest
 import metainfluence as mi
 import runs
 from oracles.problems import spec
-from oracles.reference import light_jit, relative_error, solved
+from oracles.reference import relative_error, solved
 
 PADDED = ("implicit_head", "maml_sgd", "prototypes")
 
@@ -70,7 +70,7 @@ def everything(problem_name):
             "scores": (found.task, found.support[:, : widths[0]], found.query[:, : widths[1]]),
         }, padding
 
-    return light_jit(run)
+    return jax.jit(run)
 
 
 def filled_mask(tasks):
@@ -99,7 +99,7 @@ def test_masks_of_ones_equal_no_masks():
     tasks = jax.tree.map(lambda leaf: leaf[:, :3], s.tasks)
     bare = tasks._replace(support_mask=None, query_mask=None)
     full = filled_mask(bare)
-    make = light_jit(jax.vmap(mi.task_loss(s.problem()), in_axes=(None, 0)))
+    make = jax.jit(jax.vmap(mi.task_loss(s.problem()), in_axes=(None, 0)))
     compare(make(s.meta_params, full), make(s.meta_params, bare), tol=1e-14)
 
 
@@ -117,8 +117,8 @@ def test_stacked_tasks_equal_single_ones():
     assert jax.tree.leaves(stacked.support)[0].shape[:2] == (3, 6)
     assert stacked.support_mask.sum(axis=1).tolist() == [3, 6, 5]
     assert stacked.query_mask.sum(axis=1).tolist() == [4, 2, 5]
-    loss = light_jit(mi.task_loss(s.problem()))
-    losses = light_jit(jax.vmap(mi.task_loss(s.problem()), in_axes=(None, 0)))(s.meta_params, stacked)
+    loss = jax.jit(mi.task_loss(s.problem()))
+    losses = jax.jit(jax.vmap(mi.task_loss(s.problem()), in_axes=(None, 0)))(s.meta_params, stacked)
     np.testing.assert_allclose(losses, [loss(s.meta_params, task) for task in single], rtol=1e-12)
 
 
@@ -143,7 +143,7 @@ def chunked(problem_name, batch_size, kinds):
     }
     point = solved(problem_name)
     arguments = (runs.random_direction(problem_name), runs.target_coefficients(problem_name))
-    return light_jit(run)(point.meta_params, spec(problem_name).tasks, point.weights, *arguments)
+    return jax.jit(run)(point.meta_params, spec(problem_name).tasks, point.weights, *arguments)
 
 
 whole = functools.cache(functools.partial(chunked, batch_size=None))
@@ -173,5 +173,5 @@ def test_surrogate_curvatures_in_chunks_of_any_size_give_the_same(kind):
     matrices = []
     for batch_size in (None, 3):
         make = mi.total_hessian(runs.problem("context_vector"), curvature, batch_size=batch_size)
-        matrices.append(light_jit(lambda *arguments, make=make: make(*arguments).dense())(s.meta_params, s.tasks))
+        matrices.append(jax.jit(lambda *arguments, make=make: make(*arguments).dense())(s.meta_params, s.tasks))
     assert relative_error(matrices[1], matrices[0]) <= 1e-12

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import metainfluence as mi
-from oracles.reference import Flat, flat, light_jit, over_tasks, partial_loss, share, solved
+from oracles.reference import Flat, flat, over_tasks, partial_loss, share, solved
 
 
 class InnerJet(NamedTuple):
@@ -161,7 +161,7 @@ def _terms(name: str) -> Callable[..., TaskTerms]:
 
         return over_tasks(problem, single, weights, theta)
 
-    return light_jit(run)
+    return jax.jit(run)
 
 
 @functools.cache

@@ -178,7 +178,8 @@ def test_of_two_inner_minima_the_one_that_the_start_leads_to_is_taken(sign):
 def test_a_flat_inner_problem_leaves_its_parameters_where_they_are():
     """Where the inner loss does not see λ, θ does not move with it, and only the direct term is left."""
     found = _inner_scores("flat", 0.3)
-    mi.check(found)
+    with pytest.warns(mi.CouplingWarning, match="support example"):
+        mi.check(found)
     at, ones = jnp.asarray(1.5), jnp.ones(3)
 
     def objective(meta_params, weight):
@@ -288,7 +289,8 @@ def test_a_target_that_does_not_depend_on_the_meta_parameters_has_scores_of_0():
     assert all(np.all(np.asarray(part) == 0) for part in cases.values(found))
     assert int(found.info.status) == SolveStatus.CONVERGED
     assert float(found.info.relative_residual) == 0
-    mi.check(found)
+    with pytest.warns(mi.SlopeWarning, match="gradient is exactly 0"):
+        mi.check(found)
 
 
 def test_a_task_of_zero_gradient_has_no_influence():
