@@ -47,6 +47,7 @@ TESTS = {
         "tests/test_edit.py",
         PROPERTIES,
         "tests/test_transformations.py",
+        "tests/test_influence.py",
     ],
     "operators.py": [GOLDEN, *REFUSALS, PROPERTIES, "tests/test_many_solves.py"],
     "bilevel.py": [GOLDEN, "tests/test_bilevel.py", *REFUSALS, PROPERTIES],
