@@ -1,5 +1,6 @@
 """Details that the documentation states and that other tests would not miss: defaults, counts, where a loop stops."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -15,6 +16,10 @@ from metainfluence.solvers._block_cg import default_max_size
 from metainfluence.solvers._neumann import largest_eigenvalue
 from reliability import cases, golden
 from reliability import test_no_silent_approximation as walk
+
+
+class Asked(Exception):
+    """For how much."""
 
 
 def diagonal(*values):
@@ -42,6 +47,43 @@ def test_every_solver_with_a_tolerance_has_the_same_one_if_none_is_given():
     }
     assert len(defaults) >= 8
     assert set(defaults.values()) == {1e-6}
+
+
+def test_defaults_are_the_documented_ones():
+    found = {
+        (name, option): parameter.default
+        for name in walk.SOLVERS
+        for option, parameter in inspect.signature(getattr(mi.solvers, name)).parameters.items()
+        if isinstance(parameter.default, int | float) and option != "tol"
+    }
+    assert found == {
+        ("auto", "dense_size"): 200,
+        ("auto", "absolute"): True,
+        ("auto", "memory"): 2e9,
+        ("block_cg", "block_size"): 16,
+        ("block_cg", "absolute"): False,
+        ("dense", "absolute"): False,
+        ("ekfac", "reestimate"): True,
+        ("lanczos", "absolute"): False,
+        ("lanczos", "seed"): 0,
+        ("nystrom", "seed"): 0,
+        ("sampled", "rank"): 100,
+        ("sampled", "seed"): 0,
+    }
+    assert diagonal(1.0).num_groups == 1
+
+
+@pytest.mark.parametrize(("num_tasks", "asked"), [(64, 4), (63, None), (1600, 100)])
+def test_auto_samples_a_sixteenth_of_the_tasks_from_64_on(num_tasks, asked):
+    def sample(number):
+        raise Asked(number)
+
+    operator = dataclasses.replace(diagonal(1.0, 2.0), sample=sample, num_groups=num_tasks)
+    if asked is None:
+        assert mi.solvers.auto(dense_size=0).init(operator)[0] is None
+        return
+    with pytest.raises(Asked, match=rf"^{asked}$"):
+        mi.solvers.auto(dense_size=0).init(operator)
 
 
 @pytest.mark.parametrize("name", ["auto", "block_cg", "cg", "dense", "identity", "minres", "neumann"])
@@ -96,10 +138,6 @@ def test_the_default_tolerance_of_inner_solves_is_that_of_the_lowest_precision()
     double, single = np.zeros(1), np.zeros(1, np.float32)
     assert mi.adaptation.accurate_tol({"a": double}) == pytest.approx(1.8e-12, rel=0.02)
     assert mi.adaptation.accurate_tol({"a": double, "b": single}) == pytest.approx(6.4e-6, rel=0.02)
-
-
-class Asked(Exception):
-    """With how many right-hand sides."""
 
 
 @pytest.mark.parametrize(("name", "expected"), [("task_if", 3), ("instance_if", 2), ("self_influence", 6), ("edit", 1)])
