@@ -49,7 +49,7 @@ TESTS = {
         "tests/test_transformations.py",
         "tests/test_influence.py",
     ],
-    "operators.py": [GOLDEN, *REFUSALS, PROPERTIES, "tests/test_many_solves.py"],
+    "operators.py": [GOLDEN, SMALL_PRINT, *REFUSALS, PROPERTIES, "tests/test_many_solves.py"],
     "bilevel.py": [GOLDEN, "tests/test_bilevel.py", *REFUSALS, PROPERTIES],
     "adaptation.py": [GOLDEN, SMALL_PRINT, *REFUSALS, "tests/test_adaptation.py", FAULTS],
     "minimum.py": [FAULTS, "tests/test_adaptation.py"],
