@@ -119,6 +119,7 @@ EQUIVALENT = {
         ),
     ): _MASKED,
     ("_base.py", "relative = jnp.where(scale > 0, residual / jnp.where(scale > 0, scale, (2)), residual)"): _MASKED,
+    ("_base.py", "return names[(-1)]"): "a single code has a single name",
     ("_dense.py", "inverse = jnp.where(zero, 0, 1 / jnp.where(zero, (0), values))"): _MASKED,
     ("_minres.py", "vector=remainder / jnp.where(beta > 0, beta, (2)),"): "the remainder is 0 where beta is",
     ("_minres.py", "steps_left=jnp.where(singular, (-1), carry.steps_left - 1),"): "no steps are left either way",
