@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from metainfluence._calls import calling, check_function
 from metainfluence.adaptation import check_scalar
-from metainfluence.tasks import Task, concrete, not_finite
+from metainfluence.tasks import name_not_finite
 
 
 def target_gradient(target: Callable[..., Array], meta_params: PyTree, target_args: tuple[Any, ...]) -> PyTree:
@@ -37,13 +36,3 @@ def name_target_not_finite(slope: PyTree, target_args: tuple[Any, ...]) -> None:
     """As `name_not_finite`, for ∇φ and held-out tasks among the target's arguments."""
     for k, data in enumerate(target_args):
         name_not_finite(slope, data, f"target_args[{k}]")
-
-
-def name_not_finite(derivative: PyTree, data: PyTree, name: str) -> None:
-    """Raises, naming task and leaf, where a derivative that has come out NaN or infinite can be laid to the tasks."""
-    if not isinstance(data, Task) or not concrete(derivative, data):
-        return
-    finite = all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(derivative))
-    found = None if finite else not_finite(data, name)
-    if found is not None:
-        raise ValueError(found)

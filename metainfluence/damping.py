@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import solvers, subspace
-from metainfluence._target import name_not_finite, target_gradient
+from metainfluence._target import target_gradient
 from metainfluence.bilevel import Bilevel, check_meta_params
 from metainfluence.curvature import Curvature, check_curvature, exact, expand
 from metainfluence.operators import Operator
@@ -20,7 +20,7 @@ from metainfluence.solvers import SolveInfo
 from metainfluence.solvers._base import Preconditioner, check_positive, reachable
 from metainfluence.solvers._block_cg import grown
 from metainfluence.spectrum import of_operator
-from metainfluence.tasks import Task, Weights, check_batch_size, concrete, resolve_weights
+from metainfluence.tasks import Task, Weights, check_batch_size, concrete, name_not_finite, resolve_weights
 
 RANK = 40
 _MARGIN = 2.0

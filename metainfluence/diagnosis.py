@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from metainfluence import solvers
 from metainfluence.coupling import CouplingWarning
-from metainfluence.influence import Edit, Scores
+from metainfluence.influence import Edit
 from metainfluence.solvers import SolveInfo, SolveStatus
 from metainfluence.tasks import concrete
 
@@ -219,7 +219,7 @@ def _rounded(info: SolveInfo) -> Any:
 
 def _without_slope(result: Any) -> str:
     """What to tell of scores for a target without a gradient; of `self_influence`, which has no target, nothing."""
-    if not isinstance(result, Scores) or result.info.effective_curvature is None:
+    if not hasattr(result, "task") or result.info.effective_curvature is None:
         return ""
     one_target = np.ndim(result.info.status) == np.ndim(result.task) - 1
     return _NO_SLOPE if one_target and np.any(np.asarray(result.info.effective_curvature) == 0) else ""
@@ -227,7 +227,7 @@ def _without_slope(result: Any) -> str:
 
 def _without_support(result: Any) -> str:
     """What to tell of scores that are 0 for all support examples, though not for all data."""
-    if not isinstance(result, Scores) or not np.size(result.support):
+    if not hasattr(result, "support") or not np.size(result.support):
         return ""
     return _NO_SUPPORT if not np.any(np.asarray(result.support)) and np.any(np.asarray(result.task)) else ""
 

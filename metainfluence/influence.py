@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence import solvers
 from metainfluence._calls import maker
-from metainfluence._target import name_not_finite, target_gradient
+from metainfluence._target import target_gradient
 from metainfluence.bilevel import Bilevel, check_meta_params, task_loss, with_hvp
 from metainfluence.curvature import Curvature, Expansion, check_curvature, exact, expand, gradient_map
 from metainfluence.damping import RANK as DAMPING_RANK
@@ -40,6 +40,7 @@ from metainfluence.tasks import (
     concrete,
     described,
     is_array,
+    name_not_finite,
     reduce_tasks,
     resolve_weights,
     sizes,

@@ -172,6 +172,16 @@ def not_finite(tasks: Task, name: str = "tasks") -> str | None:
     return None
 
 
+def name_not_finite(derivative: PyTree, data: PyTree, name: str) -> None:
+    """Raises, naming task and leaf, where a derivative that has come out NaN or infinite can be laid to the tasks."""
+    if not isinstance(data, Task) or not concrete(derivative, data):
+        return
+    finite = all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(derivative))
+    found = None if finite else not_finite(data, name)
+    if found is not None:
+        raise ValueError(found)
+
+
 def stack_tasks(tasks: Sequence[Task]) -> Task:
     """Stacks single tasks on a new leading axis, padding ragged ones.
 

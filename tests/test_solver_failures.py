@@ -229,6 +229,9 @@ def test_scores_that_are_exactly_0_are_told():
         mi.check(flat, tol=1.0)
     with pytest.warns(mi.SlopeWarning, match=r"gradient is exactly 0.*accuracy"):
         assert mi.check(flat) is flat
+    streamed = mi.scoring.Result(*flat, ids=np.arange(3), skipped={})
+    with pytest.warns(mi.SlopeWarning, match="gradient is exactly 0"):
+        mi.check(streamed)
     unweighed = mi.Scores(np.ones(3), 0 * ones, ones, info)
     assert "weights.support" in mi.error_budget(unweighed).advice
     with pytest.warns(mi.CouplingWarning, match="every score of a support example is exactly 0"):

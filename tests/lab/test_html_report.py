@@ -112,6 +112,8 @@ def test_diagnostics_name_what_dominates():
     page = html_report.page(failed, title="t")
     assert "The solve failed: the curvature is not positive" in page
     assert "no bound holds" in page
+    rounded = html_report.page(table_of(solve={**SOLVE, "status": "INDEFINITE", "min_curvature": 0.1}), title="t")
+    assert "The solve failed: no curvature that was met is negative" in rounded
 
 
 @pytest.mark.parametrize("solve", [None, {}, {**SOLVE, "status": "FINE"}, {**SOLVE, "damping": [1, 2]}, [1]])

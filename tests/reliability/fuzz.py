@@ -65,7 +65,7 @@ def fuzz(reader: str, seconds: float, corpus: Path) -> tuple[int, int]:
                 tried += 1
                 try:
                     found = kind(read(folder, content))
-                except BaseException:
+                except Exception:
                     keep(content)
                     raise
                 if found not in known:

@@ -1,6 +1,7 @@
 """What the commands print: results on standard output, progress on standard error."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,13 +49,16 @@ def say_budget(result: Any, meta_params: Any) -> None:
 
 
 def check_solve(result: Any) -> None:
-    """As `metainfluence.check`, without the budget, which `say_budget` has printed relative to ‖λ‖.
+    """As `metainfluence.check`, without the budget and its warnings, which `say_budget` has printed.
 
     Raises:
       SolveError: as `check`.
     """
     try:
-        mi.check(result)
+        with warnings.catch_warnings():
+            for told in (mi.SlopeWarning, mi.CouplingWarning):
+                warnings.simplefilter("ignore", told)
+            mi.check(result)
     except mi.SolveError as error:
         raise mi.SolveError(str(error).partition(" Error budget: ")[0]) from error
 
