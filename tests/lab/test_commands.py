@@ -584,3 +584,11 @@ def test_ctrl_c_leaves_a_run_that_goes_on(module, monkeypatch):
     assert "query loss" in text
     assert "names no damaged data" in text
     assert "without pictures" in done("report", "scores.parquet", "--problem", "theirs:make")
+
+
+def test_what_the_budget_says_is_not_said_again():
+    """As a warning, which is an error here; that a target has no gradient stands in the line before."""
+    info = mi.SolveInfo(*map(np.asarray, (0, 1, 0.0, 1.0, 0.0, 0.0, 0.0)))
+    scores = mi.Scores(np.zeros(2), np.zeros((2, 3)), np.zeros((2, 3)), info)
+    assert "gradient is exactly 0" in mi.error_budget(scores).advice
+    printing.check_solve(scores)
