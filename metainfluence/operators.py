@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence.tasks import concrete, leaf_name
+from metainfluence._checks import leaf_name
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """Structure, shapes and dtypes of the vectors on which an operator acts; hashable, so static under jit."""
+    """Structure, shapes and dtypes of the vectors on which an operator acts; a pytree without leaves."""
 
     structure: Any
     leaves: tuple[jax.ShapeDtypeStruct, ...]
@@ -47,7 +49,12 @@ class Domain:
 
     def unravel(self, vector: Float[Array, " size"]) -> PyTree:
         """Inverse of `ravel`."""
-        return ravel_pytree(self.zeros())[1](vector)
+        ends = itertools.accumulate(leaf.size for leaf in self.leaves)
+        parts = [
+            vector[end - leaf.size : end].reshape(leaf.shape).astype(leaf.dtype)
+            for end, leaf in zip(ends, self.leaves, strict=True)
+        ]
+        return jax.tree.unflatten(self.structure, parts)
 
     def check(self, name: str, tree: PyTree) -> None:
         """Raises ValueError, naming the argument and the leaf, unless `tree` belongs to this domain."""
@@ -81,6 +88,24 @@ class Losses(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class FlatProduct:
+    """A product that is made in flat coordinates, for an operator that is asked for it there; a pytree.
+
+    Attributes:
+      flat: v ↦ A v, both flat.
+      domain: of the vectors.
+    """
+
+    flat: Callable[[Float[Array, " size"]], Float[Array, " size"]]
+    domain: Domain = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        """The product with a pytree of the domain."""
+        return self.domain.unravel(self.flat(self.domain.ravel(vector)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Operator:
     """Symmetric linear operator v ↦ A v + shift · v on pytrees; a registered pytree that crosses jit as an argument.
 
@@ -108,7 +133,11 @@ class Operator:
 
     def flat_matvec(self, vector: Float[Array, " size"]) -> Float[Array, " size"]:
         """Product with a vector in the flat coordinates of `domain.ravel`."""
-        return self.domain.ravel(self.matvec(self.domain.unravel(vector)))
+        if isinstance(self.product, FlatProduct):
+            product = self.product.flat(vector)
+        else:
+            product = self.domain.ravel(self.product(self.domain.unravel(vector)))
+        return product + self.shift.astype(product.dtype) * vector
 
     def damped(self, damping: Any) -> Operator:
         """The operator plus `damping` times the identity."""
@@ -133,22 +162,14 @@ def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
     """Makes an operator of a symmetric linear function.
 
     Args:
-      matvec: v ↦ A v. Pass a `jax.tree_util.Partial` whose arguments are the arrays that A depends on to have them
-        travel as data through jit; arrays that a plain function closes over are compiled in as constants.
+      matvec: v ↦ A v. Pass a `jax.tree_util.Partial` whose arguments are the arrays that A depends on, or a `FlatProduct`, to
+        have them travel as data through jit; arrays that a plain function closes over are compiled in as constants.
       like: pytree with the structure, shapes and dtypes of v.
 
     Returns:
       Operator without damping.
     """
-    if not isinstance(matvec, jax.tree_util.Partial):
+    if not isinstance(matvec, (jax.tree_util.Partial, FlatProduct)):
         matvec = jax.tree_util.Partial(matvec)
     domain = Domain.of(like)
     return Operator(matvec, jnp.zeros((), domain.dtype), domain)
-
-
-def check_damping(damping: Any) -> None:
-    """Raises unless `damping` is a non-negative scalar; traced values cannot be checked."""
-    if isinstance(damping, str) or jnp.ndim(damping) != 0:
-        raise ValueError(f"damping: expected a non-negative number, got {damping!r}")
-    if concrete(damping) and not float(damping) >= 0.0:
-        raise ValueError(f"damping: expected a non-negative number, got {damping!r}")

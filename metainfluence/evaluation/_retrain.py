@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from metainfluence._checks import check_batch_size, concrete, is_array, leaf_name
+from metainfluence.data import Weights
 from metainfluence.evaluation._cache import Cache
-from metainfluence.tasks import Weights, check_batch_size, concrete, is_array, leaf_name
 
 
 def retrain(

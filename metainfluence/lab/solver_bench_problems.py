@@ -8,11 +8,10 @@ import numpy as np
 import optax
 
 import metainfluence as mi
-from metainfluence.adaptation import weighted_sum
+from metainfluence.data import coefficients, weighted_sum
 from metainfluence.lab import demo, digits, fewshot, omniglot
 from metainfluence.lab.models import MLP, logistic_head_problem
 from metainfluence.lab.train import meta_train
-from metainfluence.tasks import coefficients
 
 RANDOM_CLASSES, RANDOM_IMAGES, RANDOM_SIZE = 60, 20, 28
 

@@ -17,13 +17,14 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from metainfluence import damping as damping_rules
 from metainfluence import solvers
-from metainfluence._target import name_target_not_finite, target_gradient
-from metainfluence.bilevel import Bilevel, check_meta_params, meta_regularization
-from metainfluence.curvature import Curvature, check_curvature, check_derivatives, exact, summed_product
-from metainfluence.operators import Domain, Operator, check_damping
-from metainfluence.preflight import FREE_SHARE, free_memory, preflight
+from metainfluence._checks import check_batch_size, check_damping, check_mesh, check_positive
+from metainfluence.curvature import Curvature, check_curvature, exact
+from metainfluence.data import sizes
+from metainfluence.operators import Domain, Operator
+from metainfluence.problem import Bilevel, check_meta_params, meta_regularization
+from metainfluence.response import RANK, batch_pull, check_derivatives, name_target_not_finite, target_gradient
+from metainfluence.response import rule as damping_rule
 from metainfluence.scoring import _manifest, _table
 from metainfluence.scoring._passes import BatchScores, Passes, Slope, reader_of
 from metainfluence.scoring._processes import agree, first, meet, share
@@ -32,8 +33,8 @@ from metainfluence.scoring._progress import Progress, Reporter, reporter
 from metainfluence.scoring._source import Reader, Source, ids_of, stack, widened
 from metainfluence.scoring._store import Store
 from metainfluence.solvers import SolveInfo, Solver
-from metainfluence.solvers._base import check_positive, norm
-from metainfluence.tasks import check_batch_size, check_mesh, sizes
+from metainfluence.solvers._base import norm
+from metainfluence.trust import FREE_SHARE, free_memory, preflight
 
 # One for all runs, since programs are known by it.
 _EXACT = exact()
@@ -238,10 +239,10 @@ class _Run:
         reader = Reader(self.source, 1, self.on_error)
         batch = stack([reader.template()], reader.template())
         self.check_columns(reader)
-        check_derivatives(self.problem, self.meta_params, *batch, twice=False)
+        check_derivatives(self.problem, self.meta_params, *batch)
 
         def product(meta_params: PyTree, vector: PyTree, batch: Any) -> PyTree:
-            return summed_product(self.problem, self.curvature, meta_params, vector, *batch)
+            return batch_pull(self.problem, self.curvature, meta_params, *batch)(vector)[0]
 
         def regularizer(meta_params: PyTree) -> Array:
             return meta_regularization(self.problem, meta_params)
@@ -377,8 +378,8 @@ class _Run:
         if isinstance(damping, str):
             report.phase("damping")
             with jax.disable_jit():
-                rule = damping_rules.rule(memorised, slope.gradient, self.meta_params)
-            damping, matvecs = float(rule.value), damping_rules.RANK
+                rule = damping_rule(memorised, slope.gradient, self.meta_params)
+            damping, matvecs = float(rule.value), RANK
         rhs = self.compiled_slope_of_target()
         if holds_nan(rhs):
             rhs = self.compiled_slope_of_target()

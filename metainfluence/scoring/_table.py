@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from metainfluence.data import Task, sizes
 from metainfluence.files import replacing
 from metainfluence.influence import Scores
 from metainfluence.scoring._source import Source, ids_of
 from metainfluence.solvers import SolveInfo, SolveStatus
-from metainfluence.tasks import Task, sizes
 
 ROLES = ("task", "support", "query")
 _METADATA = b"metainfluence"

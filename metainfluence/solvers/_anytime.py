@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Solver, check_positive, norm
+from metainfluence.solvers._base import Solver, norm
 
 
 class Trace(NamedTuple):

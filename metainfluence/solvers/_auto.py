@@ -8,16 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import (
-    Choice,
-    Preconditioner,
-    SolveInfo,
-    Solver,
-    SolveStatus,
-    check_positive,
-    preconditioner_of,
-)
+from metainfluence.solvers._base import Choice, Preconditioner, SolveInfo, Solver, SolveStatus, preconditioner_of
 from metainfluence.solvers._block_cg import default_max_size, grown, of_block
 from metainfluence.solvers._cg import cg
 from metainfluence.solvers._dense import by_eigenvalues

@@ -284,13 +284,3 @@ def dot(left: Array, right: Array) -> Array:
 def default_max_steps(size: int, max_steps: int | None) -> int:
     """Steps allowed where the user names none: twice the steps of exact arithmetic, at most 1000."""
     return max_steps if max_steps is not None else min(2 * size + 10, 1000)
-
-
-def check_positive(name: str, value: Any, *, integer: bool = False) -> None:
-    """Raises ValueError unless `value` is positive (and an integer); traced values cannot be checked."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    kind = "a positive integer" if integer else "a positive number"
-    valid = not isinstance(value, (str, bool)) and jnp.ndim(value) == 0 and (not integer or isinstance(value, int))
-    if not valid or not float(value) > 0:
-        raise ValueError(f"{name}: expected {kind}, got {value!r}")

@@ -9,16 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from metainfluence import subspace
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import (
-    Preconditioner,
-    SolveInfo,
-    Solver,
-    SolveStatus,
-    check_positive,
-    preconditioner_of,
-    reachable,
-)
+from metainfluence.solvers._base import Preconditioner, SolveInfo, Solver, SolveStatus, preconditioner_of, reachable
 
 
 def block_cg(

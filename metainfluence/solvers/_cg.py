@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
 from metainfluence.solvers._base import (
     Iteration,
     Outcome,
     Solver,
     SolveStatus,
-    check_positive,
     default_max_steps,
     dot,
     iterative,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from metainfluence import ekfac as factors
+from metainfluence._checks import check_batch_size, check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Outcome, Solver, SolveStatus, check_positive, direct
-from metainfluence.tasks import check_batch_size
+from metainfluence.solvers._base import Outcome, Solver, SolveStatus, direct
 
 
 class _State(NamedTuple):

@@ -7,18 +7,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import (
-    Iteration,
-    Outcome,
-    Solver,
-    check_positive,
-    default_max_steps,
-    dot,
-    iterative,
-    norm,
-    reachable,
-)
+from metainfluence.solvers._base import Iteration, Outcome, Solver, default_max_steps, dot, iterative, norm, reachable
 
 
 class _Carry(NamedTuple):

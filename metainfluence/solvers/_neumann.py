@@ -9,18 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import (
-    Iteration,
-    Outcome,
-    Solver,
-    SolveStatus,
-    check_positive,
-    dot,
-    iterative,
-    norm,
-    preconditioner_of,
-)
+from metainfluence.solvers._base import Iteration, Outcome, Solver, SolveStatus, dot, iterative, norm, preconditioner_of
 
 _POWER_STEPS = 20
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from metainfluence import subspace
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Outcome, Solver, check_positive, direct, reachable
+from metainfluence.solvers._base import Outcome, Solver, direct, reachable
 
 # Eigenvalues that the basis leaves out lie above the damping alone; measured, not derived.
 _COMPLEMENT = 3.0

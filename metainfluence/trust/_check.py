@@ -10,10 +10,10 @@ import optax
 from jaxtyping import PyTree
 
 from metainfluence import solvers
-from metainfluence.coupling import CouplingWarning
+from metainfluence._checks import concrete
 from metainfluence.influence import Edit
 from metainfluence.solvers import SolveInfo, SolveStatus
-from metainfluence.tasks import concrete
+from metainfluence.trust._coupling import CouplingWarning
 
 
 class SolveError(RuntimeError):

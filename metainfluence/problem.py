@@ -14,23 +14,22 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence._calls import calling, check_function
-from metainfluence.adaptation import Adaptation, Loss, check_floating, check_losses, check_scalar, weighted_sum
-from metainfluence.differentiation import FORWARD, check_hvp
-from metainfluence.tasks import (
-    Task,
-    Weights,
+from metainfluence._checks import (
+    calling,
     check_batch_size,
+    check_floating,
+    check_function,
+    check_losses,
     check_mesh,
-    coefficients,
+    check_scalar,
     concrete,
-    fill_padding,
     leaf_name,
-    reduce_tasks,
     refuse_half,
-    resolve_weights,
-    sizes,
 )
+from metainfluence._chunks import reduce_tasks
+from metainfluence.adaptation import Adaptation, Loss
+from metainfluence.data import Task, Weights, coefficients, fill_padding, resolve_weights, sizes, weighted_sum
+from metainfluence.differentiation import FORWARD, check_hvp
 
 
 class Bilevel(NamedTuple):
@@ -41,6 +40,8 @@ class Bilevel(NamedTuple):
       adapt: (meta_params, task, weights) -> params; None where the task loss is not split into levels.
       query_losses: (params, meta_params, task) -> losses `[n_query]`; None where adapt is.
       inner_gradient_norm: (params, meta_params, task, weights) -> ‖∂_θ L_in‖; None unless adaptation is implicit.
+      measure: (meta_params, task, weights) -> (params, ‖∂_θ L_in‖), the norm None where it means nothing; None where
+        adapt is.
       outputs: (params, meta_params, task) -> the model's outputs on the query set; None without a head.
       head: (outputs, task, weights) -> L_k; None without a head.
       meta_regularizer: (meta_params) -> R; None for 0.
@@ -51,6 +52,7 @@ class Bilevel(NamedTuple):
     adapt: Callable[[PyTree, Task, Weights], PyTree] | None = None
     query_losses: Callable[[PyTree, PyTree, Task], Array] | None = None
     inner_gradient_norm: Callable[[PyTree, PyTree, Task, Weights], Array] | None = None
+    measure: Callable[[PyTree, Task, Weights], tuple[PyTree, Array | None]] | None = None
     outputs: Callable[[PyTree, PyTree, Task], PyTree] | None = None
     head: Callable[[PyTree, Task, Weights], Array] | None = None
     meta_regularizer: Callable[[PyTree], Array] | None = None
@@ -95,14 +97,27 @@ def bilevel(
         check_function("outer_head", outer_head, "(outputs, query) -> losses [n_query]", *"oq")
     check_hvp(hvp)
 
-    def adapted(meta_params: PyTree, task: Task, weights: Weights) -> PyTree:
+    chosen = adapt if isinstance(adapt, Adaptation) else Adaptation(adapt)
+
+    def operands(meta_params: PyTree, task: Task, weights: Weights) -> tuple[PyTree, PyTree, Array]:
         support = fill_padding(task.support, task.support_mask)
+        return meta_params, support, coefficients(weights.support, task.support_mask)
+
+    def adapted(meta_params: PyTree, task: Task, weights: Weights) -> PyTree:
         with calling("adapt", "(meta_params, support, coefficients)"):
-            return adapt(meta_params, support, coefficients(weights.support, task.support_mask))
+            return chosen(*operands(meta_params, task, weights))
+
+    def measured(meta_params: PyTree, task: Task, weights: Weights) -> tuple[PyTree, Array | None]:
+        with calling("adapt", "(meta_params, support, coefficients)"):
+            return chosen.measured(*operands(meta_params, task, weights))
+
+    @jax.jit
+    def called(params: PyTree, meta_params: PyTree, query: PyTree) -> PyTree:
+        with calling("outer_loss", "(params, meta_params, query)"):
+            return outer_loss(params, meta_params, query)
 
     def outputs(params: PyTree, meta_params: PyTree, task: Task) -> PyTree:
-        with calling("outer_loss", "(params, meta_params, query)"):
-            return outer_loss(params, meta_params, fill_padding(task.query, task.query_mask))
+        return called(params, meta_params, fill_padding(task.query, task.query_mask))
 
     def losses_of(outputs: PyTree, task: Task) -> Array:
         if outer_head is None:
@@ -122,15 +137,15 @@ def bilevel(
         return head(outputs(params, meta_params, task), task, weights)
 
     def inner_gradient_norm(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
-        support = fill_padding(task.support, task.support_mask)
-        return measure(params, meta_params, support, coefficients(weights.support, task.support_mask))
+        assert chosen.inner_gradient_norm is not None
+        return chosen.inner_gradient_norm(params, *operands(meta_params, task, weights))
 
-    measure: Any = getattr(adapt, "inner_gradient_norm", None)
     return Bilevel(
         outer=outer,
         adapt=adapted,
         query_losses=query_losses,
-        inner_gradient_norm=None if measure is None else inner_gradient_norm,
+        inner_gradient_norm=None if chosen.inner_gradient_norm is None else inner_gradient_norm,
+        measure=measured,
         outputs=None if outer_head is None else outputs,
         head=None if outer_head is None else head,
         meta_regularizer=meta_regularizer,
@@ -163,6 +178,11 @@ def from_task_loss(
     check_function("task_loss", task_loss, "(meta_params, task, weights) -> scalar", *"mtw")
     _check_meta_regularizer(meta_regularizer)
 
+    @jax.jit
+    def called(meta_params: PyTree, task: Task, weights: Weights) -> Array:
+        with calling("task_loss", "(meta_params, task, weights)"):
+            return check_scalar(task_loss(meta_params, task, weights), "task_loss")
+
     def outer(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         del params
         support, query = weights.support, weights.query
@@ -173,9 +193,7 @@ def from_task_loss(
         filled = task._replace(
             support=fill_padding(task.support, task.support_mask), query=fill_padding(task.query, task.query_mask)
         )
-        with calling("task_loss", "(meta_params, task, weights)"):
-            value = task_loss(meta_params, filled, Weights(weights.task, support, query))
-        return check_scalar(value, "task_loss")
+        return called(meta_params, filled, Weights(weights.task, support, query))
 
     return Bilevel(outer, meta_regularizer=meta_regularizer, hvp=hvp)
 
@@ -244,22 +262,17 @@ def check_meta_params(meta_params: PyTree) -> None:
 
 def evaluate(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) -> tuple[Array, Array]:
     """L_k and ‖∂_θ L_in‖ of one task, by one adaptation."""
-    if problem.adapt is None:
+    if problem.measure is None:
         loss = problem.outer(None, meta_params, task, weights)
         return loss, jnp.zeros_like(loss)
-    params = problem.adapt(meta_params, task, weights)
+    params, norm = problem.measure(meta_params, task, weights)
     loss = problem.outer(params, meta_params, task, weights)
-    return loss, stationarity(problem, params, meta_params, task, weights, loss)
+    return loss, norm_or_zero(norm, loss)
 
 
-def stationarity(
-    problem: Bilevel, params: PyTree, meta_params: PyTree, task: Task, weights: Weights, loss: Array
-) -> Array:
-    """‖∂_θ L_in‖ at `params` in the dtype of `loss`, without derivatives; 0 unless adaptation is implicit."""
-    if problem.inner_gradient_norm is None:
-        return jnp.zeros_like(loss)
-    frozen = jax.lax.stop_gradient((params, meta_params, weights))
-    return problem.inner_gradient_norm(frozen[0], frozen[1], task, frozen[2]).astype(loss.dtype)
+def norm_or_zero(norm: Array | None, loss: Array) -> Array:
+    """‖∂_θ L_in‖ in the dtype of the loss; 0 where there is no inner minimum to be far from."""
+    return jnp.zeros_like(loss) if norm is None else jax.lax.stop_gradient(norm).astype(loss.dtype)
 
 
 def meta_regularization(problem: Bilevel, meta_params: PyTree) -> Array:
