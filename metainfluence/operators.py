@@ -162,8 +162,8 @@ def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
     """Makes an operator of a symmetric linear function.
 
     Args:
-      matvec: v ↦ A v. Pass a `jax.tree_util.Partial` whose arguments are the arrays that A depends on, or a `FlatProduct`, to
-        have them travel as data through jit; arrays that a plain function closes over are compiled in as constants.
+      matvec: v ↦ A v. Pass a `jax.tree_util.Partial` whose arguments are the arrays that A depends on, or a
+        `FlatProduct`, to have them travel as data through jit; arrays that a plain function closes over are compiled in as constants.
       like: pytree with the structure, shapes and dtypes of v.
 
     Returns:

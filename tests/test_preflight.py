@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from metainfluence.preflight import Chunks, fitting_chunks
 
 import metainfluence as mi
-from metainfluence.preflight import Chunks, fitting_chunks
 from scoring import setting
 
 COUNT = 40

@@ -8,7 +8,7 @@ import pytest
 import metainfluence as mi
 from metainfluence import subspace
 from metainfluence.solvers import _auto
-from metainfluence.spectrum import of_operator
+from metainfluence.spectra import of_operator
 from oracles.problems import spec
 from oracles.reference import relative_error, solved
 from runs import problem

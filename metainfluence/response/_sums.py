@@ -267,6 +267,13 @@ class Sums(NamedTuple):
         )
 
 
+def expand(
+    problem: Bilevel, curvature: Curvature, batch_size: int | None = None, mesh: Mesh | None = None
+) -> Callable[[PyTree, Task, Weights], Expansion]:
+    """Makes (meta_params, tasks, weights) -> Expansion, all tasks at once or in chunks of a size."""
+    return Sums(problem, curvature, Chunks(batch_size), mesh).expand
+
+
 def _linearised(
     problem: Bilevel, gradient: Callable[..., tuple[PyTree, Any]], at: PyTree, weights: Weights
 ) -> tuple[PyTree, Callable[..., Any], Any]:

@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metainfluence.lab import cli, omniglot, solver_bench, solver_bench_inner, solver_bench_targets
-from metainfluence.lab import solver_bench_problems as problems
-from metainfluence.lab.solver_bench_measure import Program, cosine, spearman
+from metainfluence.lab.bench.solvers import measure, options, problems
+from metainfluence.lab.bench.solvers import targets as solver_bench_targets
+from metainfluence.lab.bench.solvers.measure import Program
+from metainfluence.lab.commands import cli
+from metainfluence.lab.data import omniglot
+from metainfluence.lab.experiments import inner_solvers
+from metainfluence.lab.experiments.measures import cosine, spearman
 
 SMALL = """
 suite = "solvers"
@@ -20,15 +24,25 @@ tables = ["grid", "budgets", "removals"]
 problems = ["maml"]
 curvatures = ["exact", "linearized", "gamma"]
 solvers = ["cg", "ekfac", "dense"]
-budgets = [2, 400]
-damping_shares = [0.1]
-num_tasks = 6
-num_flipped = 2
-ways = 3
-hidden = 2
-inner_steps = 1
-num_steps = 5
 repeats = 1
+
+[solve]
+budgets = [2, 400]
+
+[damping]
+removals = [0.1]
+
+[tasks]
+count = 6
+flipped = 2
+ways = 3
+
+[maml]
+hidden = 2
+num_steps = 1
+
+[training]
+num_steps = 5
 """
 
 
@@ -50,13 +64,13 @@ def small_run(tmp_path_factory):
     """From the configuration file to the files that it makes; the command line's options override the file's."""
     folder = tmp_path_factory.mktemp("bench")
     out = folder / "new" / "folder"
-    cli.main(["bench", "--config", config_file(folder, SMALL), "--num-flipped", "1", "--out", str(out)])
+    cli.main(["bench", "--config", config_file(folder, SMALL), "--tasks.flipped", "1", "--out", str(out)])
     return json.loads((out / "solvers.json").read_text()), (out / "solvers.md").read_text()
 
 
 def test_the_command_line_overrides_the_file(small_run):
-    assert small_run[0]["config"]["num_tasks"] == 6
-    assert small_run[0]["config"]["num_flipped"] == 1
+    assert small_run[0]["config"]["tasks"]["count"] == 6
+    assert small_run[0]["config"]["tasks"]["flipped"] == 1
 
 
 def test_every_solver_meets_every_curvature(small_run):
@@ -111,22 +125,18 @@ def test_the_tables_are_written_as_they_are_printed(small_run):
 def test_inner_solvers_by_condition_number(monkeypatch):
     chosen = ("dense cholesky", "cg, tol 1e-3")
     monkeypatch.setattr(
-        solver_bench_inner,
+        inner_solvers,
         "LINEAR_SOLVERS",
-        {name: solver_bench_inner.LINEAR_SOLVERS[name] for name in chosen},
+        {name: inner_solvers.LINEAR_SOLVERS[name] for name in chosen},
     )
-
-    class Config:
-        conditions = (1e1, 1e6)
-        inner_damping = 0.1
-
-    rows = {(row["inner_solver"], row["asked"]): row for row in solver_bench_inner.rows(Config)}
+    conditions = (1e1, 1e6)
+    rows = {(row["inner_solver"], row["asked"]): row for row in inner_solvers.rows(conditions)}
     assert len(rows) == 6
-    for asked in Config.conditions:
+    for asked in conditions:
         assert 0.5 * asked < rows["dense cholesky", asked]["condition"] < 3 * asked
         for key in ("gradient_error", "task_if_error"):
             assert rows["dense cholesky", asked][key] < 1e-8 < rows["cg, tol 1e-3", asked][key]
-    assert rows[solver_bench_inner.UNROLLED, 1e6]["gradient_error"] > 0.1
+    assert rows[inner_solvers.UNROLLED, 1e6]["gradient_error"] > 0.1
 
 
 def test_targets_that_are_missed_or_rest_on_nothing_say_so():
@@ -154,12 +164,11 @@ def test_random_images_stand_in_for_omniglot(monkeypatch):
 
     monkeypatch.setattr(omniglot, "load", missing)
 
-    class Config:
-        seed, ways, shots, queries = 0, 3, 1, 2
-        large_widths, large_num_tasks, large_steps, large_learning_rate = (4,), 3, 2, 0.01
-        head_l2, meta_l2 = 0.1, 1e-3
-
-    setting, name = problems.large(Config)
+    config = options.SolverBenchConfig(
+        tasks=options.Tasks(ways=3, shots=1, queries=2),
+        large=options.Large(widths=(4,), num_tasks=3, num_steps=2, learning_rate=0.01),
+    )
+    setting, name = problems.large(config)
     assert "random images" in name
     assert setting.tasks.query.images.shape == (3, 6, 28, 28)
     images, labels = problems.random_images(0)
@@ -186,13 +195,13 @@ def test_a_program_whose_first_results_hold_nan_is_compiled_again():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('suite = "solvers"\nrnak = 3', ("unknown key 'rnak'", "rank")),
+        ('suite = "solvers"\n[solve]\nrnak = 3', ("unknown key 'solve.rnak'", "rank")),
         ('suite = "solvers"\n[digits]\nnum_taks = 3', ("unknown key 'digits.num_taks'", "num_tasks")),
         ('suite = "solvers"\ndigits = 3', ("digits: expected a table",)),
-        ('suite = "solvers"\n[rank]\na = 1', ("rank: expected a value",)),
+        ('suite = "solvers"\n[repeats]\na = 1', ("repeats: expected a value",)),
         ('suite = "solver"', ("expected one of costs, solvers",)),
         ("suite =", ("bench.toml",)),
-        ('suite = "solvers"\nrank = "many"', ("--rank",)),
+        ('suite = "solvers"\n[solve]\nrank = "many"', ("--solve.rank",)),
         ("rank = 3", ("unknown key 'rank'", "num_separate")),
     ],
 )
@@ -238,19 +247,35 @@ def test_booleans_lists_and_nested_tables_become_arguments(tmp_path):
 def test_the_configuration_that_comes_with_the_project_is_the_default():
     suite, values = cli.read_config(Path(__file__).parents[2] / "configs" / "solvers.toml", ["costs", "solvers"])
     assert suite == "solvers"
-    config = solver_bench.SolverBenchConfig()
-    solver_bench.check(config)
-    for key, value in values.items():
-        assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value), key
+    config = options.SolverBenchConfig()
+    options.check(config)
+    assert with_values(config, values) == config
+
+
+def with_values(config, values):
+    """The configuration with a file's values in place of its own."""
+    changed = {
+        key: with_values(getattr(config, key), value)
+        if isinstance(value, dict)
+        else (tuple(value) if isinstance(value, list) else value)
+        for key, value in values.items()
+    }
+    return dataclasses.replace(config, **changed)
+
+
+def test_every_name_that_can_be_asked_for_is_there():
+    assert set(options.PROBLEMS) == set(problems.PROBLEMS)
+    assert set(options.CURVATURES) == set(measure.CURVATURES)
+    assert set(options.SOLVERS) == set(measure.SOLVERS)
 
 
 def test_exact_inner_solutions_are_minima():
-    tasks, meta_params = solver_bench_inner.make_tasks(1e4), solver_bench_inner.start()
+    tasks, meta_params = inner_solvers.make_tasks(1e4), inner_solvers.start()
     task = jax.tree.map(lambda leaf: leaf[0], tasks)
-    coefficients = jnp.full(solver_bench_inner.NUM_SUPPORT, 1 / solver_bench_inner.NUM_SUPPORT)
+    coefficients = jnp.full(inner_solvers.NUM_SUPPORT, 1 / inner_solvers.NUM_SUPPORT)
 
     def objective(params):
-        return jnp.vdot(coefficients, solver_bench_inner.inner_loss(params, meta_params, task.support))
+        return jnp.vdot(coefficients, inner_solvers.inner_loss(params, meta_params, task.support))
 
-    params = solver_bench_inner.solution(meta_params, task.support, coefficients)
+    params = inner_solvers.solution(meta_params, task.support, coefficients)
     assert float(jnp.max(jnp.abs(jax.grad(objective)(params)["kernel"]))) < 1e-12
