@@ -90,6 +90,11 @@ def check_precision(precision: Any) -> None:
         raise ValueError(f"precision: expected {known}, got {precision!r}") from None
 
 
+def traced_at(precision: str | None) -> contextlib.AbstractContextManager[Any]:
+    """The setting in which all is traced, the user's functions included: a precision of matrix products, or JAX's."""
+    return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
+
+
 def check_positive(name: str, value: Any, *, integer: bool = False) -> None:
     """Raises ValueError unless `value` is positive (and an integer); traced values cannot be checked."""
     if isinstance(value, jax.core.Tracer):

@@ -23,7 +23,7 @@ from metainfluence._chunks import reduce_tasks
 from metainfluence.curvature import Curvature, exact
 from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
 from metainfluence.differentiation import REVERSE
-from metainfluence.problem import Bilevel, task_loss
+from metainfluence.problem import Bilevel, evaluate, task_loss
 from metainfluence.response import (
     Influence,
     Options,
@@ -149,7 +149,7 @@ def task_if(
             point = checked(meta_params, tasks, weights)
             count = sizes(tasks).lead[0]
             at = optimum_at(options, *point, vectors=count)
-            loss = task_loss(options.problem)
+            loss = task_loss(options.problem, precision=precision)
 
             def chunk(data: tuple[Task, Weights]) -> tuple[tuple[()], PyTree]:
                 gradients = jax.vmap(lambda task, w: jax.grad(loss)(at.meta_params, task, w))(*data)
@@ -452,7 +452,7 @@ def edit(
 
 def _term(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> Array:
     """One task's term of F, w_k L_k / T."""
-    value = task_loss(problem)(meta_params, task, weights)
+    value = evaluate(problem, meta_params, task, weights)[0]
     return value * weights.task.astype(value.dtype) / count
 
 

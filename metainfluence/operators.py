@@ -163,7 +163,8 @@ def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
 
     Args:
       matvec: v ↦ A v. Pass a `jax.tree_util.Partial` whose arguments are the arrays that A depends on, or a
-        `FlatProduct`, to have them travel as data through jit; arrays that a plain function closes over are compiled in as constants.
+        `FlatProduct`, to have them travel as data through jit; arrays that a plain function closes over are
+        compiled in as constants.
       like: pytree with the structure, shapes and dtypes of v.
 
     Returns:

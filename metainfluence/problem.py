@@ -6,7 +6,7 @@ F(λ, w) = (1/T) Σ_k w_k · L_k(λ, w) + R(λ),    L_k = Σ_j b_kj v_kj · ℓ_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,12 @@ from metainfluence._checks import (
     check_function,
     check_losses,
     check_mesh,
+    check_precision,
     check_scalar,
     concrete,
     leaf_name,
     refuse_half,
+    traced_at,
 )
 from metainfluence._chunks import reduce_tasks
 from metainfluence.adaptation import Adaptation, Loss
@@ -282,55 +284,101 @@ def meta_regularization(problem: Bilevel, meta_params: PyTree) -> Array:
     return check_scalar(problem.meta_regularizer(meta_params), "meta_regularizer")
 
 
-def task_loss(problem: Bilevel) -> Callable[..., Float[Array, ""]]:
+class TaskLoss(Protocol):
+    """What `task_loss` makes."""
+
+    def __call__(self, meta_params: PyTree, task: Task, weights: Weights | None = None) -> Float[Array, ""]:
+        """L_k of one task."""
+
+
+class TaskGradient(Protocol):
+    """What `total_gradient` makes."""
+
+    def __call__(self, meta_params: PyTree, task: Task, weights: Weights | None = None) -> PyTree:
+        """D_λ L_k of one task."""
+
+
+class Objective(Protocol):
+    """What `total_objective` makes."""
+
+    def __call__(self, meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Float[Array, ""]:
+        """F."""
+
+
+class Target(Protocol):
+    """What `query_loss` makes."""
+
+    def __call__(self, meta_params: PyTree, test_tasks: Task) -> Float[Array, ""]:
+        """The mean of L_k."""
+
+
+def task_loss(problem: Bilevel, *, precision: str | None = "highest") -> TaskLoss:
     """Makes (meta_params, task, weights=None) -> L_k, the adapted task's loss on its query set.
 
     The task's own weight w_k does not enter here but in the objective. Differentiable in meta_params and weights.
+
+    Args:
+      problem: the problem.
+      precision: of matrix products, the problem's own included, see `jax.default_matmul_precision`; None for JAX's.
     """
+    check_precision(precision)
 
     def run(meta_params: PyTree, task: Task, weights: Weights | None = None) -> Array:
         check_meta_params(meta_params)
         weights = resolve_weights(weights, task, stacked=False)
-        return evaluate(problem, meta_params, task, weights)[0]
+        with traced_at(precision):
+            return evaluate(problem, meta_params, task, weights)[0]
 
     return run
 
 
-def total_gradient(problem: Bilevel) -> Callable[..., PyTree]:
+def total_gradient(problem: Bilevel, *, precision: str | None = "highest") -> TaskGradient:
     """Makes (meta_params, task, weights=None) -> D_λ L_k, a pytree like meta_params; `vmap` it over tasks.
 
     D_λ L_k = ∂_λ L_k + (dθ_k/dλ)ᵀ ∂_θ L_k: Theorem 4.1 of arXiv 2501.15963.
+
+    Args:
+      problem: the problem.
+      precision: as in `task_loss`.
     """
-    gradient = jax.grad(task_loss(problem))
+    gradient = jax.grad(task_loss(problem, precision=precision))
 
     def run(meta_params: PyTree, task: Task, weights: Weights | None = None) -> PyTree:
         # Under grad these values are traced, and cannot be looked at.
         check_meta_params(meta_params)
-        return gradient(meta_params, task, resolve_weights(weights, task, stacked=False))
+        with traced_at(precision):
+            return gradient(meta_params, task, resolve_weights(weights, task, stacked=False))
 
     return run
 
 
 def total_objective(
-    problem: Bilevel, *, batch_size: int | None = None, mesh: Mesh | None = None
-) -> Callable[..., Float[Array, ""]]:
+    problem: Bilevel,
+    *,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    precision: str | None = "highest",
+) -> Objective:
     """Makes (meta_params, tasks, weights=None) -> F, the outer objective.
 
     Args:
       problem: the problem.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
       mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
+      precision: as in `task_loss`.
     """
     check_batch_size(batch_size)
     check_mesh(mesh)
+    check_precision(precision)
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Array:
         check_meta_params(meta_params)
         weights = resolve_weights(weights, tasks)
-        total, _ = reduce_tasks(
-            lambda chunk: weighted_losses(problem, meta_params, *chunk), (tasks, weights), batch_size, mesh
-        )
-        return total / weights.task.shape[0] + meta_regularization(problem, meta_params)
+        with traced_at(precision):
+            total, _ = reduce_tasks(
+                lambda chunk: weighted_losses(problem, meta_params, *chunk), (tasks, weights), batch_size, mesh
+            )
+            return total / weights.task.shape[0] + meta_regularization(problem, meta_params)
 
     return run
 
@@ -341,9 +389,16 @@ def weighted_losses(problem: Bilevel, meta_params: PyTree, tasks: Task, weights:
     return weighted_sum(losses, weights.task), norms
 
 
-def query_loss(problem: Bilevel, *, batch_size: int | None = None) -> Callable[..., Float[Array, ""]]:
-    """Makes the usual target (meta_params, test_tasks) -> mean of L_k at unit weights, without the meta-regulariser."""
-    objective = total_objective(problem._replace(meta_regularizer=None), batch_size=batch_size)
+def query_loss(problem: Bilevel, *, batch_size: int | None = None, precision: str | None = "highest") -> Target:
+    """Makes the usual target (meta_params, test_tasks) -> mean of L_k at unit weights, without the meta-regulariser.
+
+    Args:
+      problem: the problem.
+      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+      precision: as in `task_loss`.
+    """
+    plain = problem._replace(meta_regularizer=None)
+    objective = total_objective(plain, batch_size=batch_size, precision=precision)
 
     def target(meta_params: PyTree, test_tasks: Task) -> Array:
         sizes(test_tasks, name="test_tasks")

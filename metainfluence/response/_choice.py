@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -92,7 +94,8 @@ def linearised_bytes(problem: Bilevel, curvature: Curvature, meta_params: PyTree
 
 def tree_bytes(tree: PyTree) -> float:
     """Bytes of arrays, or of what has their shapes."""
-    return float(sum(jnp.size(leaf) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree)))
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize for leaf in leaves))
 
 
 def _data_bytes(tasks: Task, meta_params: PyTree) -> float:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from metainfluence import solvers
-from metainfluence._checks import check_batch_size, check_damping, check_mesh, check_precision
+from metainfluence._checks import check_batch_size, check_damping, check_mesh, check_precision, traced_at
 from metainfluence._chunks import Chunks
 from metainfluence.curvature import Curvature, check_curvature, exact
 from metainfluence.data import Task, Weights
@@ -77,7 +76,7 @@ class Options(NamedTuple):
 
     def traced(self) -> contextlib.AbstractContextManager[Any]:
         """The setting in which everything is traced, the user's functions included."""
-        return jax.default_matmul_precision(self.precision) if self.precision else contextlib.nullcontext()
+        return traced_at(self.precision)
 
     def chunks(self, meta_params: PyTree, tasks: Task, vectors: int = 1) -> Chunks:
         """What is worked on at once, by shapes alone."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -81,10 +80,20 @@ class Plan(NamedTuple):
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 
 
+class Sized(Protocol):
+    """Single tasks by their number."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One of them."""
+
+
 class PlanFor(Protocol):
     """What `preflight` makes."""
 
-    def __call__(self, meta_params: PyTree, tasks: Task | Sequence[Task]) -> Plan:
+    def __call__(self, meta_params: PyTree, tasks: Task | Sized) -> Plan:
         """The plan for λ and stacked tasks, or a source of single ones."""
 
 
@@ -132,7 +141,7 @@ def preflight(
     if memory is not None:
         check_positive("memory", memory)
 
-    def run(meta_params: PyTree, tasks: Task | Sequence[Task]) -> Plan:
+    def run(meta_params: PyTree, tasks: Task | Sized) -> Plan:
         if not _is_abstract(meta_params):
             check_meta_params(meta_params)
         devices = 1 if mesh is None else mesh.size
@@ -221,7 +230,7 @@ def _measure(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks:
     )
 
 
-def _first(tasks: Task | Sequence[Task], count: int) -> Task:
+def _first(tasks: Task | Sized, count: int) -> Task:
     if not isinstance(tasks, Task):
         return stack_tasks([tasks[k] for k in range(count)])
     if _is_abstract(tasks) or not concrete(tasks):

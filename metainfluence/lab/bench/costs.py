@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import metainfluence as mi
 from metainfluence.curvature import exact
-from metainfluence.lab.bench import import_time
+from metainfluence.lab.bench import import_time, programs
 from metainfluence.lab.bench._convolution import ConvolutionRatio, convolution_ratio
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.data import fewshot, omniglot
@@ -68,8 +68,15 @@ def run(config: BenchConfig) -> None:
     rows = measure(config, problem, meta_params, tasks)
     convolution = convolution_ratio()
     imports = import_time.measure()
-    record = {"costs": rows, "convolution": convolution._asdict(), "import": imports}
-    publish("bench", config, markdown(config, rows, convolution, imports), **record)
+    sizes = programs.measure(compiled=True)
+    record = {
+        "costs": rows,
+        "convolution": convolution._asdict(),
+        "import": imports,
+        "programs": [row._asdict() for row in sizes],
+    }
+    text = f"{markdown(config, rows, convolution, imports)}\n{programs.markdown(sizes)}"
+    publish("bench", config, text, **record)
 
 
 def measure(config: BenchConfig, problem: mi.Bilevel, meta_params: Any, tasks: mi.Task) -> list[dict[str, Any]]:

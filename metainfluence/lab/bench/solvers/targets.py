@@ -41,8 +41,8 @@ def at_the_demo(config: SolverBenchConfig) -> tuple[list[Row], list[Row]]:
     point = (setting.meta_params, setting.tasks, mi.unit_weights(setting.tasks))
     program = Program(expand(setting.problem, exact(), None), *point)
     expansion = program(*point)
-    rule = Program(damping.rule, expansion.operator, expansion.gradient, setting.meta_params)
-    chosen = rule(expansion.operator, expansion.gradient, setting.meta_params)
+    chooser = Program(rule, expansion.operator, expansion.gradient, setting.meta_params)
+    chosen = chooser(expansion.operator, expansion.gradient, setting.meta_params)
     slope = jax.jit(jax.grad(mi.query_loss(setting.problem)))(setting.meta_params, setting.held_out)
     scores = Program(lambda expansion, solution: expansion.mixed_transposed(solution).task, expansion, slope)
     programs = {name: solver_program(config, name, expansion.operator, slope) for name in DEMO_SOLVERS}
