@@ -84,11 +84,15 @@ def empty(operator: Operator, capacity: int) -> Subspace:
     return Subspace(rows, rows, jnp.zeros((capacity, capacity), rows.dtype), jnp.zeros(capacity, bool))
 
 
+def unshifted(operator: Operator) -> Operator:
+    """The operator without its shift."""
+    return dataclasses.replace(operator, shift=jnp.zeros_like(operator.shift))
+
+
 def extend(operator: Operator, subspace: Subspace, at: Int[Array, ""], directions: Float[Array, "p n"]) -> Subspace:
     """Adds directions, made orthonormal, as rows `at`, `at + 1`, …; those that add nothing are left out, at the end."""
     rows, kept = _orthonormal(subspace.basis, directions)
-    unshifted = dataclasses.replace(operator, shift=jnp.zeros_like(operator.shift))
-    products = jnp.where(kept[:, None], jax.vmap(unshifted.flat_matvec)(rows), 0)
+    products = jnp.where(kept[:, None], jax.vmap(unshifted(operator).flat_matvec)(rows), 0)
     zero = jnp.zeros_like(at)
     basis = jax.lax.dynamic_update_slice(subspace.basis, rows, (at, zero))
     block = _matmul(basis, products.T)

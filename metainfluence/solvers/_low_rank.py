@@ -72,7 +72,7 @@ def _low_rank(init: Any, absolute: bool, tol: Any) -> Solver:
         smallest = jnp.min(jnp.where(state.valid, state.values, jnp.inf)) + operator.shift
         return Outcome(solution, len(state.values), smallest)
 
-    def system(operator: Operator, state: subspace.Ritz) -> Operator:
-        return subspace.turned(operator, state) if absolute else operator
+    def multiply(operator: Operator, state: subspace.Ritz, vector: Array) -> Array:
+        return (subspace.turned(operator, state) if absolute else operator).flat_matvec(vector)
 
-    return direct(init, solve, lambda dtype: reachable(tol, dtype), lambda state: len(state.values), system)
+    return direct(init, solve, lambda dtype: reachable(tol, dtype), lambda state: len(state.values), multiply)
