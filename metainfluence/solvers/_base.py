@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from metainfluence.operators import Operator
+from metainfluence.subspace import RitzValues
 
 
 class SolveStatus(enum.IntEnum):
@@ -155,8 +156,12 @@ class Solver(NamedTuple):
         gain from each other; None for `solve` under vmap.
       init_matvecs: (state) -> products that `init` took.
       report: for iterative solvers, (operator, flat rhs, Outcome of `iteration.finish`) -> SolveInfo; else None.
-      solve_matvecs: products that one solve takes at most besides, that of the recomputed residual not counted, where
-        that is known beforehand: what it costs as a preconditioner.
+      solve_matvecs: (state) -> products that one solve takes besides, that of the recomputed residual not counted,
+        where that is known beforehand: what it costs as a preconditioner.
+      explore: (operator, rank) -> (state, RitzValues): `rank` Lanczos vectors, from which a damping can be chosen, and
+        a state that holds them, for solves with the operator damped thereafter; None where they would be of no use.
+      explore_and_solve: (operator, rank, choose, rhs) -> (solution, SolveInfo, damping): both as turns of one loop,
+        with the damping `choose` makes of the RitzValues.
     """
 
     init: Callable[[Operator], Any]
@@ -165,7 +170,9 @@ class Solver(NamedTuple):
     solve_many: Callable[..., tuple[PyTree, SolveInfo]] | None = None
     init_matvecs: Callable[[Any], Any] = lambda state: 0
     report: Callable[[Operator, Array, Outcome], SolveInfo] | None = None
-    solve_matvecs: Any = 0
+    solve_matvecs: Callable[[Any], Any] = lambda state: 0
+    explore: Callable[[Operator, int], tuple[Any, RitzValues]] | None = None
+    explore_and_solve: Callable[..., tuple[PyTree, SolveInfo, Array]] | None = None
 
 
 class Preconditioner(NamedTuple):
@@ -191,7 +198,7 @@ def preconditioner_of(solver: Solver | None, operator: Operator, state: Any) -> 
     def apply(vector: Array) -> Array:
         return _unreported(solver, operator, state, vector)
 
-    return Preconditioner(apply, init_matvecs, solver.solve_matvecs)
+    return Preconditioner(apply, init_matvecs, solver.solve_matvecs(state))
 
 
 def solution_of(solver: Solver, operator: Operator, state: Any, rhs: PyTree) -> PyTree:
@@ -280,7 +287,7 @@ def iterative(
     iteration: Iteration,
     tol: Any,
     init_matvecs: Callable[[Any], Any] = lambda state: 0,
-    solve_matvecs: Any = 0,
+    solve_matvecs: Callable[[Any], Any] = lambda state: 0,
 ) -> Solver:
     """A solver that runs `iteration` in `lax.while_loop`."""
 

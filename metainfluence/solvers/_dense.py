@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from metainfluence import _lapack
-from metainfluence.operators import Operator
+from metainfluence import _lapack, subspace
+from metainfluence.operators import Operator, from_matvec
 from metainfluence.solvers._base import Outcome, Solver, SolveStatus, direct
-from metainfluence.subspace import unshifted
+from metainfluence.solvers._block_cg import in_turn
+from metainfluence.subspace import RitzValues, unshifted
 
 
 class _Eigen(NamedTuple):
@@ -87,7 +88,13 @@ def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
         extra = jnp.where(turn(state.values[0] + operator.shift), jnp.maximum(-2 * state.values, 0), 0)
         return _by_rows(operator, state, vector) + _matmul(extra * _matmul(state.vectors, vector), state.vectors)
 
-    return direct(init, solve, _residual_tol, lambda state: len(state.values), multiply)
+    def explore(operator: Operator, rank: int) -> tuple[_Eigen, RitzValues]:
+        state = init(operator)
+        rows = from_matvec(jax.tree_util.Partial(_matmul, state.rows), jnp.zeros(operator.size, state.rows.dtype))
+        return state, subspace.explore(rows.damped(operator.shift), rank)[1]
+
+    found = direct(init, solve, _residual_tol, lambda state: len(state.values), multiply)._replace(explore=explore)
+    return found._replace(explore_and_solve=in_turn(found))
 
 
 def _by_rows(operator: Operator, state: Any, vector: Array) -> Array:

@@ -34,9 +34,9 @@ def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6
     check_positive("rank", rank, integer=True)
 
     def init(operator: Operator) -> subspace.Ritz:
-        first, rest = jax.random.split(jax.random.key(seed))
+        first, _ = jax.random.split(jax.random.key(seed))
         start = jax.random.normal(first, (operator.size,), operator.domain.dtype)
-        return subspace.ritz(subspace.lanczos(operator, min(rank, operator.size), start, rest))
+        return subspace.ritz(subspace.lanczos(operator, min(rank, operator.size), start))
 
     return _low_rank(init, absolute, tol)
 

@@ -135,11 +135,14 @@ def neumann(
         failure = jnp.where(carry.diverged, jnp.int32(SolveStatus.DIVERGED), jnp.int32(SolveStatus.MAX_STEPS))
         return Outcome(carry.solution, carry.matvecs, carry.min_curvature, failure)
 
-    own = 0 if preconditioner is None else preconditioner.solve_matvecs
+    def solve_matvecs(state: _State) -> Any:
+        own = 0 if preconditioner is None else preconditioner.solve_matvecs(state.preconditioner)
+        return own + num_terms * (1 + own)
+
     return iterative(
         init,
         Iteration(start, aim, take, running, finish),
         tol,
         lambda state: state.matvecs,
-        own + num_terms * (1 + own),
+        solve_matvecs,
     )
