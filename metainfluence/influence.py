@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 
 from metainfluence._checks import concrete, described, is_array, maker
 from metainfluence._chunks import reduce_tasks
-from metainfluence.curvature import Curvature, exact
+from metainfluence.curvature import Curvature
 from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
 from metainfluence.differentiation import REVERSE
 from metainfluence.problem import Bilevel, evaluate, task_loss
@@ -30,9 +30,9 @@ from metainfluence.response import (
     Scores,
     check_target,
     checked,
-    gradient_map,
     optimum_at,
     removal_scores,
+    solve_once,
     target_gradient,
 )
 from metainfluence.solvers import SolveInfo, Solver
@@ -256,7 +256,10 @@ def group_influence(
     def run(meta_params: PyTree, tasks: Task, direction: Weights, weights: Weights | None = None) -> Influence:
         direction = resolve_weights(direction, tasks, name="direction")
         with options.traced():
-            return optimum_at(options, *checked(meta_params, tasks, weights)).jvp(direction)
+            point = checked(meta_params, tasks, weights)
+            at = options.expanded(*point, options.chunks(*point[:2]))
+            direction = jax.tree.map(lambda d, w: d.astype(w.dtype), direction, at.weights)
+            return Influence(*solve_once(options, at, jax.tree.map(jnp.negative, at.mixed(direction))))
 
     return run
 
@@ -306,8 +309,9 @@ def influence_scores(
             point = checked(meta_params, tasks, weights)
             # What is wrong with the target is told before the longer part.
             slope = target_gradient(target, point[0], target_args)
-            at = optimum_at(options, *point)
-            return removal_scores(at.weights, *at.vjp(slope))
+            at = options.expanded(*point, options.chunks(*point[:2]))
+            solution, info = solve_once(options, at, slope)
+            return removal_scores(at.weights, jax.tree.map(jnp.negative, at.mixed_transposed(solution)), info)
 
     return run
 
@@ -417,35 +421,38 @@ def edit(
             lambda w, like: w.astype(like.dtype), resolve_weights(new_weights, tasks, name="new_weights"), old
         )
         direction = jax.tree.map(jnp.subtract, new, old)
+        with options.traced():
+            chunks = options.chunks(meta_params, tasks)
 
-        # The first-order step and Newton's differ in the right-hand side and the weights, and share one compiled body.
-        def step(
+        # One compiled body serves the first-order step, Newton's, and the last turn, which only looks at the end.
+        def turn(
             carry: tuple[PyTree, PyTree, Array], number: Array
         ) -> tuple[tuple[PyTree, PyTree, Array], tuple[SolveInfo, Array, Array]]:
             current, best, least = carry
             first = number == 0
-            at = optimum_at(options, current, tasks, optax.tree.where(first, old, new))
-            norm = at.info.outer_gradient_norm
+            at = options.expanded(current, tasks, optax.tree.where(first, old, new), chunks)
+            norm = optax.tree.norm(at.gradient)
             nearer = (number == 1) | (~first & (norm < least))
             best, least = optax.tree.where(nearer, current, best), jnp.where(nearer, norm, least)
-            rhs = jax.lax.cond(first, lambda: at.expansion.mixed(direction), lambda: at.expansion.gradient)
-            change, info = at.solve(rhs)
+
+            def solved() -> tuple[PyTree, SolveInfo]:
+                rhs = jax.lax.cond(first, lambda: at.mixed(direction), lambda: at.gradient)
+                return solve_once(options, at, rhs)
+
+            def unsolved() -> tuple[PyTree, SolveInfo]:
+                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(solved))
+
+            change, info = jax.lax.cond(number <= num_newton_steps, solved, unsolved)
             moved = jax.tree.map(jnp.subtract, current, change)
-            return (moved, best, least), (info, norm, at.info.inner_gradient_norm)
+            return (moved, best, least), (info, norm, at.inner_gradient_norm)
 
         with options.traced():
             start = (meta_params, meta_params, jnp.zeros_like(optax.tree.norm(meta_params)))
-            steps = jnp.arange(1 + num_newton_steps)
-            (edited, best, least), (info, norms, inner_norms) = jax.lax.scan(step, start, steps)
-            gradient = gradient_map(options.problem, options.chunks(meta_params, tasks), mesh)
-            final, final_inner = gradient(exact(), edited, tasks, edited, new)
-        name_not_finite(final, tasks, "tasks")
-        norm = optax.tree.norm(final)
-        info = info._replace(
-            outer_gradient_norm=jnp.append(norms[1:], norm),
-            inner_gradient_norm=jnp.append(inner_norms[1:], final_inner),
-        )
-        return Edit(optax.tree.where(norm < least, edited, best) if num_newton_steps else edited, info)
+            turns = jnp.arange(2 + num_newton_steps)
+            (_, edited, least), (info, norms, inner_norms) = jax.lax.scan(turn, start, turns)
+        name_not_finite((least, norms[-1]), tasks, "tasks")
+        info = jax.tree.map(lambda leaf: leaf[:-1], info)
+        return Edit(edited, info._replace(outer_gradient_norm=norms[1:], inner_gradient_norm=inner_norms[1:]))
 
     return run
 

@@ -139,6 +139,12 @@ class Operator:
             product = self.domain.ravel(self.product(self.domain.unravel(vector)))
         return product + self.shift.astype(product.dtype) * vector
 
+    def flat_matvecs(self, vectors: Float[Array, "k size"]) -> Float[Array, "k size"]:
+        """Products with vectors on a leading axis, in one batch; a single one without that axis, by a smaller program."""
+        if len(vectors) == 1:
+            return self.flat_matvec(vectors[0])[None]
+        return jax.vmap(self.flat_matvec)(vectors)
+
     def damped(self, damping: Any) -> Operator:
         """The operator plus `damping` times the identity."""
         return dataclasses.replace(self, shift=self.shift + jnp.asarray(damping, self.shift.dtype))
@@ -150,12 +156,18 @@ class Operator:
 
     def dense(self, batch_size: int = 64) -> Float[Array, "size size"]:
         """The matrix, symmetrised, in the flat coordinates of `domain.ravel`; `size` products."""
-        basis = jnp.eye(self.size, dtype=self.domain.dtype)
-        if self.size <= batch_size:
-            matrix = jax.vmap(self.flat_matvec)(basis)
-        else:
-            matrix = jax.lax.map(self.flat_matvec, basis, batch_size=batch_size)
-        return 0.5 * (matrix + matrix.T)
+        rows = self.rows(batch_size)
+        return 0.5 * (rows + rows.T)
+
+    def rows(self, batch_size: int = 64) -> Float[Array, "size size"]:
+        """The matrix as its products with the unit vectors, one a row, symmetric but for rounding; `size` products."""
+        chunks = -(-self.size // batch_size)
+        each = -(-self.size // chunks)
+        # Chunks of equal size: a remainder would be compiled apart.
+        basis = jnp.eye(chunks * each, self.size, dtype=self.domain.dtype).reshape(chunks, each, self.size)
+        if chunks == 1:
+            return jax.vmap(self.flat_matvec)(basis[0])
+        return jax.lax.map(jax.vmap(self.flat_matvec), basis).reshape(-1, self.size)[: self.size]
 
 
 def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:

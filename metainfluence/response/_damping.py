@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence.operators import Operator
-from metainfluence.spectra import of_operator
+from metainfluence.spectra import Spectrum, of_operator
+from metainfluence.subspace import RitzValues
 
 RANK = 40
 _MARGIN = 2.0
@@ -42,7 +43,11 @@ class Damping(NamedTuple):
 
 def rule(operator: Operator, gradient: PyTree, meta_params: PyTree, rank: int = RANK) -> Damping:
     """The rule of `auto` at a point; arguments are the caller's to check."""
-    found = of_operator(operator, rank=rank)
+    return rule_of(of_operator(operator, rank=rank), gradient, meta_params)
+
+
+def rule_of(found: RitzValues | Spectrum, gradient: PyTree, meta_params: PyTree) -> Damping:
+    """The rule, from what a Krylov subspace has found of the spectrum."""
     gradient_norm, length = optax.tree.norm(gradient), optax.tree.norm(meta_params)
     smallest, residual = found.values[0], found.residuals[0]
     eps = float(jnp.finfo(smallest.dtype).eps)

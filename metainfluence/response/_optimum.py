@@ -18,7 +18,7 @@ from metainfluence.curvature import Curvature
 from metainfluence.data import Task, Weights, name_not_finite, resolve_weights
 from metainfluence.operators import Domain, Operator
 from metainfluence.problem import Bilevel, check_meta_params
-from metainfluence.response._damping import RANK, rule
+from metainfluence.response._damping import RANK, rule, rule_of
 from metainfluence.response._options import Options
 from metainfluence.response._response import Influence, leading_axis
 from metainfluence.response._sums import Expansion
@@ -127,14 +127,18 @@ class Optimum:
 
     def _solved(self, rhs: PyTree, *, many: bool) -> tuple[PyTree, SolveInfo]:
         solution, info = _solve(self.solver, many, self.operator, self.state, rhs)
-        shape = info.status.shape
-        info = info._replace(
-            num_matvecs=info.num_matvecs + self.info.num_matvecs,
-            outer_gradient_norm=jnp.broadcast_to(self.info.outer_gradient_norm, shape),
-            inner_gradient_norm=jnp.broadcast_to(self.info.inner_gradient_norm, shape),
-            damping=jnp.broadcast_to(self.info.damping, shape),
-        )
-        return solution, info
+        return solution, _with_point(info, self.info)
+
+
+def _with_point(info: SolveInfo, at: OptimumInfo) -> SolveInfo:
+    """The report on solves, with what is known of the point."""
+    shape = info.status.shape
+    return info._replace(
+        num_matvecs=info.num_matvecs + at.num_matvecs,
+        outer_gradient_norm=jnp.broadcast_to(at.outer_gradient_norm, shape),
+        inner_gradient_norm=jnp.broadcast_to(at.inner_gradient_norm, shape),
+        damping=jnp.broadcast_to(at.damping, shape),
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -149,20 +153,42 @@ def _solve(solver: Solver, many: bool, operator: Operator, state: Any, rhs: PyTr
 def _(solver: Solver, many: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
     operator, state, _ = primals
     solution, info = _solve(solver, many, *primals)
+    change = _change(solver, many, operator, state, solution, tangents[0], tangents[2])
+    return (solution, info), (change, jax.tree.map(_no_change, info))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _explore_and_solve(solver: Solver, operator: Operator, about: Any, rhs: PyTree) -> tuple[PyTree, SolveInfo, Array]:
+    """As `_solve`, with the damping that the rule chooses along the way, which is taken for a constant."""
+    assert solver.explore_and_solve is not None
+    return solver.explore_and_solve(operator, RANK, lambda found: rule_of(found, *about).value, rhs)
+
+
+@_explore_and_solve.defjvp
+def _(solver: Solver, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    operator = primals[0]
+    solution, info, damping = _explore_and_solve(solver, *primals)
+    damped = operator.damped(damping)
+    state = solver.init(damped)
+    change = _change(solver, False, damped, state, solution, tangents[0], tangents[2])
+    return (solution, info, damping), (change, *jax.tree.map(_no_change, (info, damping)))
+
+
+def _change(
+    solver: Solver, many: bool, operator: Operator, state: Any, solution: PyTree, moved: Operator, rhs: PyTree
+) -> PyTree:
+    """The solution's derivative: that of the operator and of the right-hand side, by one more solve."""
 
     def product(operator: Operator) -> PyTree:
-        matvec = jax.vmap(operator.matvec) if many else operator.matvec
-        return matvec(solution)
+        return (jax.vmap(operator.matvec) if many else operator.matvec)(solution)
 
-    matvec = jax.vmap(operator.matvec) if many else operator.matvec
-    moved = jax.jvp(product, (operator,), (tangents[0],))[1]
-    change = jax.lax.custom_linear_solve(
-        matvec,
-        jax.tree.map(jnp.subtract, tangents[2], moved),
-        lambda _, rhs: jax.lax.stop_gradient(_solve(solver, many, operator, state, rhs)[0]),
+    by_operator = jax.jvp(product, (operator,), (moved,))[1]
+    return jax.lax.custom_linear_solve(
+        jax.vmap(operator.matvec) if many else operator.matvec,
+        jax.tree.map(jnp.subtract, rhs, by_operator),
+        lambda _, rhs: _solve(solver, many, operator, state, rhs)[0],
         symmetric=True,
     )
-    return (solution, info), (change, jax.tree.map(_no_change, info))
 
 
 def _no_change(leaf: Array) -> Any:
@@ -247,15 +273,40 @@ def optimum_at(options: Options, meta_params: PyTree, tasks: Task, weights: Weig
     expansion = options.expanded(meta_params, tasks, weights, chunks)
     norm = optax.tree.norm(expansion.gradient)
     name_not_finite(norm, tasks, "tasks")
-    operator, solver = expansion.operator, options.solver
-    damping, matvecs = options.damping, 0
-    if isinstance(damping, str):
-        fixed = jax.lax.stop_gradient((operator, expansion.gradient, meta_params))
-        damping, matvecs = rule(*fixed).value, RANK
-    damping = jnp.asarray(damping, operator.shift.dtype)
-    state = jax.lax.stop_gradient(solver.init(jax.lax.stop_gradient(operator.damped(damping))))
+    damping, state, matvecs = _prepared(options, expansion)
     info = OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs))
-    return Optimum(expansion, info, state, solver, chunks.vectors)
+    return Optimum(expansion, info, state, options.solver, chunks.vectors)
+
+
+def solve_once(options: Options, expansion: Expansion, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
+    """H⁻¹ times a pytree like λ, for a response that is asked once.
+
+    Where the solver can, the vectors that choose the damping and those that solve come from one loop, so that the
+    program holds the product once. The numbers are those of making the response and asking it.
+    """
+    norm, inner = optax.tree.norm(expansion.gradient), expansion.inner_gradient_norm
+    name_not_finite(norm, expansion.tasks, "tasks")
+    if not (isinstance(options.damping, str) and options.solver.explore_and_solve is not None):
+        damping, state, matvecs = _prepared(options, expansion)
+        info = OptimumInfo(norm, inner, damping, jnp.int32(matvecs))
+        return Optimum(expansion, info, state, options.solver, None).solve(rhs)
+    about = jax.lax.stop_gradient((expansion.gradient, expansion.meta_params))
+    solution, report, damping = _explore_and_solve(options.solver, expansion.operator, about, rhs)
+    info = OptimumInfo(norm, inner, damping, jnp.int32(0))
+    return solution, _with_point(report, info)
+
+
+def _prepared(options: Options, expansion: Expansion) -> tuple[Array, Any, int]:
+    """The damping, the solver's state for the damped operator, and products that neither accounts for."""
+    solver, damping, matvecs = options.solver, options.damping, 0
+    operator, *about = jax.lax.stop_gradient((expansion.operator, expansion.gradient, expansion.meta_params))
+    if isinstance(damping, str) and solver.explore is not None:
+        state, found = solver.explore(operator, RANK)
+        return jnp.asarray(rule_of(found, *about).value, operator.shift.dtype), jax.lax.stop_gradient(state), 0
+    if isinstance(damping, str):
+        damping, matvecs = rule(operator, *about).value, RANK
+    damping = jnp.asarray(damping, operator.shift.dtype)
+    return damping, jax.lax.stop_gradient(solver.init(operator.damped(jax.lax.stop_gradient(damping)))), matvecs
 
 
 def _direction(direction: Any, weights: Weights, many: bool) -> Weights:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from metainfluence.operators import Operator
+from metainfluence.subspace import RitzValues
 
 
 class SolveStatus(enum.IntEnum):
@@ -101,22 +101,6 @@ def _names(value: Any, codes: type[enum.IntEnum]) -> str:
     return f"[{', '.join(f'{name} × {count}' for name, count in zip(names, counts, strict=True))}]"
 
 
-class Iteration(NamedTuple):
-    """An iterative solver as pure functions, so that the same step runs in `lax.while_loop` and in a Python loop.
-
-    Attributes:
-      start: (operator, state, rhs, x0) -> carry, all vectors flat; x0 may be None.
-      step: (operator, state, carry) -> carry.
-      running: (carry) -> boolean scalar.
-      finish: (carry) -> Outcome.
-    """
-
-    start: Callable[..., Any]
-    step: Callable[..., Any]
-    running: Callable[..., Any]
-    finish: Callable[..., Any]
-
-
 class Outcome(NamedTuple):
     """What a solver says of its own run; the residual is judged by `report`.
 
@@ -133,6 +117,33 @@ class Outcome(NamedTuple):
     failure: Any = SolveStatus.MAX_STEPS
 
 
+class Iteration(NamedTuple):
+    """An iterative solver as pure functions, so that the same turn runs in `lax.while_loop` and in a Python loop.
+
+    Each turn multiplies one vector: `aim` says which, `take` uses the product. They know nothing of first guesses, nor
+    of the residual that is recomputed in the end: see `from_steps`.
+
+    Attributes:
+      start: (operator, state, residual, scale) -> carry at x = 0, all vectors flat: what is to be solved for, and the
+        norm ‖b‖ that tolerances are relative to; None for that of `residual`.
+      aim: (operator, state, carry) -> (carry, vector to be multiplied).
+      take: (operator, state, carry, product) -> carry.
+      running: (carry) -> boolean scalar.
+      finish: (carry) -> Outcome.
+    """
+
+    start: Callable[..., Any]
+    aim: Callable[..., tuple[Any, Array]]
+    take: Callable[..., Any]
+    running: Callable[..., Any]
+    finish: Callable[..., Outcome]
+
+    def step(self, operator: Operator, state: Any, carry: Any) -> Any:
+        """One turn, its product included."""
+        carry, vector = self.aim(operator, state, carry)
+        return self.take(operator, state, carry, operator.flat_matvec(vector))
+
+
 class Solver(NamedTuple):
     """A strategy for H x = b with the operator's work split from the right-hand side's.
 
@@ -145,6 +156,12 @@ class Solver(NamedTuple):
         gain from each other; None for `solve` under vmap.
       init_matvecs: (state) -> products that `init` took.
       report: for iterative solvers, (operator, flat rhs, Outcome of `iteration.finish`) -> SolveInfo; else None.
+      solve_matvecs: (state) -> products that one solve takes besides, that of the recomputed residual not counted,
+        where that is known beforehand: what it costs as a preconditioner.
+      explore: (operator, rank) -> (state, RitzValues): `rank` Lanczos vectors, from which a damping can be chosen, and
+        a state that holds them, for solves with the operator damped thereafter; None where they would be of no use.
+      explore_and_solve: (operator, rank, choose, rhs) -> (solution, SolveInfo, damping): both as turns of one loop,
+        with the damping `choose` makes of the RitzValues.
     """
 
     init: Callable[[Operator], Any]
@@ -153,6 +170,9 @@ class Solver(NamedTuple):
     solve_many: Callable[..., tuple[PyTree, SolveInfo]] | None = None
     init_matvecs: Callable[[Any], Any] = lambda state: 0
     report: Callable[[Operator, Array, Outcome], SolveInfo] | None = None
+    solve_matvecs: Callable[[Any], Any] = lambda state: 0
+    explore: Callable[[Operator, int], tuple[Any, RitzValues]] | None = None
+    explore_and_solve: Callable[..., tuple[PyTree, SolveInfo, Array]] | None = None
 
 
 class Preconditioner(NamedTuple):
@@ -173,22 +193,27 @@ def preconditioner_of(solver: Solver | None, operator: Operator, state: Any) -> 
     """The solver's map for one operator; the identity for None."""
     if solver is None:
         return Preconditioner(lambda vector: vector, 0, 0)
-
-    def apply(vector: Array) -> tuple[PyTree, SolveInfo]:
-        return solver.solve(operator, state, operator.domain.unravel(vector))
-
     init_matvecs = jnp.asarray(solver.init_matvecs(state), jnp.int32)
-    zero = jnp.zeros(operator.size, operator.domain.dtype)
+
+    def apply(vector: Array) -> Array:
+        return _unreported(solver, operator, state, vector)
+
+    return Preconditioner(apply, init_matvecs, solver.solve_matvecs(state))
+
+
+def solution_of(solver: Solver, operator: Operator, state: Any, rhs: PyTree) -> PyTree:
+    """The solution alone, without the product that a report on it takes."""
+    operator.domain.check("rhs", rhs)
+    return operator.domain.unravel(_unreported(solver, operator, state, operator.domain.ravel(rhs)))
+
+
+def _unreported(solver: Solver, operator: Operator, state: Any, rhs: Array) -> Array:
     # Kept at `solve` itself, so that a solver whose `solve` was replaced is not asked for what it did before.
-    unreported = getattr(solver.solve, "outcome", None)
-    if unreported is not None:
-        outcome = functools.partial(unreported, operator, state)
-        own = jnp.asarray(outcome(zero).num_matvecs, jnp.int32) - init_matvecs
-        return Preconditioner(lambda vector: outcome(vector).solution, init_matvecs, own)
-    # What `report` adds for its residual is not run here, where nobody asks for it.
-    info = apply(zero)[1]
-    own = info.num_matvecs - init_matvecs - 1
-    return Preconditioner(lambda vector: operator.domain.ravel(apply(vector)[0]), init_matvecs, own)
+    outcome = getattr(solver.solve, "outcome", None)
+    if outcome is None:
+        return operator.domain.ravel(solver.solve(operator, state, operator.domain.unravel(rhs))[0])
+    solution: Array = outcome(operator, state, rhs).solution
+    return solution
 
 
 def reachable(tol: Any, dtype: Any) -> Any:
@@ -198,7 +223,11 @@ def reachable(tol: Any, dtype: Any) -> Any:
 
 def report(operator: Operator, rhs: Array, outcome: Outcome, tol: Any) -> SolveInfo:
     """Recomputes the residual (one product) and decides the status from it."""
-    product = operator.flat_matvec(outcome.solution)
+    return judge(rhs, outcome, operator.flat_matvec(outcome.solution), tol)
+
+
+def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any) -> SolveInfo:
+    """Decides the status from the product with the solution."""
     residual = norm(rhs - product)
     square = dot(outcome.solution, outcome.solution)
     quotient = jnp.where(square > 0, dot(outcome.solution, product) / jnp.where(square > 0, square, 1), jnp.inf)
@@ -223,11 +252,11 @@ def direct(
     apply: Callable[..., Outcome],
     tol: Callable[[Any], Any],
     init_matvecs: Callable[[Any], Any] = lambda state: 0,
-    system: Callable[[Operator, Any], Operator] = lambda operator, state: operator,
+    multiply: Callable[[Operator, Any, Array], Array] = lambda operator, state, vector: operator.flat_matvec(vector),
 ) -> Solver:
     """A solver of a flat `apply(operator, state, rhs) -> Outcome`.
 
-    `tol` maps the dtype to a relative residual, and `system` tells which operator's residual that is.
+    `tol` maps the dtype to a relative residual, and `multiply` is the flat product of the system that is solved.
     """
 
     def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
@@ -235,12 +264,22 @@ def direct(
         operator.domain.check("rhs", rhs)
         vector = operator.domain.ravel(rhs)
         outcome = apply(operator, state, vector)
-        info = report(system(operator, state), vector, outcome, tol(vector.dtype))
+        info = judge(vector, outcome, multiply(operator, state, outcome.solution), tol(vector.dtype))
         return operator.domain.unravel(outcome.solution), info
 
-    # The solution without the product that a report on it takes, for `preconditioner_of`.
     solve.outcome = apply  # type: ignore[attr-defined]
     return Solver(init, solve, init_matvecs=init_matvecs)
+
+
+class _Turn(NamedTuple):
+    """The carry of an iterative solve; `product` is that of the vector multiplied last."""
+
+    carry: Any
+    outcome: Outcome
+    product: Array
+    guessing: Array
+    closing: Array
+    closed: Array
 
 
 def iterative(
@@ -248,8 +287,45 @@ def iterative(
     iteration: Iteration,
     tol: Any,
     init_matvecs: Callable[[Any], Any] = lambda state: 0,
+    solve_matvecs: Callable[[Any], Any] = lambda state: 0,
 ) -> Solver:
     """A solver that runs `iteration` in `lax.while_loop`."""
+
+    def unreported(operator: Operator, state: Any, rhs: Array) -> Outcome:
+        start = iteration.start(operator, state, rhs, None)
+        last = jax.lax.while_loop(iteration.running, lambda carry: iteration.step(operator, state, carry), start)
+        return iteration.finish(last)
+
+    def run(operator: Operator, state: Any, rhs: Array, x0: Array | None) -> tuple[Outcome, Array]:
+        """The outcome, and the product with its solution."""
+
+        def reached(carry: Any) -> Outcome:
+            outcome = iteration.finish(carry)
+            return Outcome(
+                outcome.solution if x0 is None else x0 + outcome.solution,
+                jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(x0 is not None),
+                jnp.asarray(outcome.min_curvature, rhs.dtype),
+                jnp.asarray(outcome.failure, jnp.int32),
+            )
+
+        # A program is as long as the copies of the product in it: the guess, the directions and the solution are
+        # multiplied at one place.
+        def turn(last: _Turn) -> _Turn:
+            carry, vector = iteration.aim(operator, state, last.carry)
+            product = operator.flat_matvec(jnp.where(last.guessing | last.closing, last.outcome.solution, vector))
+            carry = iteration.take(operator, state, carry, product)
+            if x0 is not None:
+                begun = iteration.start(operator, state, rhs - product, norm(rhs))
+                carry = jax.tree.map(lambda new, old: jnp.where(last.guessing, new, old), begun, carry)
+            outcome = jax.tree.map(lambda old, new: jnp.where(last.closing, old, new), last.outcome, reached(carry))
+            return _Turn(carry, outcome, product, jnp.bool_(False), ~iteration.running(carry), last.closing)
+
+        start = iteration.start(operator, state, rhs, None)
+        guessing = jnp.bool_(x0 is not None)
+        closing = ~guessing & ~iteration.running(start)
+        first = _Turn(start, reached(start), jnp.zeros_like(rhs), guessing, closing, jnp.bool_(False))
+        last = jax.lax.while_loop(lambda turn: ~turn.closed, turn, first)
+        return last.outcome, last.product
 
     def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
         operator.domain.check("rhs", rhs)
@@ -257,18 +333,14 @@ def iterative(
         if x0 is not None:
             operator.domain.check("x0", x0)
             x0 = operator.domain.ravel(x0)
-        carry = jax.lax.while_loop(
-            iteration.running,
-            lambda carry: iteration.step(operator, state, carry),
-            iteration.start(operator, state, vector, x0),
-        )
-        outcome = iteration.finish(carry)
-        return operator.domain.unravel(outcome.solution), report(operator, vector, outcome, tol)
+        outcome, product = run(operator, state, vector, x0)
+        return operator.domain.unravel(outcome.solution), judge(vector, outcome, product, tol)
 
-    def judge(operator: Operator, rhs: Array, outcome: Outcome) -> SolveInfo:
+    def told(operator: Operator, rhs: Array, outcome: Outcome) -> SolveInfo:
         return report(operator, rhs, outcome, tol)
 
-    return Solver(init, solve, iteration, init_matvecs=init_matvecs, report=judge)
+    solve.outcome = unreported  # type: ignore[attr-defined]
+    return Solver(init, solve, iteration, init_matvecs=init_matvecs, report=told, solve_matvecs=solve_matvecs)
 
 
 def norm(vector: Array) -> Array:

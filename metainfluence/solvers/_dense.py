@@ -9,13 +9,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from metainfluence import _lapack
-from metainfluence.operators import Operator
+from metainfluence import _lapack, subspace
+from metainfluence.operators import Operator, from_matvec
 from metainfluence.solvers._base import Outcome, Solver, SolveStatus, direct
-from metainfluence.subspace import Ritz, turned
+from metainfluence.solvers._block_cg import in_turn
+from metainfluence.subspace import RitzValues, unshifted
+
+
+class _Eigen(NamedTuple):
+    """Eigenpairs as `subspace.Ritz` has them, and the products that they were made of, both without the shift."""
+
+    values: Array
+    vectors: Array
+    residuals: Array
+    valid: Array
+    rows: Array
 
 
 class _Cholesky(NamedTuple):
+    rows: Array
     factor: Array
     positive: Array
     smallest_diagonal: Array
@@ -50,43 +62,58 @@ def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
         raise ValueError(f"method: expected 'eigh' or 'cholesky', got {method!r}")
     if absolute:
         raise ValueError("absolute: expected False with method 'cholesky', which knows no eigenvalues, got True")
-    return direct(_cholesky_init, _cholesky_solve, _residual_tol, lambda state: len(state.factor))
+    return direct(_cholesky_init, _cholesky_solve, _residual_tol, lambda state: len(state.factor), _by_rows)
 
 
 def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
     """A solver by all eigenvalues, with |H| in place of H where `turn(smallest eigenvalue)`, damping included."""
 
-    def init(operator: Operator) -> Ritz:
-        values, vectors = _lapack.eigh(operator.dense())
-        unshifted = values - operator.shift
-        return Ritz(unshifted, vectors.T, jnp.zeros_like(values), jnp.ones_like(values, bool))
+    def init(operator: Operator) -> _Eigen:
+        rows = unshifted(operator).rows()
+        values, vectors = _lapack.eigh(0.5 * (rows + rows.T))
+        return _Eigen(values, vectors.T, jnp.zeros_like(values), jnp.ones_like(values, bool), rows)
 
-    def solve(operator: Operator, state: Ritz, rhs: Array) -> Outcome:
+    def solve(operator: Operator, state: _Eigen, rhs: Array) -> Outcome:
         smallest = state.values[0] + operator.shift
         values = jnp.where(turn(smallest), jnp.abs(state.values), state.values) + operator.shift
         size = jnp.abs(values)
         zero = size <= _rounding(operator.size, rhs.dtype) * jnp.max(size)
         inverse = jnp.where(zero, 0, 1 / jnp.where(zero, 1, values))
-        precision = jax.lax.Precision.HIGHEST
-        components = jnp.matmul(state.vectors, rhs, precision=precision)
-        solution = jnp.matmul(inverse * components, state.vectors, precision=precision)
+        solution = _matmul(inverse * _matmul(state.vectors, rhs), state.vectors)
         finite = jnp.all(jnp.isfinite(solution))
         failure = jnp.where(finite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.NONFINITE))
         return Outcome(solution, operator.size, smallest, failure)
 
-    def system(operator: Operator, state: Ritz) -> Operator:
-        return turned(operator, state._replace(valid=state.valid & turn(state.values[0] + operator.shift)))
+    def multiply(operator: Operator, state: _Eigen, vector: Array) -> Array:
+        extra = jnp.where(turn(state.values[0] + operator.shift), jnp.maximum(-2 * state.values, 0), 0)
+        return _by_rows(operator, state, vector) + _matmul(extra * _matmul(state.vectors, vector), state.vectors)
 
-    return direct(init, solve, _residual_tol, lambda state: len(state.values), system)
+    def explore(operator: Operator, rank: int) -> tuple[_Eigen, RitzValues]:
+        state = init(operator)
+        rows = from_matvec(jax.tree_util.Partial(_matmul, state.rows), jnp.zeros(operator.size, state.rows.dtype))
+        return state, subspace.explore(rows.damped(operator.shift), rank)[1]
+
+    found = direct(init, solve, _residual_tol, lambda state: len(state.values), multiply)._replace(explore=explore)
+    return found._replace(explore_and_solve=in_turn(found))
+
+
+def _by_rows(operator: Operator, state: Any, vector: Array) -> Array:
+    """The operator's product as the combination of those that its matrix was formed of."""
+    return _matmul(vector, state.rows) + operator.shift.astype(vector.dtype) * vector
+
+
+def _matmul(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def _cholesky_init(operator: Operator) -> _Cholesky:
-    matrix = operator.dense()
+    rows = unshifted(operator).rows()
+    matrix = 0.5 * (rows + rows.T) + operator.shift * jnp.eye(operator.size, dtype=rows.dtype)
     factor = _lapack.cholesky(matrix)
     pivots = jnp.diagonal(factor) ** 2
     # A pivot that rounding alone could have made positive would give finite nonsense.
     positive = jnp.min(pivots) > _rounding(operator.size, factor.dtype) * jnp.max(pivots)
-    return _Cholesky(factor, positive, jnp.min(jnp.diagonal(matrix)))
+    return _Cholesky(rows, factor, positive, jnp.min(jnp.diagonal(matrix)))
 
 
 def _cholesky_solve(operator: Operator, state: _Cholesky, rhs: Array) -> Outcome:

@@ -35,9 +35,9 @@ def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6
     check_positive("rank", rank, integer=True)
 
     def init(operator: Operator) -> subspace.Ritz:
-        first, rest = jax.random.split(jax.random.key(seed))
+        first, _ = jax.random.split(jax.random.key(seed))
         start = jax.random.normal(first, (operator.size,), operator.domain.dtype)
-        return subspace.ritz(subspace.lanczos(operator, min(rank, operator.size), start, rest))
+        return subspace.ritz(subspace.lanczos(operator, min(rank, operator.size), start))
 
     return _low_rank(init, absolute, tol)
 
@@ -73,7 +73,7 @@ def _low_rank(init: Any, absolute: bool, tol: Any) -> Solver:
         smallest = jnp.min(jnp.where(state.valid, state.values, jnp.inf)) + operator.shift
         return Outcome(solution, len(state.values), smallest)
 
-    def system(operator: Operator, state: subspace.Ritz) -> Operator:
-        return subspace.turned(operator, state) if absolute else operator
+    def multiply(operator: Operator, state: subspace.Ritz, vector: Array) -> Array:
+        return (subspace.turned(operator, state) if absolute else operator).flat_matvec(vector)
 
-    return direct(init, solve, lambda dtype: reachable(tol, dtype), lambda state: len(state.values), system)
+    return direct(init, solve, lambda dtype: reachable(tol, dtype), lambda state: len(state.values), multiply)

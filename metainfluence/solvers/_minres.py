@@ -51,13 +51,12 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
     if max_steps is not None:
         check_positive("max_steps", max_steps, integer=True)
 
-    def start(operator: Operator, state: Any, rhs: Array, x0: Array | None) -> _Carry:
+    def start(operator: Operator, state: Any, residual: Array, scale: Array | None) -> _Carry:
         del state
-        residual = rhs if x0 is None else rhs - operator.flat_matvec(x0)
-        beta, zero = norm(residual), jnp.zeros_like(rhs)
-        one, nought = jnp.ones((), rhs.dtype), jnp.zeros((), rhs.dtype)
+        beta, zero = norm(residual), jnp.zeros_like(residual)
+        one, nought = jnp.ones((), residual.dtype), jnp.zeros((), residual.dtype)
         return _Carry(
-            solution=zero if x0 is None else x0,
+            solution=zero,
             vector=residual / jnp.where(beta > 0, beta, 1),
             previous_vector=zero,
             update=zero,
@@ -69,21 +68,24 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
             previous_sine=nought,
             residual_norm=beta,
             # The recursion's residual drifts from the true one, by which convergence is judged in the end.
-            stop_norm=0.9 * reachable(tol, rhs.dtype) * norm(rhs),
+            stop_norm=0.9 * reachable(tol, residual.dtype) * (beta if scale is None else scale),
             steps_left=jnp.int32(default_max_steps(operator.size, max_steps)),
-            matvecs=jnp.int32(0 if x0 is None else 1),
+            matvecs=jnp.int32(0),
             pivot=one,
             direction_square=nought,
-            min_curvature=jnp.full((), jnp.inf, rhs.dtype),
+            min_curvature=jnp.full((), jnp.inf, residual.dtype),
         )
 
     def running(carry: _Carry) -> Array:
         size = jnp.abs(carry.residual_norm)
         return (size > carry.stop_norm) & jnp.isfinite(size) & (carry.steps_left > 0)
 
-    def step(operator: Operator, state: Any, carry: _Carry) -> _Carry:
-        del state
-        product = operator.flat_matvec(carry.vector)
+    def aim(operator: Operator, state: Any, carry: _Carry) -> tuple[_Carry, Array]:
+        del operator, state
+        return carry, carry.vector
+
+    def take(operator: Operator, state: Any, carry: _Carry, product: Array) -> _Carry:
+        del operator, state
         alpha = dot(carry.vector, product)
         remainder = product - alpha * carry.vector - carry.beta * carry.previous_vector
         beta = norm(remainder)
@@ -126,4 +128,4 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
     def finish(carry: _Carry) -> Outcome:
         return Outcome(carry.solution, carry.matvecs, carry.min_curvature)
 
-    return iterative(lambda operator: None, Iteration(start, step, running, finish), tol)
+    return iterative(lambda operator: None, Iteration(start, aim, take, running, finish), tol)

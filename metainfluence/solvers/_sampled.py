@@ -52,10 +52,10 @@ def sampled(number: int | None = None, *, rank: int = 100, seed: int = 0, tol: A
         wanted = max(4, operator.num_groups // 16) if number is None else number
         count, size = min(wanted, operator.num_groups), min(rank, operator.size)
         part = dataclasses.replace(operator.sample(count), shift=jnp.zeros_like(operator.shift))
-        first, rest = jax.random.split(jax.random.key(seed))
+        first, _ = jax.random.split(jax.random.key(seed))
         start = jax.random.normal(first, (operator.size,), operator.domain.dtype)
         # What the curvature itself adds to the diagonal is in the whole operator's shift, and not taken twice.
-        ritz = subspace.ritz(subspace.lanczos(part, size, start, rest))
+        ritz = subspace.ritz(subspace.lanczos(part, size, start))
         return _State(ritz, jnp.int32(-(-size * count // operator.num_groups)))
 
     def solve(operator: Operator, state: _State, rhs: Array) -> Outcome:

@@ -14,7 +14,7 @@ from metainfluence.lab.bench.solvers import problems
 from metainfluence.lab.bench.solvers.measure import NO_LIMIT, Program, solver_program, status_name
 from metainfluence.lab.bench.solvers.options import SolverBenchConfig
 from metainfluence.lab.experiments.measures import spearman
-from metainfluence.response import expand
+from metainfluence.response import expand, rule
 
 DEMO_SOLVERS = ("cg", "cg + sampled", "block_cg", "auto")
 LOOSE_SOLVERS = ("cg", "auto")
