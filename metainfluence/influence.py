@@ -23,6 +23,7 @@ from metainfluence._chunks import reduce_tasks
 from metainfluence.curvature import Curvature
 from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
 from metainfluence.differentiation import REVERSE
+from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel, evaluate, task_loss
 from metainfluence.response import (
     Influence,
@@ -31,7 +32,6 @@ from metainfluence.response import (
     check_target,
     checked,
     optimum_at,
-    removal_scores,
     solve_once,
     target_gradient,
 )
@@ -311,7 +311,7 @@ def influence_scores(
             slope = target_gradient(target, point[0], target_args)
             at = options.expanded(*point, options.chunks(*point[:2]))
             solution, info = solve_once(options, at, slope)
-            return removal_scores(at.weights, jax.tree.map(jnp.negative, at.mixed_transposed(solution)), info)
+            return Scores(*jax.tree.map(jnp.multiply, at.weights, at.mixed_transposed(solution)), info)
 
     return run
 
@@ -431,7 +431,7 @@ def edit(
             current, best, least = carry
             first = number == 0
             at = options.expanded(current, tasks, optax.tree.where(first, old, new), chunks)
-            norm = optax.tree.norm(at.gradient)
+            norm = flat_norm(at.gradient)
             nearer = (number == 1) | (~first & (norm < least))
             best, least = optax.tree.where(nearer, current, best), jnp.where(nearer, norm, least)
 
@@ -447,7 +447,7 @@ def edit(
             return (moved, best, least), (info, norm, at.inner_gradient_norm)
 
         with options.traced():
-            start = (meta_params, meta_params, jnp.zeros_like(optax.tree.norm(meta_params)))
+            start = (meta_params, meta_params, jnp.zeros_like(flat_norm(meta_params)))
             turns = jnp.arange(2 + num_newton_steps)
             (_, edited, least), (info, norms, inner_norms) = jax.lax.scan(turn, start, turns)
         name_not_finite((least, norms[-1]), tasks, "tasks")

@@ -86,6 +86,12 @@ class Losses(NamedTuple):
     regularizer: Callable[[PyTree], Float[Array, ""]] | None
 
 
+def flat_norm(tree: PyTree) -> Float[Array, ""]:
+    """Euclidean norm of all of a pytree's leaves, by a shorter program than one sum for each."""
+    vector = ravel_pytree(tree)[0]
+    return jnp.sqrt(jnp.vdot(vector, vector, precision=jax.lax.Precision.HIGHEST))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FlatProduct:
@@ -140,7 +146,7 @@ class Operator:
         return product + self.shift.astype(product.dtype) * vector
 
     def flat_matvecs(self, vectors: Float[Array, "k size"]) -> Float[Array, "k size"]:
-        """Products with vectors on a leading axis, in one batch; a single one without that axis, by a smaller program."""
+        """Products with vectors on a leading axis, in one batch; of a single one without that axis, a smaller program."""
         if len(vectors) == 1:
             return self.flat_matvec(vectors[0])[None]
         return jax.vmap(self.flat_matvec)(vectors)

@@ -471,7 +471,7 @@ def _spare(start: Array, turn: Array) -> Array:
 
 
 def _continued(basis: Array, direction: Array, spare: Array, allowed: Array) -> tuple[Array, Array]:
-    """A row by a direction, or, where that adds nothing and it is allowed, by the spare one; and whether there is one."""
+    """A row by a direction, or, where that adds nothing and it is allowed, by the spare one; and whether there is any."""
     rows, kept = _orthogonal(basis, jnp.stack([direction, spare]))
     other = allowed & ~kept[0]
     return _select(other, rows[1:], rows[:1]), _select(other, kept[1:], kept[:1])

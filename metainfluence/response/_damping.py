@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence.operators import Operator
+from metainfluence.operators import Operator, flat_norm
 from metainfluence.spectra import Spectrum, of_operator
 from metainfluence.subspace import RitzValues
 
@@ -48,7 +47,7 @@ def rule(operator: Operator, gradient: PyTree, meta_params: PyTree, rank: int = 
 
 def rule_of(found: RitzValues | Spectrum, gradient: PyTree, meta_params: PyTree) -> Damping:
     """The rule, from what a Krylov subspace has found of the spectrum."""
-    gradient_norm, length = optax.tree.norm(gradient), optax.tree.norm(meta_params)
+    gradient_norm, length = flat_norm(gradient), flat_norm(meta_params)
     smallest, residual = found.values[0], found.residuals[0]
     eps = float(jnp.finfo(smallest.dtype).eps)
     needs = (

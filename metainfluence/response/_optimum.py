@@ -9,14 +9,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from metainfluence._checks import check_finite_floats, leaf_name, maker
 from metainfluence.curvature import Curvature
 from metainfluence.data import Task, Weights, name_not_finite, resolve_weights
-from metainfluence.operators import Domain, Operator
+from metainfluence.operators import Domain, Operator, flat_norm
 from metainfluence.problem import Bilevel, check_meta_params
 from metainfluence.response._damping import RANK, rule, rule_of
 from metainfluence.response._options import Options
@@ -271,7 +270,7 @@ def optimum_at(options: Options, meta_params: PyTree, tasks: Task, weights: Weig
     """The response for checked arguments, with room for some right-hand sides at once."""
     chunks = options.chunks(meta_params, tasks, vectors)
     expansion = options.expanded(meta_params, tasks, weights, chunks)
-    norm = optax.tree.norm(expansion.gradient)
+    norm = flat_norm(expansion.gradient)
     name_not_finite(norm, tasks, "tasks")
     damping, state, matvecs = _prepared(options, expansion)
     info = OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs))
@@ -284,7 +283,7 @@ def solve_once(options: Options, expansion: Expansion, rhs: PyTree) -> tuple[PyT
     Where the solver can, the vectors that choose the damping and those that solve come from one loop, so that the
     program holds the product once. The numbers are those of making the response and asking it.
     """
-    norm, inner = optax.tree.norm(expansion.gradient), expansion.inner_gradient_norm
+    norm, inner = flat_norm(expansion.gradient), expansion.inner_gradient_norm
     name_not_finite(norm, expansion.tasks, "tasks")
     if not (isinstance(options.damping, str) and options.solver.explore_and_solve is not None):
         damping, state, matvecs = _prepared(options, expansion)
