@@ -218,7 +218,7 @@ def implicit(
         state = solver.init(operator)
 
         def solve(_: Any, rhs: PyTree) -> PyTree:
-            return solver.solve(operator, state, rhs)[0]
+            return solvers.solution_of(solver, operator, state, rhs)
 
         change = jax.lax.custom_linear_solve(matvec, jax.tree.map(jnp.negative, rate), solve, symmetric=True)
         return params, change
@@ -326,7 +326,7 @@ def newton_cg(*, tol: float | None = None, max_steps: int = 100) -> Minimizer:
             # The forcing term of Eisenstat and Walker makes the convergence superlinear.
             forcing = jnp.clip(jnp.sqrt(carry.norm / jnp.maximum(1, first.norm)), 1e-4, 0.1)
             downhill = jax.tree.map(jnp.negative, carry.grad)
-            direction, _ = solvers.cg(tol=forcing).solve(operator, None, downhill)
+            direction = solvers.solution_of(solvers.cg(tol=forcing), operator, None, downhill)
             length = optax.tree.norm(direction)
             unusable = ~jnp.isfinite(length) | (length == 0)
             direction = optax.tree.where(unusable, downhill, direction)

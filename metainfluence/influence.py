@@ -160,7 +160,7 @@ class _Method(NamedTuple):
     def solve_all(self, point: _Point, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
         """Solves for right-hand sides on a leading axis, in step: one batched product per step."""
         solve_many = self.solver.solve_many
-        if solve_many is None:
+        if solve_many is None or not self.solver.shares:
             if point.chunks.vectors is None:
                 return jax.vmap(lambda rhs: self.solve(point, rhs))(rhs)
             return jax.lax.map(lambda rhs: self.solve(point, rhs), rhs, batch_size=point.chunks.vectors)
