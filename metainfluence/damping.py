@@ -17,8 +17,9 @@ from metainfluence.bilevel import Bilevel, check_meta_params
 from metainfluence.curvature import Curvature, check_curvature, exact, expand
 from metainfluence.operators import Operator
 from metainfluence.solvers import SolveInfo
-from metainfluence.solvers._base import Preconditioner, check_positive, reachable
+from metainfluence.solvers._base import check_positive
 from metainfluence.solvers._block_cg import grown
+from metainfluence.solvers._kit import Preconditioner, reachable
 from metainfluence.spectrum import of_operator
 from metainfluence.tasks import Task, Weights, check_batch_size, concrete, name_not_finite, resolve_weights
 

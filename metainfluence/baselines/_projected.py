@@ -15,8 +15,8 @@ from metainfluence.bilevel import Bilevel, check_meta_params, total_gradient
 from metainfluence.curvature import gauss_newton
 from metainfluence.influence import Scores, influence_scores
 from metainfluence.operators import Domain, Operator, check_damping
-from metainfluence.solvers import Solver
-from metainfluence.solvers._base import Outcome, check_positive, direct
+from metainfluence.solvers import Outcome, Solver, from_map
+from metainfluence.solvers._base import check_positive
 from metainfluence.subspace import Ritz
 from metainfluence.tasks import Task, Weights, check_batch_size, reduce_tasks, resolve_weights
 
@@ -168,4 +168,4 @@ def tlxml(
 
 def _approximate(init: Callable[[Operator], Any], apply: Callable[..., Outcome]) -> Solver:
     """A solver that is not expected to leave no residual, and reports the one that it leaves."""
-    return direct(init, apply, lambda dtype: jnp.finfo(dtype).eps ** 0.5)
+    return from_map(init, apply, tol=lambda dtype: jnp.finfo(dtype).eps ** 0.5)

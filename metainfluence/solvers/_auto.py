@@ -10,18 +10,12 @@ from jaxtyping import Array
 
 from metainfluence import subspace
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import (
-    Choice,
-    Preconditioner,
-    SolveInfo,
-    Solver,
-    SolveStatus,
-    check_positive,
-    preconditioner_of,
-)
+from metainfluence.solvers._base import Choice, SolveInfo, Solver, SolveStatus, check_positive
 from metainfluence.solvers._block_cg import default_max_size, grown, of_block
+from metainfluence.solvers._called import called
 from metainfluence.solvers._cg import cg
 from metainfluence.solvers._dense import by_eigenvalues
+from metainfluence.solvers._kit import Preconditioner, preconditioner_of
 from metainfluence.solvers._minres import minres
 from metainfluence.solvers._sampled import sampled
 
@@ -40,6 +34,7 @@ class _State(NamedTuple):
     known: subspace.Subspace | None
 
 
+@called
 def auto(
     *, tol: Any = 1e-6, max_size: int | None = None, dense_size: int = 200, absolute: bool = True, memory: float = 2e9
 ) -> Solver:

@@ -16,11 +16,10 @@ from metainfluence.solvers._base import (
     check_positive,
     default_max_steps,
     dot,
-    iterative,
     norm,
-    preconditioner_of,
-    reachable,
 )
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_steps, preconditioner_of, reachable
 
 
 class _Carry(NamedTuple):
@@ -36,6 +35,7 @@ class _Carry(NamedTuple):
     indefinite: Array
 
 
+@called
 def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver | None = None) -> Solver:
     """Preconditioned conjugate gradients for positive definite operators (Hestenes and Stiefel, 1952).
 
@@ -107,4 +107,4 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
     def init_matvecs(state: Any) -> Any:
         return 0 if preconditioner is None else preconditioner.init_matvecs(state)
 
-    return iterative(init, Iteration(start, aim, take, running, finish), tol, init_matvecs)
+    return from_steps(init, Iteration(start, aim, take, running, finish), tol=tol, init_matvecs=init_matvecs)

@@ -10,17 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import (
-    Iteration,
-    Outcome,
-    Solver,
-    SolveStatus,
-    check_positive,
-    dot,
-    iterative,
-    norm,
-    preconditioner_of,
-)
+from metainfluence.solvers._base import Iteration, Outcome, Solver, SolveStatus, check_positive, dot, norm
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_steps, preconditioner_of
 
 _POWER_STEPS = 20
 
@@ -56,6 +48,7 @@ def largest_eigenvalue(
     return jax.lax.scan(step, vector, length=num_steps)[1][-1]
 
 
+@called
 def neumann(
     num_terms: int, *, scale: float | None = None, preconditioner: Solver | None = None, tol: Any = 1e-6
 ) -> Solver:
@@ -139,10 +132,10 @@ def neumann(
         own = 0 if preconditioner is None else preconditioner.solve_matvecs(state.preconditioner)
         return own + num_terms * (1 + own)
 
-    return iterative(
+    return from_steps(
         init,
         Iteration(start, aim, take, running, finish),
-        tol,
-        lambda state: state.matvecs,
-        solve_matvecs,
+        tol=tol,
+        init_matvecs=lambda state: state.matvecs,
+        solve_matvecs=solve_matvecs,
     )
