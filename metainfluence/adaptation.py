@@ -225,7 +225,7 @@ def implicit(
         state = solver.init(operator)
 
         def solve(_: Any, rhs: PyTree) -> PyTree:
-            return solver.solve(operator, state, rhs)[0]
+            return solvers.solution_of(solver, operator, state, rhs)
 
         return jax.lax.custom_linear_solve(matvec, jax.tree.map(jnp.negative, mixed), solve, symmetric=True)
 

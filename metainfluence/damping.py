@@ -19,8 +19,8 @@ from metainfluence.data import Task, Weights, name_not_finite
 from metainfluence.problem import Bilevel
 from metainfluence.response import RANK, Damping, Options, checked, rule, target_gradient
 from metainfluence.solvers import SolveInfo
-from metainfluence.solvers._base import Preconditioner, reachable
 from metainfluence.solvers._block_cg import grown
+from metainfluence.solvers._kit import Preconditioner, reachable
 
 __all__ = ["Damping", "Sweep", "auto", "sweep"]
 

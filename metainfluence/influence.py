@@ -311,7 +311,8 @@ def influence_scores(
             slope = target_gradient(target, point[0], target_args)
             at = options.expanded(*point, options.chunks(*point[:2]))
             solution, info = solve_once(options, at, slope)
-            return Scores(*jax.tree.map(jnp.multiply, at.weights, at.mixed_transposed(solution)), info)
+            task, support, query = jax.tree.map(jnp.multiply, at.weights, at.mixed_transposed(solution))
+            return Scores(task, support, query, info)
 
     return run
 

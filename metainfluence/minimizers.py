@@ -82,7 +82,8 @@ def newton_cg(*, tol: float | None = None, max_steps: int = 100) -> Minimizer:
             # left to solve for.
             forcing = jnp.clip(jnp.sqrt(here.norm / scale), 1e-4, 0.1)
             downhill = jax.tree.map(lambda leaf: jnp.where(active, -leaf, 0), grad)
-            direction, _ = solvers.cg(tol=forcing).solve(operators.from_matvec(product, params), None, downhill)
+            operator = operators.from_matvec(product, params)
+            direction = solvers.solution_of(solvers.cg(tol=forcing), operator, None, downhill)
             length = optax.tree.norm(direction)
             unusable = ~jnp.isfinite(length) | (length == 0)
             direction = optax.tree.where(unusable, downhill, direction)

@@ -146,7 +146,7 @@ class Operator:
         return product + self.shift.astype(product.dtype) * vector
 
     def flat_matvecs(self, vectors: Float[Array, "k size"]) -> Float[Array, "k size"]:
-        """Products with vectors on a leading axis, in one batch; of a single one without that axis, a smaller program."""
+        """Products with vectors on a leading axis, in one batch; a single one as such, in a smaller program."""
         if len(vectors) == 1:
             return self.flat_matvec(vectors[0])[None]
         return jax.vmap(self.flat_matvec)(vectors)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from metainfluence import _lapack
@@ -435,7 +434,7 @@ def _with_room(known: Subspace, rows: int) -> Subspace:
 def start_of(operator: Operator) -> Float[Array, " n"]:
     """The random vector that an exploration starts from."""
     # `jax.random.split(jax.random.key(0))[0]`, since to split a key takes as many lines as many a solver.
-    key = jax.random.wrap_key_data(np.array([1797259609, 2579123966], np.uint32), impl="threefry2x32")
+    key = jax.random.wrap_key_data(jnp.asarray([1797259609, 2579123966], jnp.uint32), impl="threefry2x32")
     return jax.random.normal(key, (operator.size,), operator.domain.dtype)
 
 
@@ -471,7 +470,7 @@ def _spare(start: Array, turn: Array) -> Array:
 
 
 def _continued(basis: Array, direction: Array, spare: Array, allowed: Array) -> tuple[Array, Array]:
-    """A row by a direction, or, where that adds nothing and it is allowed, by the spare one; and whether there is any."""
+    """A row by a direction, or, where that adds nothing and it is allowed, by the spare one; and if there is one."""
     rows, kept = _orthogonal(basis, jnp.stack([direction, spare]))
     other = allowed & ~kept[0]
     return _select(other, rows[1:], rows[:1]), _select(other, kept[1:], kept[:1])

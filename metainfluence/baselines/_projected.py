@@ -18,8 +18,7 @@ from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.influence import Scores, influence_scores
 from metainfluence.operators import Domain, Operator
 from metainfluence.problem import Bilevel, check_meta_params, total_gradient
-from metainfluence.solvers import Solver
-from metainfluence.solvers._base import Outcome, direct
+from metainfluence.solvers import Outcome, Solver, from_map
 from metainfluence.subspace import Ritz
 
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -170,4 +169,4 @@ def tlxml(
 
 def _approximate(init: Callable[[Operator], Any], apply: Callable[..., Outcome]) -> Solver:
     """A solver that is not expected to leave no residual, and reports the one that it leaves."""
-    return direct(init, apply, lambda dtype: jnp.finfo(dtype).eps ** 0.5)
+    return from_map(init, apply, tol=lambda dtype: jnp.finfo(dtype).eps ** 0.5)

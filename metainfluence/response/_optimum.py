@@ -118,7 +118,7 @@ class Optimum:
 
     def solve_many(self, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
         """H⁻¹ times pytrees on a leading axis, in step: one batched product per step."""
-        if self.solver.solve_many is not None:
+        if self.solver.solve_many is not None and self.solver.shares:
             return self._solved(rhs, many=True)
         if self.vectors_at_once is None:
             return jax.vmap(self.solve)(rhs)

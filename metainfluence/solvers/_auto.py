@@ -11,10 +11,12 @@ from jaxtyping import Array
 from metainfluence import subspace
 from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Choice, Preconditioner, SolveInfo, Solver, SolveStatus, preconditioner_of
+from metainfluence.solvers._base import Choice, SolveInfo, Solver, SolveStatus
 from metainfluence.solvers._block_cg import default_max_size, grown, of_block
+from metainfluence.solvers._called import called
 from metainfluence.solvers._cg import cg
 from metainfluence.solvers._dense import by_eigenvalues
+from metainfluence.solvers._kit import Preconditioner, preconditioner_of
 from metainfluence.solvers._minres import minres
 from metainfluence.solvers._sampled import sampled
 
@@ -33,6 +35,7 @@ class _State(NamedTuple):
     known: subspace.Subspace | None
 
 
+@called
 def auto(
     *, tol: Any = 1e-6, max_size: int | None = None, dense_size: int = 200, absolute: bool = True, memory: float = 2e9
 ) -> Solver:

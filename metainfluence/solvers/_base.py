@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from metainfluence.operators import Operator
+from metainfluence.solvers._called import Called, shown
 from metainfluence.subspace import RitzValues
 
 
@@ -152,8 +153,8 @@ class Solver(NamedTuple):
       solve: (operator, state, rhs, x0=None) -> (solution, SolveInfo); rhs and solution are pytrees of the operator's
         domain. `vmap` it over rhs.
       iteration: for iterative solvers, the pure step behind `solve`; else None.
-      solve_many: (operator, state, rhs) -> (solutions, SolveInfo) for right-hand sides on a leading axis, where they
-        gain from each other; None for `solve` under vmap.
+      solve_many: (operator, state, rhs) -> (solutions, SolveInfo) for right-hand sides on a leading axis; None for
+        `solve` under vmap. See `shares`.
       init_matvecs: (state) -> products that `init` took.
       report: for iterative solvers, (operator, flat rhs, Outcome of `iteration.finish`) -> SolveInfo; else None.
       solve_matvecs: (state) -> products that one solve takes besides, that of the recomputed residual not counted,
@@ -162,6 +163,7 @@ class Solver(NamedTuple):
         a state that holds them, for solves with the operator damped thereafter; None where they would be of no use.
       explore_and_solve: (operator, rank, choose, rhs) -> (solution, SolveInfo, damping): both as turns of one loop,
         with the damping `choose` makes of the RitzValues.
+      called: the call that made it, by which it is shown and told from others.
     """
 
     init: Callable[[Operator], Any]
@@ -173,174 +175,16 @@ class Solver(NamedTuple):
     solve_matvecs: Callable[[Any], Any] = lambda state: 0
     explore: Callable[[Operator, int], tuple[Any, RitzValues]] | None = None
     explore_and_solve: Callable[..., tuple[PyTree, SolveInfo, Array]] | None = None
+    called: Called | None = None
 
+    @property
+    def shares(self) -> bool:
+        """Whether right-hand sides that come together gain from each other in `solve_many`."""
+        return self.solve_many is not None and not getattr(self.solve_many, "mapped", False)
 
-class Preconditioner(NamedTuple):
-    """A solver put to work as a linear map on flat vectors.
-
-    Attributes:
-      apply: (vector) -> vector.
-      init_matvecs: products that its `init` took.
-      matvecs: products that each application takes.
-    """
-
-    apply: Callable[[Float[Array, " size"]], Float[Array, " size"]]
-    init_matvecs: Any
-    matvecs: Any
-
-
-def preconditioner_of(solver: Solver | None, operator: Operator, state: Any) -> Preconditioner:
-    """The solver's map for one operator; the identity for None."""
-    if solver is None:
-        return Preconditioner(lambda vector: vector, 0, 0)
-    init_matvecs = jnp.asarray(solver.init_matvecs(state), jnp.int32)
-
-    def apply(vector: Array) -> Array:
-        return _unreported(solver, operator, state, vector)
-
-    return Preconditioner(apply, init_matvecs, solver.solve_matvecs(state))
-
-
-def solution_of(solver: Solver, operator: Operator, state: Any, rhs: PyTree) -> PyTree:
-    """The solution alone, without the product that a report on it takes."""
-    operator.domain.check("rhs", rhs)
-    return operator.domain.unravel(_unreported(solver, operator, state, operator.domain.ravel(rhs)))
-
-
-def _unreported(solver: Solver, operator: Operator, state: Any, rhs: Array) -> Array:
-    # Kept at `solve` itself, so that a solver whose `solve` was replaced is not asked for what it did before.
-    outcome = getattr(solver.solve, "outcome", None)
-    if outcome is None:
-        return operator.domain.ravel(solver.solve(operator, state, operator.domain.unravel(rhs))[0])
-    solution: Array = outcome(operator, state, rhs).solution
-    return solution
-
-
-def reachable(tol: Any, dtype: Any) -> Any:
-    """`tol`, but no less than what rounding lets a recomputed residual reach: 100 eps, 1.2e-5 in float32."""
-    return jnp.maximum(jnp.asarray(tol, dtype), 100 * jnp.finfo(dtype).eps)
-
-
-def report(operator: Operator, rhs: Array, outcome: Outcome, tol: Any) -> SolveInfo:
-    """Recomputes the residual (one product) and decides the status from it."""
-    return judge(rhs, outcome, operator.flat_matvec(outcome.solution), tol)
-
-
-def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any) -> SolveInfo:
-    """Decides the status from the product with the solution."""
-    residual = norm(rhs - product)
-    square = dot(outcome.solution, outcome.solution)
-    quotient = jnp.where(square > 0, dot(outcome.solution, product) / jnp.where(square > 0, square, 1), jnp.inf)
-    scale = norm(rhs)
-    relative = jnp.where(scale > 0, residual / jnp.where(scale > 0, scale, 1), residual)
-    finite = jnp.isfinite(relative) & jnp.all(jnp.isfinite(outcome.solution))
-    failure = jnp.asarray(outcome.failure, jnp.int32)
-    status = jnp.where(relative <= reachable(tol, relative.dtype), jnp.int32(SolveStatus.CONVERGED), failure)
-    # A solver that has seen why there is no finite answer knows more than the answer tells.
-    unexplained = ~finite & (failure != jnp.int32(SolveStatus.INDEFINITE))
-    return SolveInfo(
-        status=jnp.where(unexplained, jnp.int32(SolveStatus.NONFINITE), status),
-        num_matvecs=jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(1),
-        relative_residual=relative,
-        min_curvature=jnp.minimum(jnp.asarray(outcome.min_curvature, relative.dtype), quotient),
-        effective_curvature=scale / jnp.where(square > 0, jnp.sqrt(square), 1),
-    )
-
-
-def direct(
-    init: Callable[[Operator], Any],
-    apply: Callable[..., Outcome],
-    tol: Callable[[Any], Any],
-    init_matvecs: Callable[[Any], Any] = lambda state: 0,
-    multiply: Callable[[Operator, Any, Array], Array] = lambda operator, state, vector: operator.flat_matvec(vector),
-) -> Solver:
-    """A solver of a flat `apply(operator, state, rhs) -> Outcome`.
-
-    `tol` maps the dtype to a relative residual, and `multiply` is the flat product of the system that is solved.
-    """
-
-    def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
-        del x0  # No use for a first guess; accepted so that solvers can be exchanged.
-        operator.domain.check("rhs", rhs)
-        vector = operator.domain.ravel(rhs)
-        outcome = apply(operator, state, vector)
-        info = judge(vector, outcome, multiply(operator, state, outcome.solution), tol(vector.dtype))
-        return operator.domain.unravel(outcome.solution), info
-
-    solve.outcome = apply  # type: ignore[attr-defined]
-    return Solver(init, solve, init_matvecs=init_matvecs)
-
-
-class _Turn(NamedTuple):
-    """The carry of an iterative solve; `product` is that of the vector multiplied last."""
-
-    carry: Any
-    outcome: Outcome
-    product: Array
-    guessing: Array
-    closing: Array
-    closed: Array
-
-
-def iterative(
-    init: Callable[[Operator], Any],
-    iteration: Iteration,
-    tol: Any,
-    init_matvecs: Callable[[Any], Any] = lambda state: 0,
-    solve_matvecs: Callable[[Any], Any] = lambda state: 0,
-) -> Solver:
-    """A solver that runs `iteration` in `lax.while_loop`."""
-
-    def unreported(operator: Operator, state: Any, rhs: Array) -> Outcome:
-        start = iteration.start(operator, state, rhs, None)
-        last = jax.lax.while_loop(iteration.running, lambda carry: iteration.step(operator, state, carry), start)
-        return iteration.finish(last)
-
-    def run(operator: Operator, state: Any, rhs: Array, x0: Array | None) -> tuple[Outcome, Array]:
-        """The outcome, and the product with its solution."""
-
-        def reached(carry: Any) -> Outcome:
-            outcome = iteration.finish(carry)
-            return Outcome(
-                outcome.solution if x0 is None else x0 + outcome.solution,
-                jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(x0 is not None),
-                jnp.asarray(outcome.min_curvature, rhs.dtype),
-                jnp.asarray(outcome.failure, jnp.int32),
-            )
-
-        # A program is as long as the copies of the product in it: the guess, the directions and the solution are
-        # multiplied at one place.
-        def turn(last: _Turn) -> _Turn:
-            carry, vector = iteration.aim(operator, state, last.carry)
-            product = operator.flat_matvec(jnp.where(last.guessing | last.closing, last.outcome.solution, vector))
-            carry = iteration.take(operator, state, carry, product)
-            if x0 is not None:
-                begun = iteration.start(operator, state, rhs - product, norm(rhs))
-                carry = jax.tree.map(lambda new, old: jnp.where(last.guessing, new, old), begun, carry)
-            outcome = jax.tree.map(lambda old, new: jnp.where(last.closing, old, new), last.outcome, reached(carry))
-            return _Turn(carry, outcome, product, jnp.bool_(False), ~iteration.running(carry), last.closing)
-
-        start = iteration.start(operator, state, rhs, None)
-        guessing = jnp.bool_(x0 is not None)
-        closing = ~guessing & ~iteration.running(start)
-        first = _Turn(start, reached(start), jnp.zeros_like(rhs), guessing, closing, jnp.bool_(False))
-        last = jax.lax.while_loop(lambda turn: ~turn.closed, turn, first)
-        return last.outcome, last.product
-
-    def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
-        operator.domain.check("rhs", rhs)
-        vector = operator.domain.ravel(rhs)
-        if x0 is not None:
-            operator.domain.check("x0", x0)
-            x0 = operator.domain.ravel(x0)
-        outcome, product = run(operator, state, vector, x0)
-        return operator.domain.unravel(outcome.solution), judge(vector, outcome, product, tol)
-
-    def told(operator: Operator, rhs: Array, outcome: Outcome) -> SolveInfo:
-        return report(operator, rhs, outcome, tol)
-
-    solve.outcome = unreported  # type: ignore[attr-defined]
-    return Solver(init, solve, iteration, init_matvecs=init_matvecs, report=told, solve_matvecs=solve_matvecs)
+    def __repr__(self) -> str:
+        """The call that made it, as `cg(tol=0.001)`."""
+        return shown(self, "Solver", self.called)
 
 
 def norm(vector: Array) -> Array:
@@ -356,3 +200,13 @@ def dot(left: Array, right: Array) -> Array:
 def default_max_steps(size: int, max_steps: int | None) -> int:
     """Steps allowed where the user names none: twice the steps of exact arithmetic, at most 1000."""
     return max_steps if max_steps is not None else min(2 * size + 10, 1000)
+
+
+def check_positive(name: str, value: Any, *, integer: bool = False) -> None:
+    """Raises ValueError unless `value` is positive (and an integer); traced values cannot be checked."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    kind = "a positive integer" if integer else "a positive number"
+    valid = not isinstance(value, (str, bool)) and jnp.ndim(value) == 0 and (not integer or isinstance(value, int))
+    if not valid or not float(value) > 0:
+        raise ValueError(f"{name}: expected {kind}, got {value!r}")

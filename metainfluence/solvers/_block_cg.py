@@ -12,10 +12,13 @@ from jaxtyping import Array, PyTree
 from metainfluence import subspace
 from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Preconditioner, SolveInfo, Solver, SolveStatus, preconditioner_of, reachable
+from metainfluence.solvers._base import SolveInfo, Solver, SolveStatus
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import Preconditioner, preconditioner_of, reachable
 from metainfluence.subspace import Exploration
 
 
+@called
 def block_cg(
     *,
     tol: Any = 1e-6,
@@ -166,8 +169,8 @@ def grown(
         known=known,
         exploration=exploration,
     )
-    shared = 0 if exploration is None else exploration.rank
-    shared = shared if known is None else jnp.sum(known.filled, dtype=jnp.int32)
+    explored = 0 if exploration is None else exploration.rank
+    shared: Any = explored if known is None else jnp.sum(known.filled, dtype=jnp.int32)
     scale = jnp.linalg.norm(usable, axis=1)
     residual = jnp.linalg.norm(growth.residuals, axis=1) / jnp.where(scale > 0, scale, 1)
     failure = jnp.where(growth.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))

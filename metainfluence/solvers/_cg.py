@@ -16,11 +16,10 @@ from metainfluence.solvers._base import (
     SolveStatus,
     default_max_steps,
     dot,
-    iterative,
     norm,
-    preconditioner_of,
-    reachable,
 )
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_steps, preconditioner_of, reachable
 
 
 class _Carry(NamedTuple):
@@ -36,6 +35,7 @@ class _Carry(NamedTuple):
     indefinite: Array
 
 
+@called
 def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver | None = None) -> Solver:
     """Preconditioned conjugate gradients for positive definite operators (Hestenes and Stiefel, 1952).
 
@@ -61,14 +61,15 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
 
     def start(operator: Operator, state: Any, residual: Array, scale: Array | None) -> _Carry:
         linear = preconditioner_of(preconditioner, operator, state)
+        zero, length = jnp.zeros_like(residual), norm(residual)
         return _Carry(
-            solution=jnp.zeros_like(residual),
+            solution=zero,
             residual=residual,
-            direction=jnp.zeros_like(residual),
+            direction=zero,
             inner=jnp.ones((), residual.dtype),
-            residual_norm=norm(residual),
+            residual_norm=length,
             # The recursion's residual drifts from the true one, by which convergence is judged in the end.
-            stop_norm=0.9 * reachable(tol, residual.dtype) * (norm(residual) if scale is None else scale),
+            stop_norm=0.9 * reachable(tol, residual.dtype) * (length if scale is None else scale),
             steps_left=jnp.int32(default_max_steps(operator.size, max_steps)),
             matvecs=jnp.asarray(linear.init_matvecs, jnp.int32),
             min_curvature=jnp.full((), jnp.inf, residual.dtype),
@@ -107,4 +108,4 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
     def init_matvecs(state: Any) -> Any:
         return 0 if preconditioner is None else preconditioner.init_matvecs(state)
 
-    return iterative(init, Iteration(start, aim, take, running, finish), tol, init_matvecs)
+    return from_steps(init, Iteration(start, aim, take, running, finish), tol=tol, init_matvecs=init_matvecs)

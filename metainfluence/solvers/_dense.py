@@ -11,8 +11,10 @@ from jaxtyping import Array
 
 from metainfluence import _lapack, subspace
 from metainfluence.operators import Operator, from_matvec
-from metainfluence.solvers._base import Outcome, Solver, SolveStatus, direct
+from metainfluence.solvers._base import Outcome, Solver, SolveStatus
 from metainfluence.solvers._block_cg import in_turn
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_map
 from metainfluence.subspace import RitzValues, unshifted
 
 
@@ -41,6 +43,7 @@ def _residual_tol(dtype: Any) -> Any:
     return jnp.finfo(dtype).eps ** 0.5
 
 
+@called
 def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
     """Forms the matrix (`size` products) and factorises it once.
 
@@ -62,7 +65,13 @@ def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
         raise ValueError(f"method: expected 'eigh' or 'cholesky', got {method!r}")
     if absolute:
         raise ValueError("absolute: expected False with method 'cholesky', which knows no eigenvalues, got True")
-    return direct(_cholesky_init, _cholesky_solve, _residual_tol, lambda state: len(state.factor), _by_rows)
+    return from_map(
+        _cholesky_init,
+        _cholesky_solve,
+        tol=_residual_tol,
+        init_matvecs=lambda state: len(state.factor),
+        multiply=_by_rows,
+    )
 
 
 def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
@@ -93,7 +102,9 @@ def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
         rows = from_matvec(jax.tree_util.Partial(_matmul, state.rows), jnp.zeros(operator.size, state.rows.dtype))
         return state, subspace.explore(rows.damped(operator.shift), rank)[1]
 
-    found = direct(init, solve, _residual_tol, lambda state: len(state.values), multiply)._replace(explore=explore)
+    found = from_map(
+        init, solve, tol=_residual_tol, init_matvecs=lambda state: len(state.values), multiply=multiply
+    )._replace(explore=explore)
     return found._replace(explore_and_solve=in_turn(found))
 
 

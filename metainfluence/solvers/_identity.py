@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Outcome, Solver, direct
+from metainfluence.solvers._base import Outcome, Solver
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_map
 
 
+@called
 def identity() -> Solver:
     """Takes H for the identity: x = b, the zeroth term of the Neumann series.
 
@@ -22,4 +25,4 @@ def identity() -> Solver:
         del operator, state
         return Outcome(rhs, 0, jnp.inf)
 
-    return direct(lambda operator: None, apply, lambda dtype: jnp.finfo(dtype).eps ** 0.5)
+    return from_map(None, apply, tol=lambda dtype: jnp.finfo(dtype).eps ** 0.5)

@@ -11,9 +11,12 @@ from jaxtyping import Array
 from metainfluence import subspace
 from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Outcome, Solver, direct, reachable
+from metainfluence.solvers._base import Outcome, Solver
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_map
 
 
+@called
 def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6) -> Solver:
     """Solves in the Ritz space of `rank` Lanczos vectors, with the damping alone on its complement.
 
@@ -42,6 +45,7 @@ def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6
     return _low_rank(init, absolute, tol)
 
 
+@called
 def nystrom(rank: int, *, seed: int = 0, tol: Any = 1e-6) -> Solver:
     """Solves with a randomised Nyström approximation, (Â + δI)⁻¹, mostly to precondition `cg`.
 
@@ -76,4 +80,4 @@ def _low_rank(init: Any, absolute: bool, tol: Any) -> Solver:
     def multiply(operator: Operator, state: subspace.Ritz, vector: Array) -> Array:
         return (subspace.turned(operator, state) if absolute else operator).flat_matvec(vector)
 
-    return direct(init, solve, lambda dtype: reachable(tol, dtype), lambda state: len(state.values), multiply)
+    return from_map(init, solve, tol=tol, init_matvecs=lambda state: len(state.values), multiply=multiply)

@@ -9,7 +9,9 @@ from jaxtyping import Array
 
 from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Iteration, Outcome, Solver, default_max_steps, dot, iterative, norm, reachable
+from metainfluence.solvers._base import Iteration, Outcome, Solver, default_max_steps, dot, norm
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_steps, reachable
 
 
 class _Carry(NamedTuple):
@@ -32,6 +34,7 @@ class _Carry(NamedTuple):
     min_curvature: Array
 
 
+@called
 def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
     """MINRES for symmetric operators, indefinite ones included (Paige and Saunders, SIAM J. Numer. Anal. 12, 1975).
 
@@ -128,4 +131,4 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
     def finish(carry: _Carry) -> Outcome:
         return Outcome(carry.solution, carry.matvecs, carry.min_curvature)
 
-    return iterative(lambda operator: None, Iteration(start, aim, take, running, finish), tol)
+    return from_steps(None, Iteration(start, aim, take, running, finish), tol=tol)

@@ -11,7 +11,9 @@ from jaxtyping import Array
 
 from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Iteration, Outcome, Solver, SolveStatus, dot, iterative, norm, preconditioner_of
+from metainfluence.solvers._base import Iteration, Outcome, Solver, SolveStatus, dot, norm
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_steps, preconditioner_of
 
 _POWER_STEPS = 20
 
@@ -47,6 +49,7 @@ def largest_eigenvalue(
     return jax.lax.scan(step, vector, length=num_steps)[1][-1]
 
 
+@called
 def neumann(
     num_terms: int, *, scale: float | None = None, preconditioner: Solver | None = None, tol: Any = 1e-6
 ) -> Solver:
@@ -130,10 +133,10 @@ def neumann(
         own = 0 if preconditioner is None else preconditioner.solve_matvecs(state.preconditioner)
         return own + num_terms * (1 + own)
 
-    return iterative(
+    return from_steps(
         init,
         Iteration(start, aim, take, running, finish),
-        tol,
-        lambda state: state.matvecs,
-        solve_matvecs,
+        tol=tol,
+        init_matvecs=lambda state: state.matvecs,
+        solve_matvecs=solve_matvecs,
     )

@@ -12,7 +12,9 @@ from jaxtyping import Array
 from metainfluence import subspace
 from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Outcome, Solver, direct, reachable
+from metainfluence.solvers._base import Outcome, Solver
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_map
 
 # Eigenvalues that the basis leaves out lie above the damping alone; measured, not derived.
 _COMPLEMENT = 3.0
@@ -23,6 +25,7 @@ class _State(NamedTuple):
     matvecs: Array
 
 
+@called
 def sampled(number: int | None = None, *, rank: int = 100, seed: int = 0, tol: Any = 1e-6) -> Solver:
     """Preconditions with the total Hessian of few tasks, chosen at random, in place of that of all of them.
 
@@ -62,4 +65,4 @@ def sampled(number: int | None = None, *, rank: int = 100, seed: int = 0, tol: A
         solution = subspace.low_rank_inverse(state.ritz, rhs, operator.shift, True, _COMPLEMENT)
         return Outcome(solution, state.matvecs, jnp.inf)
 
-    return direct(init, solve, lambda dtype: reachable(tol, dtype), lambda state: state.matvecs)
+    return from_map(init, solve, tol=tol, init_matvecs=lambda state: state.matvecs)
