@@ -1,4 +1,4 @@
-"""Solvers of a user's own: by a map or by steps, with the report, the status and `solve_many` that come with the kit."""
+"""Solvers of a user's own, by a map or by steps: the report, the status and `solve_many` come with the kit."""
 
 import jax
 import jax.numpy as jnp
