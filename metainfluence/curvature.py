@@ -64,6 +64,10 @@ class Curvature(NamedTuple):
     keeps_gradient: bool = True
     is_exact: bool = False
 
+    def __repr__(self) -> str:
+        """The call that made it."""
+        return f"{self.name}()"
+
 
 def _adapt(problem: Bilevel, task: Task, weights: Weights) -> Callable[[PyTree], PyTree]:
     assert problem.adapt is not None
