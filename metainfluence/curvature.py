@@ -44,6 +44,10 @@ class Curvature(NamedTuple):
     keeps_gradient: bool = True
     is_exact: bool = False
 
+    def __repr__(self) -> str:
+        """The call that made it."""
+        return f"{self.name}()"
+
 
 def _measured(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> tuple[PyTree, Array | None]:
     """The adapted parameters at λ0, held fixed, and ‖∂_θ L_in‖ there."""

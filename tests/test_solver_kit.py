@@ -1,4 +1,4 @@
-"""Solvers of a user's own, by a map or by steps: the report, the status and `solve_many` come with the kit."""
+"""A user's own solvers, by a map or by steps, and the report, the status and `solve_many` that come with them."""
 
 import jax
 import jax.numpy as jnp

@@ -17,21 +17,21 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from metainfluence import solvers
+from metainfluence import _disk, solvers
 from metainfluence._checks import check_batch_size, check_damping, check_mesh, check_positive
+from metainfluence._disk import Store
 from metainfluence.curvature import Curvature, check_curvature, exact
 from metainfluence.data import sizes
 from metainfluence.operators import Domain, Operator
 from metainfluence.problem import Bilevel, check_meta_params, meta_regularization
 from metainfluence.response import RANK, batch_pull, check_derivatives, name_target_not_finite, target_gradient
 from metainfluence.response import rule as damping_rule
-from metainfluence.scoring import _manifest, _table
+from metainfluence.scoring import _table
 from metainfluence.scoring._passes import BatchScores, Passes, Slope, reader_of
 from metainfluence.scoring._processes import agree, first, meet, share
 from metainfluence.scoring._programs import holds_nan, programs_of
 from metainfluence.scoring._progress import Progress, Reporter, reporter
 from metainfluence.scoring._source import Reader, Source, ids_of, stack, widened
-from metainfluence.scoring._store import Store
 from metainfluence.solvers import SolveInfo, Solver
 from metainfluence.solvers._base import norm
 from metainfluence.trust import FREE_SHARE, free_memory, preflight
@@ -248,22 +248,22 @@ class _Run:
             return meta_regularization(self.problem, meta_params)
 
         return {
-            "library": _manifest.library(),
+            "library": _disk.library(),
             "jax": jax.__version__,
             "dtype": str(jnp.result_type(*jax.tree.leaves(self.meta_params))),
             "default dtype": str(jnp.result_type(float)),
             "precision": precision,
-            "meta_params": _manifest.of_arrays(self.meta_params),
-            "problem and curvature": _manifest.of_function(product, self.meta_params, self.meta_params, batch),
-            "meta_regularizer": _manifest.of_function(regularizer, self.meta_params),
-            "target": _manifest.of_function(self.slope_of_target, self.meta_params, *self.target_args),
-            "target_args": _manifest.of_arrays(self.target_args),
-            "solver": _manifest.of_closure(self.solver),
+            "meta_params": _disk.of_arrays(self.meta_params),
+            "problem and curvature": _disk.of_function(product, self.meta_params, self.meta_params, batch),
+            "meta_regularizer": _disk.of_function(regularizer, self.meta_params),
+            "target": _disk.of_function(self.slope_of_target, self.meta_params, *self.target_args),
+            "target_args": _disk.of_arrays(self.target_args),
+            "solver": _disk.of_strategy(self.solver),
             "damping": self.damping,
             "on_error": self.on_error,
             "source": {
                 "length": len(reader.ids),
-                "ids": _manifest.of_texts(map(str, reader.ids)),
+                "ids": _disk.of_texts(map(str, reader.ids)),
                 "content": reader.fingerprint(),
             },
             "batch_size": None if self.batch_size is None else self.rounded(self.batch_size),
@@ -287,7 +287,7 @@ class _Run:
             return {**ours, "batch_size": self.chosen_batch_size(), "kept_bytes": self.usable_memory() / 2}
         if self.batch_size is None:
             ours = {**ours, "batch_size": theirs["batch_size"]}
-        found = _manifest.difference({**ours, "kept_bytes": theirs["kept_bytes"]}, theirs)
+        found = _disk.difference({**ours, "kept_bytes": theirs["kept_bytes"]}, theirs)
         if found is not None:
             raise ValueError(
                 f"out: expected a new file or one of this run, got {out}, which differs in {found}; resume=False "

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from metainfluence._disk import replacing
 from metainfluence.data import Task, sizes
-from metainfluence.files import replacing
 from metainfluence.influence import Scores
 from metainfluence.scoring._source import Source, ids_of
 from metainfluence.solvers import SolveInfo, SolveStatus
