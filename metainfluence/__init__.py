@@ -39,6 +39,11 @@ from metainfluence.influence import task_if as task_if
 from metainfluence.operators import Operator as Operator
 from metainfluence.preflight import Plan as Plan
 from metainfluence.preflight import preflight as preflight
+from metainfluence.response import Checkpoint as Checkpoint
+from metainfluence.response import Segments as Segments
+from metainfluence.response import SegmentsInfo as SegmentsInfo
+from metainfluence.response import checkpoints as checkpoints
+from metainfluence.response import segments as segments
 from metainfluence.scoring import read_scores as read_scores
 from metainfluence.solvers import SolveInfo as SolveInfo
 from metainfluence.solvers import Solver as Solver
