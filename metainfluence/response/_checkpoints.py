@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence.bilevel import check_meta_params
 from metainfluence.operators import Domain
-from metainfluence.tasks import concrete, leaf_name
+from metainfluence.tasks import concrete, described, is_array, leaf_name
 
 PLACES = ("end", "middle")
 
@@ -156,8 +156,8 @@ def _check_leaves(name: str, tree: PyTree, like: PyTree) -> None:
 
 
 def _check_number(name: str, value: Any, expected: str, valid: Callable[[float], bool]) -> None:
-    if jnp.ndim(value) != 0:
-        raise ValueError(f"{name}: expected {expected}, got shape {jnp.shape(value)}")
+    if not is_array(value) or jnp.ndim(value) != 0:
+        raise ValueError(f"{name}: expected {expected}, got {described(value)}")
     if concrete(value) and not (np.isfinite(float(value)) and valid(float(value))):
         raise ValueError(f"{name}: expected {expected}, got {float(value)!r}")
 

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PyTree
 
-from metainfluence import _lapack, subspace
 from metainfluence._calls import maker
 from metainfluence.bilevel import Bilevel, check_meta_params, with_hvp
 from metainfluence.curvature import Curvature, Expansion, check_curvature, exact, expand, gradient_map
@@ -33,12 +33,14 @@ from metainfluence.influence import Influence
 from metainfluence.operators import Domain, Operator, from_matvec
 from metainfluence.preflight import fitting_chunks
 from metainfluence.response._checkpoints import Checkpoint, check_checkpoints
+from metainfluence.response._decay import Decay, decay
 from metainfluence.solvers import SolveStatus
 from metainfluence.tasks import (
     Task,
     Weights,
     check_batch_size,
     check_mesh,
+    concrete,
     name_not_finite,
     resolve_weights,
 )
@@ -51,8 +53,8 @@ class SegmentsInfo(NamedTuple):
     """Report on a response by K segments; on several questions with a leading axis.
 
     Attributes:
-      status: `[]`, see `SolveStatus`: CONVERGED where every segment's error is at most `tol`, MAX_STEPS where one is
-        not, after `rank` products.
+      status: `[]`, see `SolveStatus`: CONVERGED where the errors of the segments add up to at most `tol`, MAX_STEPS
+        where `rank` products were too few for that.
       num_matvecs: `[]`, products with Hessians, of all segments.
       relative_error: `[K]`, estimate of the relative error by which each segment's functions of H̃ are off, from the
         last Lanczos coefficient; a bound where H is positive semidefinite.
@@ -88,16 +90,6 @@ class _Run(NamedTuple):
     scale: PyTree | None
 
 
-class _Functions(NamedTuple):
-    """exp(−τ H̃) b and φ(H̃) b, and what is known of them."""
-
-    decayed: Float[Array, " n"]
-    integrated: Float[Array, " n"]
-    error: Float[Array, ""]
-    smallest: Float[Array, ""]
-    num_matvecs: Int[Array, ""]
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segments:
@@ -130,11 +122,12 @@ class Segments:
         """
         many = _leading("slope", slope, self.meta_params)
         slope = jax.tree.map(lambda leaf, like: jnp.asarray(leaf).astype(like.dtype), slope, self.meta_params)
+        rank, tol = self.method.rank, _share(self.method.tol, self.run.time)
 
-        def segment(expansion: Expansion, run: _Run, slope: PyTree) -> tuple[PyTree, Weights, _Functions]:
+        def segment(expansion: Expansion, run: _Run, slope: PyTree) -> tuple[PyTree, Weights, Decay]:
             operator = _scaled_operator(expansion.operator, run)
             start = operator.domain.ravel(_divided(slope, run.scale))
-            found = _functions(operator, start, run.time, self.method)
+            found = decay(operator, start, run.time, rank, tol)
             decayed, integrated = map(operator.domain.unravel, (found.decayed, found.integrated))
             change = jax.tree.map(jnp.negative, expansion.mixed_transposed(_divided(integrated, run.scale)))
             return _multiplied(decayed, run.scale), change, found
@@ -142,7 +135,7 @@ class Segments:
         if many:
             segment = jax.vmap(segment, in_axes=(None, None, 0))
 
-        def step(carry: tuple[PyTree, Weights], run: _Run) -> tuple[tuple[PyTree, Weights], _Functions]:
+        def step(carry: tuple[PyTree, Weights], run: _Run) -> tuple[tuple[PyTree, Weights], Decay]:
             slope, total = carry
             slope, change, found = segment(self._expansion(run), run, slope)
             return (slope, jax.tree.map(jnp.add, total, change)), found
@@ -162,18 +155,16 @@ class Segments:
           ValueError: a direction whose shapes are not those of the weights, or not finite.
         """
         many = isinstance(direction, Weights) and jnp.ndim(direction.task) == 2
-        jax.tree.map(
-            lambda row: resolve_weights(row, self.tasks, name="direction"),
-            jax.tree.map(lambda leaf: leaf[0], direction) if many else direction,
-            is_leaf=lambda node: isinstance(node, Weights),
-        )
+        for each in _rows(direction) if many else (direction,):
+            resolve_weights(each, self.tasks, name="direction")
         direction = jax.tree.map(lambda leaf, like: jnp.asarray(leaf).astype(like.dtype), direction, self.weights)
+        rank, tol = self.method.rank, _share(self.method.tol, self.run.time)
 
-        def segment(expansion: Expansion, run: _Run, change: PyTree, direction: Weights) -> tuple[PyTree, _Functions]:
+        def segment(expansion: Expansion, run: _Run, change: PyTree, direction: Weights) -> tuple[PyTree, Decay]:
             operator = _scaled_operator(expansion.operator, run)
             slope = _divided(expansion.mixed(direction), run.scale)
             starts = jnp.stack([operator.domain.ravel(tree) for tree in (_multiplied(change, run.scale), slope)])
-            found = jax.vmap(lambda start: _functions(operator, start, run.time, self.method))(starts)
+            found = jax.vmap(lambda start: decay(operator, start, run.time, rank, tol))(starts)
             change = operator.domain.unravel(found.decayed[0] - found.integrated[1])
             both = found._replace(
                 error=jnp.max(found.error),
@@ -185,7 +176,7 @@ class Segments:
         if many:
             segment = jax.vmap(segment, in_axes=(None, None, 0, 0))
 
-        def step(change: PyTree, run: _Run) -> tuple[PyTree, _Functions]:
+        def step(change: PyTree, run: _Run) -> tuple[PyTree, Decay]:
             return segment(self._expansion(run), run, change, direction)
 
         lead = (direction.task.shape[0],) if many else ()
@@ -200,13 +191,13 @@ class Segments:
         make = expand(method.problem, method.curvature, method.batch_size, method.mesh)
         return make(run.meta_params, self.tasks, self.weights)
 
-    def _report(self, found: _Functions) -> SegmentsInfo:
+    def _report(self, found: Decay) -> SegmentsInfo:
         error, smallest, products = (
             jnp.moveaxis(leaf, 0, -1) for leaf in (found.error, found.smallest, found.num_matvecs)
         )
         finite = jnp.all(jnp.isfinite(error), axis=-1)
         unsolved = jnp.where(finite, jnp.int32(SolveStatus.MAX_STEPS), jnp.int32(SolveStatus.NONFINITE))
-        good = jnp.all(error <= _reachable(self.method.tol, error.dtype), axis=-1)
+        good = jnp.sum(error, axis=-1) <= len(self.run.time) * _share(self.method.tol, self.run.time)
         return SegmentsInfo(
             jnp.where(good, jnp.int32(SolveStatus.CONVERGED), unsolved),
             jnp.sum(products, axis=-1, dtype=jnp.int32),
@@ -239,7 +230,7 @@ def segments(
       curvature: one of `metainfluence.curvature`; None for `exact()`.
       rank: Hessian products at most for a segment and a vector. About √(τ ‖H̃‖) are needed, and a stable run has
         τ ‖H̃‖ ≤ 2 · steps of the segment.
-      tol: relative error, as estimated, at which a segment's products end.
+      tol: relative error, as estimated, that the segments may have together; the products of each end at its share.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once where they fit.
       mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
       precision: of matrix products; None for JAX's own, which on some devices is less than float32.
@@ -323,80 +314,15 @@ def _multiplied(tree: PyTree, scale: PyTree | None) -> PyTree:
     return tree if scale is None else jax.tree.map(jnp.multiply, tree, scale)
 
 
-class _Krylov(NamedTuple):
-    """A Krylov space on its way, with both functions in its coordinates."""
-
-    subspace: subspace.Subspace
-    direction: Float[Array, " n"]
-    decayed: Float[Array, " m"]
-    integrated: Float[Array, " m"]
-    error: Float[Array, ""]
-    smallest: Float[Array, ""]
-    num_matvecs: Int[Array, ""]
+def _share(tol: float, times: Float[Array, " K"]) -> float:
+    """The error that one of K segments may have, and no less than rounding makes of it."""
+    return max(tol / len(times), 100 * float(jnp.finfo(times.dtype).eps))
 
 
-def _functions(operator: Operator, start: Float[Array, " n"], time: Float[Array, ""], method: _Method) -> _Functions:
-    """exp(−τ A) b and φ(A) b in one Krylov space, which grows until they are exact enough.
-
-    The error of exp(−t A) b is that of an ODE whose residual is β_m |e_mᵀ exp(−t T) e₁| ‖b‖ (Saad, SIAM J. Numer. Anal.
-    29, 1992). For a tridiagonal T the entry keeps its sign, so that its integral is |e_mᵀ φ(T) e₁|. For A ⪰ 0 no error
-    grows, which bounds that of exp(−τ A) b by β_m |e_mᵀ φ(T) e₁| ‖b‖, and that of φ(A) b by τ times as much.
-    """
-    rank = min(method.rank, operator.size)
-    dtype = start.dtype
-    tiny = float(jnp.finfo(dtype).tiny)
-    tol = _reachable(method.tol, dtype)
-
-    def step(state: _Krylov) -> _Krylov:
-        at = state.num_matvecs
-        grown = subspace.extend(operator, state.subspace, at, state.direction[None])
-        # Where the space is closed, what is there is exact.
-        closed = ~grown.filled[at]
-        border = 2 * jnp.max(jnp.abs(grown.gram)) + 1
-        values, rotation = _lapack.eigh(grown.gram + jnp.diag(jnp.where(grown.filled, 0, border)))
-        decayed, integrated = _damp(values, time)
-        components = _matmul(rotation.T, _matmul(grown.basis, start))
-        components = jnp.stack([decayed * components, integrated * components])
-        decayed, integrated = _matmul(components, rotation.T)
-        product = grown.products[at]
-        beta = jnp.linalg.norm(product - _matmul(_matmul(grown.basis, product), grown.basis))
-        error = time * beta * jnp.abs(integrated[at])
-        error = error / jnp.maximum(jnp.linalg.norm(integrated), tiny)
-        return _Krylov(
-            grown,
-            product,
-            decayed,
-            integrated,
-            jnp.where(closed, 0, error),
-            values[0],
-            at + jnp.where(closed, 0, 1).astype(at.dtype),
-        )
-
-    def running(state: _Krylov) -> Array:
-        more = (state.error > tol) | (state.num_matvecs == 0)
-        return more & (state.num_matvecs < rank) & (state.error > 0)
-
-    zeros = jnp.zeros(rank, dtype)
-    first = _Krylov(
-        subspace.empty(operator, rank), start, zeros, zeros, jnp.full((), jnp.inf, dtype), zeros[0], jnp.int32(0)
-    )
-    last = jax.lax.while_loop(running, step, first)
-    integrated, decayed = (_matmul(each, last.subspace.basis) for each in (last.integrated, last.decayed))
-    error = jnp.where(jnp.all(jnp.isfinite(integrated) & jnp.isfinite(decayed)), last.error, jnp.nan)
-    return _Functions(decayed, integrated, error, last.smallest, last.num_matvecs)
-
-
-def _damp(values: Float[Array, " m"], time: Float[Array, ""]) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    """exp(−τ h) and (1 − exp(−τ h)) / h, negative h taken for 0."""
-    exponents = time * jnp.maximum(values, 0)
-    small = exponents < float(jnp.finfo(values.dtype).eps)
-    ratio = jnp.where(small, 1, -jnp.expm1(-exponents) / jnp.where(small, 1, exponents))
-    return jnp.exp(-exponents), time * ratio
-
-
-def _reachable(tol: float, dtype: Any) -> float:
-    """What rounding lets an error reach, where less is asked for."""
-    return max(tol, 100 * float(jnp.finfo(dtype).eps))
+def _rows(directions: Weights) -> list[Weights]:
+    """Directions one by one where they have values; else the first for all."""
+    count = len(directions.task) if concrete(directions) else 1
+    return [Weights(*(leaf[index] for leaf in directions)) for index in range(count)]
 
 
 def _leading(name: str, tree: PyTree, like: PyTree) -> bool:
@@ -414,5 +340,20 @@ def _leading(name: str, tree: PyTree, like: PyTree) -> bool:
     return False
 
 
-def _matmul(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+def problems_of(info: SegmentsInfo) -> list[str]:
+    """What is wrong with an answer of `Segments`, in words; empty where nothing is. For use outside jit."""
+    found, status = [], np.asarray(info.status)
+    if np.any(status == SolveStatus.NONFINITE):
+        found.append(
+            "NaN or infinity in the answer: look for it in the checkpoints, the slope, the weights or the data"
+        )
+    if np.any(status == SolveStatus.MAX_STEPS):
+        errors = np.asarray(info.relative_error)[status == SolveStatus.MAX_STEPS].reshape(
+            -1, np.shape(info.relative_error)[-1]
+        )
+        where = int(np.unravel_index(np.argmax(errors), errors.shape)[1])
+        found.append(
+            f"the segments' functions of the Hessian are off by about {np.max(np.sum(errors, axis=-1)):.1e}, most in "
+            f"segment {where}: raise rank, or tol"
+        )
+    return found
