@@ -103,10 +103,11 @@ class Run(abc.ABC):
         cotangent: Floats,
         mesh: Mesh | None = None,
     ) -> tuple[Floats, Weights]:
-        """The transpose of `push`: a cotangent of the state after the step to one of that before it and the weights'."""
+        """The transpose of `push`: of a cotangent of the state after the step, that of the state before and dφ/dw."""
 
+    @abc.abstractmethod
     def check(self, state: PyTree, tasks: Task, weights: Weights) -> None:
-        """Raises what is wrong with the run at a start and tasks, of the first step's batch."""
+        """Raises what is wrong with the run at a start and the first step's tasks."""
 
     def __call__(self, start: PyTree, tasks: Task, weights: Weights | None = None) -> PyTree:
         """Trains, and returns λ."""
@@ -186,8 +187,8 @@ class _Training(Run):
     ) -> tuple[PyTree, Floats]:
         del number
         objective = total_objective(self.objective_of, mesh=mesh)
-        structure = jax.tree.structure(state[0])
-        moved = jax.tree.unflatten(structure, change[: structure.num_leaves])
+        leaves, structure = jax.tree.flatten(state[0])
+        moved = jax.tree.unflatten(structure, change[: len(leaves)])
         if self.objective_of.hvp == REVERSE:
             # Second derivatives are symmetric: one pullback of ∇_(λ,w)F along (change, direction), seen from λ.
             (gradient, _), pullback = jax.vjp(

@@ -45,21 +45,24 @@ class Returned(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sweeps:
-    """A run's programs, for segments of `length` steps; `length` of all steps keeps them all."""
+    """A run's programs, for segments of `length` steps.
+
+    Attributes:
+      run: the run.
+      length: steps in a segment.
+      keeps_all: whether every step's state and record is kept, so that nothing is computed again; one segment then.
+      mesh: devices for each step's tasks.
+    """
 
     run: Run
     length: int
+    keeps_all: bool = False
     mesh: Mesh | None = None
 
     @property
     def segments(self) -> int:
         """Number of segments."""
         return math.ceil(self.run.num_steps / self.length)
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether every step's record is kept, so that nothing is computed again."""
-        return self.segments == 1
 
     def steps(self, table: Array | None) -> Steps:
         """All steps, `[segments, length]`; what fills up has numbers from N on."""
@@ -74,8 +77,8 @@ class Sweeps:
 
         def step(passed: Passed, each: Steps) -> tuple[Passed, PyTree]:
             def go(passed: Passed) -> tuple[Passed, PyTree]:
-                batch = taken(each.row, tasks, weights)
-                state, record = self.run.step(passed.state, each.number, *batch, mesh=self.mesh)
+                chosen, own = taken(each.row, tasks, weights)
+                state, record = self.run.step(passed.state, each.number, chosen, own, self.mesh)
                 good = jnp.all(
                     jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(self.run.meta_params(state))])
                 )
@@ -107,9 +110,9 @@ class Sweeps:
             steps, (state, record) = each
 
             def go(returned: Returned) -> tuple[Returned, Array]:
-                batch = taken(steps.row, tasks, weights)
-                cotangent, part = self.run.pull(state, record, steps.number, *batch, returned.cotangent, mesh=self.mesh)
-                scores = jax.tree.map(lambda total, own: _added(total, steps.row, own), returned.scores, part)
+                chosen, own = taken(steps.row, tasks, weights)
+                cotangent, part = self.run.pull(state, record, steps.number, chosen, own, returned.cotangent, self.mesh)
+                scores = jax.tree.map(lambda total, new: _added(total, steps.row, new), returned.scores, part)
                 return Returned(cotangent, scores), relative_norm(cotangent, state)
 
             return self._unless_filled(steps, go, returned)
@@ -125,10 +128,9 @@ class Sweeps:
         return self.back(returned, kept, steps, tasks, weights)
 
     def pull(
-        self, cotangent: Floats, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
+        self, returned: Returned, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Weights, Array]:
         """dφ/dw of a cotangent of the last state, and the norms of the cotangents before each step, `[N]`."""
-        returned = Returned(cotangent, jax.tree.map(jnp.zeros_like, weights))
         if self.keeps_all:
             returned, norms = self.back(returned, kept, _first(steps), tasks, weights)
         else:
@@ -145,8 +147,8 @@ class Sweeps:
         """The last state, and its derivative along a direction in the weights."""
 
         def step(carry: tuple[PyTree, Floats], each: Steps) -> tuple[tuple[PyTree, Floats], None]:
-            batch = taken(each.row, tasks, weights, direction)
-            return self.run.push(carry[0], each.number, *batch[:2], carry[1], batch[2], mesh=self.mesh), None
+            chosen, own, along = taken(each.row, tasks, weights, direction)
+            return self.run.push(carry[0], each.number, chosen, own, carry[1], along, self.mesh), None
 
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: self.run.num_steps], steps)
         change = jax.tree.map(jnp.zeros_like, floats_of(state))

@@ -10,12 +10,13 @@ and gives the scores of all tasks and examples at once. Both are exact: nothing 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from metainfluence._calls import maker
-from metainfluence.bilevel import total_objective
 from metainfluence.influence import Influence
 from metainfluence.operators import Domain
-from metainfluence.response._sweeps import Steps, Sweeps, change_of, cotangent_of, relative_norm
+from metainfluence.response import _stored
+from metainfluence.response._programs import Programs
+from metainfluence.response._sweeps import Steps
+from metainfluence.scoring._progress import Progress, reporter
 from metainfluence.tasks import (
     Task,
     Weights,
@@ -38,10 +41,7 @@ from metainfluence.tasks import (
     resolve_weights,
     sizes,
 )
-from metainfluence.training import Run, floats_of, taken
-
-KEEP_ALL_BYTES = 1 << 28
-"""Up to so many bytes of states and gradients a run keeps those of every step."""
+from metainfluence.training import Run, taken
 
 _NO_DIGITS = 1e-3
 
@@ -79,26 +79,30 @@ class Trajectory:
       meta_params: λ_N, where the run ends.
       info: what was seen on the way.
       start: the state before the first step.
-      state: the state after the last.
-      kept: states before each segment, or all of them and their gradients.
+      end: the state after the last.
+      kept: the states before each segment, or all of them and their gradients; None where they are on disk.
       steps: the steps' numbers and tasks, by segment.
       tasks: the tasks.
       weights: their weights.
       programs: what computes the rest.
+      place: the folder of the states; None where they are in memory.
+      progress: as in `trajectory`.
     """
 
     meta_params: PyTree
     info: RunInfo
     start: PyTree
-    state: PyTree
+    end: PyTree
     kept: PyTree
     steps: Steps
     tasks: Task
     weights: Weights
     programs: Programs = dataclasses.field(metadata={"static": True})
+    place: _stored.Place | None = dataclasses.field(default=None, metadata={"static": True})
+    progress: bool | Callable[[Progress], None] = dataclasses.field(default=False, metadata={"static": True})
 
     def jvp(self, direction: Weights) -> Influence:
-        """(dλ_N/dw) · direction, by one forward sweep.
+        """(dλ_N/dw) · direction, by one forward sweep, which needs no kept states.
 
         Args:
           direction: `Weights` of the tasks' shapes, or with one more leading axis for many, which are stepped together.
@@ -111,11 +115,14 @@ class Trajectory:
           ValueError: a wrong shape, or values that are not finite.
         """
         many = isinstance(direction, Weights) and jnp.ndim(direction.task) == 2
-        first = jax.tree.map(lambda leaf: leaf[0], direction) if many else direction
-        resolve_weights(first, self.tasks, name="direction")
+        if many:
+            _check_lead("direction", direction)
+        for k in range(jnp.shape(direction.task)[0] if many else 1):
+            one = jax.tree.map(lambda leaf, k=k: leaf[k], direction) if many else direction
+            resolve_weights(one, self.tasks, name="direction")
         direction = jax.tree.map(lambda d, w: jnp.asarray(d, w.dtype), direction, self.weights)
-        delta = self.programs.push(many, self, direction)
-        return Influence(delta, self.info)
+        delta = self.programs.push(many, direction, self.start, self.steps, self.tasks, self.weights)
+        return Influence(delta, cast(Any, self.info))
 
     def vjp(self, slope: PyTree) -> tuple[Weights, RunInfo]:
         """dφ/dw of every task, support example and query example, by one reverse sweep.
@@ -125,119 +132,36 @@ class Trajectory:
             stepped together.
 
         Returns:
-          (dφ/dw, info with the cotangent's norms and growth); a score is − w · dφ/dw.
+          (dφ/dw, info with the cotangents' norms and growth); a score is − w · dφ/dw.
 
         Raises:
-          ValueError: another structure or shape.
+          ValueError: another structure or shape, or values that are not finite.
+          TypeError: states on disk, and a call that is traced.
         """
         domain = Domain.of(self.meta_params)
-        lead = [jnp.ndim(leaf) - len(like.shape) for leaf, like in zip(jax.tree.leaves(slope), domain.leaves)]
-        many = bool(lead) and all(extra == 1 for extra in lead)
+        leaves = jax.tree.leaves(slope)
+        ranks = [len(like.shape) for like in domain.leaves]
+        many = len(leaves) == len(ranks) and all(jnp.ndim(x) == n + 1 for x, n in zip(leaves, ranks, strict=True))
+        if many:
+            _check_lead("slope", slope)
         domain.check("slope", jax.tree.map(lambda leaf: leaf[0], slope) if many else slope)
         slope = jax.tree.map(lambda s, like: jnp.asarray(s, like.dtype), slope, self.meta_params)
-        scores, norms, growth = self.programs.pull(many, self, slope)
+        if concrete(slope) and not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(slope)):
+            raise ValueError("slope: expected finite numbers, got NaN or infinity; the target's data may hold them")
+        scores, norms, growth = self._pulled(many, slope)
         return scores, self.info._replace(cotangent_norms=norms, growth=growth)
 
-
-class Programs:
-    """What computes a trajectory of one run; compiled once for all that is asked of it.
-
-    Args:
-      run: the run.
-      keep: as in `trajectory`, like the others.
-    """
-
-    def __init__(self, run: Run, keep: int | str, mesh: Mesh | None, precision: str | None):
-        self.run, self.mesh, self._keep, self._precision = run, mesh, keep, precision
-        self._train = jax.jit(self._trained, static_argnums=0)
-        self._pull = {many: jax.jit(_mapped(self._pulled, many), static_argnums=0) for many in (False, True)}
-        self._push = {many: jax.jit(_mapped(self._pushed, many), static_argnums=0) for many in (False, True)}
-
-    def train(self, start: PyTree, tasks: Task, weights: Weights) -> Trajectory:
-        """Goes through the run."""
-        with jax.default_matmul_precision(self._precision):
-            state = self.run.begin(start)
-            table = self.run.batches(sizes(tasks).lead[0])
-            self.run.check(state, *taken(None if table is None else table[0], tasks, weights))
-            sweeps = self.sweeps(state)
-            steps = sweeps.steps(table)
-            end, kept, norm, nonfinite = self._train(sweeps, state, steps, tasks, weights)
-        info = RunInfo(self.run.num_steps, norm, None, nonfinite)
-        return Trajectory(self.run.meta_params(end), info, state, end, kept, steps, tasks, weights, self)
-
-    def pull(self, many: bool, at: Trajectory, slope: PyTree) -> tuple[Weights, Array, Array]:
-        """dφ/dw, cotangents' norms and growth."""
-        with jax.default_matmul_precision(self._precision):
-            return self._pull[many](self.sweeps(at.start), slope, at.state, at.kept, at.steps, at.tasks, at.weights)
-
-    def push(self, many: bool, at: Trajectory, direction: Weights) -> PyTree:
-        """The change of λ_N."""
-        with jax.default_matmul_precision(self._precision):
-            return self._push[many](self.sweeps(at.start), direction, at.start, at.steps, at.tasks, at.weights)
-
-    def sweeps(self, state: PyTree) -> Sweeps:
-        """The programs for a state of these shapes."""
-        return Sweeps(self.run, steps_per_segment(self._keep, self.run, state), self.mesh)
-
-    def _trained(
-        self, sweeps: Sweeps, state: PyTree, steps: Steps, tasks: Task, weights: Weights
-    ) -> tuple[PyTree, PyTree, Array | None, Array]:
-        passed, kept = sweeps.train(state, steps, tasks, weights)
-        return passed.state, kept, self.gradient_norm(passed.state, steps, tasks, weights), passed.nonfinite
-
-    def gradient_norm(self, state: PyTree, steps: Steps, tasks: Task, weights: Weights) -> Array | None:
-        """‖D_λF‖ over all tasks, as many at a time as a step takes."""
-        if self.run.problem is None:
-            return None
-        size = None if steps.row is None else steps.row.shape[-1]
-        objective = total_objective(self.run.problem, batch_size=size, mesh=self.mesh)
-        return optax.tree.norm(jax.grad(objective)(self.run.meta_params(state), tasks, weights))
-
-    def _pulled(
-        self, sweeps: Sweeps, slope: PyTree, state: PyTree, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
-    ) -> tuple[Weights, Array, Array]:
-        cotangent = cotangent_of(self.run, state, slope)
-        scores, norms = sweeps.pull(cotangent, kept, steps, tasks, weights)
-        return scores, norms, growth(norms, relative_norm(cotangent, state))
-
-    def _pushed(
-        self, sweeps: Sweeps, direction: Weights, start: PyTree, steps: Steps, tasks: Task, weights: Weights
-    ) -> PyTree:
-        return change_of(self.run, *sweeps.push(start, steps, tasks, weights, direction))
-
-
-def _mapped(fn: Callable[..., Any], many: bool) -> Callable[..., Any]:
-    """The function, or for many of its first arguments on a leading axis."""
-    if not many:
-        return fn
-
-    def mapped(sweeps: Sweeps, first: PyTree, *rest: Any) -> Any:
-        return jax.vmap(lambda one: fn(sweeps, one, *rest))(first)
-
-    return mapped
-
-
-def growth(norms: Array, last: Array) -> Array:
-    """The largest norm over the last; 1 where that is 0, as for a target without a gradient."""
-    largest = jnp.maximum(jnp.max(norms), last)
-    return jnp.where(last == 0, 1.0, largest / jnp.where(last == 0, 1.0, last)).astype(norms.dtype)
-
-
-def steps_per_segment(keep: int | str, run: Run, state: PyTree) -> int:
-    """Steps between two states that are kept, from shapes alone; all of them where every state is."""
-    count = run.num_steps
-    if isinstance(keep, int):
-        return min(keep, count)
-    size = sum(math.prod(jnp.shape(leaf)) * _itemsize(leaf) for leaf in jax.tree.leaves(state))
-    gradient = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.meta_params(state)))
-    if keep == "all" or (keep == "auto" and count * (size + gradient) <= KEEP_ALL_BYTES):
-        return count
-    return math.ceil(count / math.ceil(math.sqrt(count)))
-
-
-def _itemsize(leaf: Any) -> int:
-    dtype = jnp.result_type(leaf)
-    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+    def _pulled(self, many: bool, slope: PyTree) -> tuple[Weights, Array, Array]:
+        rest = (self.end, self.kept, self.steps, self.tasks, self.weights)
+        untraced = concrete(slope, self.end, self.tasks, self.weights)
+        if self.programs.store == "device" or (self.place is None and not untraced):
+            return self.programs.pull(many, slope, *rest)
+        if not untraced:
+            raise TypeError("store: a run whose states are on disk is gone back through outside jit, vmap and grad")
+        with reporter(self.progress) as report, contextlib.ExitStack() as stack:
+            folder = None if self.place is None else stack.enter_context(self.place.opened())
+            data = (self.end, self.steps, self.tasks, self.weights)
+            return _stored.pull(self.programs, many, slope, *data, self.kept, folder, report)
 
 
 @maker("(start, tasks)")
@@ -248,37 +172,54 @@ def trajectory(
     keep: int | str = "auto",
     precision: str | None = "highest",
     mesh: Mesh | None = None,
+    resume: bool = True,
+    progress: bool | Callable[[Progress], None] = True,
 ) -> Callable[..., Trajectory]:
     """Makes (start, tasks, weights=None, end=None) -> Trajectory, the response of a training run.
 
     It runs the training: `at.meta_params` is its end λ_N, and `at.jvp`, `at.vjp` are the exact derivative of λ_N(w).
+    Where every state is kept, a target costs at most about three times the training, else four times.
 
     Args:
       run: made by `metainfluence.training` or `training_loop`.
-      store: where states are kept: "device".
-      keep: "all" keeps every step's state and gradient, and computes nothing again; "sqrt" keeps every √N-th state; a
-        number keeps one in so many steps; "auto" is "all" up to `KEEP_ALL_BYTES`, else "sqrt".
+      store: where states are kept: "device", within one compiled program; "host", memory of the host; or a folder, as a
+        `pathlib.Path`, where a run or a sweep that was cut short, for whatever reason, goes on when it is called again.
+      keep: "all" keeps every step's state and gradient, on the device only, and computes nothing again; "sqrt" keeps
+        every √N-th state; a number keeps one in so many steps; "auto" is "all" on the device where they take up to
+        `KEEP_ALL_BYTES`, 256 MiB, by their shapes, else "sqrt".
       precision: of matrix products, see `jax.default_matmul_precision`; None for JAX's setting.
-      mesh: devices over which each step's tasks are sharded, over all axes of the mesh.
+      mesh: devices over which each step's tasks are sharded, over all axes of the mesh; for `training`.
+      resume: False starts anew, and removes what is in the folder.
+      progress: True shows a bar where states are on the host or on disk; or a function of `scoring.Progress`.
 
     Returns:
       Function of where the run starts, λ for `training` and the state for `training_loop`, of stacked tasks and their
       `Weights`; `end` is the λ that was recorded when the run was made, to which `info.replay_difference` is measured.
 
     Raises:
-      TypeError: no run, or a λ without floating-point numbers.
-      ValueError: an unknown `store` or `keep`; a start that is not finite; and as the run's maker says.
+      TypeError: no run; a λ without floating-point numbers; a mesh for a `training_loop`; at the call, a store other
+        than the device and values that are traced.
+      ValueError: an unknown `store` or `keep`; at the call, a start that is not finite, a folder that holds another
+        run, with the difference named; and as the run's maker says.
+      BlockingIOError: another process is writing to the folder.
     """
     if not isinstance(run, Run):
         raise TypeError(f"run: expected one made by metainfluence.training or training_loop, got {type(run).__name__}")
-    _check_store(store)
-    _check_keep(keep)
+    folder = _folder_of(store)
+    where = str(store) if folder is None else "disk"
+    _check_keep(keep, where)
     check_mesh(mesh)
-    programs = Programs(run, keep, mesh, precision)
+    if mesh is not None and run.problem is None:
+        raise TypeError("mesh: expected None for a training_loop, whose own step says where its tasks lie")
+    programs = Programs(run, where, keep, mesh, precision)
 
     def make(start: PyTree, tasks: Task, weights: Weights | None = None, *, end: PyTree = None) -> Trajectory:
         weights = resolve_weights(weights, tasks)
-        at = programs.train(start, tasks, weights)
+        state = run.begin(start)
+        table = run.batches(sizes(tasks).lead[0])
+        run.check(state, *taken(None if table is None else table[0], tasks, weights))
+        steps = programs.sweeps(state).steps(table)
+        at = _through(programs, state, steps, tasks, weights, folder, resume, progress)
         name_not_finite(at.meta_params, tasks, "tasks")
         if end is None:
             return at
@@ -289,15 +230,60 @@ def trajectory(
     return make
 
 
-def _check_store(store: Any) -> None:
-    if store not in ("device",):
-        raise ValueError(f'store: expected "device", got {store!r}')
+def _through(
+    programs: Programs,
+    state: PyTree,
+    steps: Steps,
+    tasks: Task,
+    weights: Weights,
+    folder: Path | None,
+    resume: bool,
+    progress: Any,
+) -> Trajectory:
+    """Goes through a run."""
+    run, place = programs.run, None
+    if programs.store == "device":
+        last, kept, norm, nonfinite = programs.train(state, steps, tasks, weights)
+    else:
+        if not concrete(state, tasks, weights):
+            raise TypeError(f'store: {programs.store!r} works outside jit, vmap and grad; use "device" within')
+        with reporter(progress) as report, contextlib.ExitStack() as stack:
+            states: Any = _stored.Memory()
+            if folder is not None:
+                about = _stored.manifest_of(run, state, steps, tasks, weights, programs.precision)
+                place = _stored.Place(folder, about)
+                states = stack.enter_context(place.opened(resume, new=True))
+            last, nonfinite = _stored.train(programs, state, steps, tasks, weights, states, report)
+            kept = states.stacked() if folder is None else None
+        last = jax.tree.map(jnp.asarray, last)
+        norm = programs.gradient_norm(last, steps, tasks, weights)
+    info = RunInfo(run.num_steps, norm, None, jnp.asarray(nonfinite))
+    reached = run.meta_params(last)
+    return Trajectory(reached, info, state, last, kept, steps, tasks, weights, programs, place, progress)
 
 
-def _check_keep(keep: Any) -> None:
+def _check_lead(name: str, tree: PyTree) -> None:
+    """Raises ValueError unless all leaves have the same, positive number on their leading axis."""
+    counts = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(tree) if jnp.ndim(leaf)}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"{name}: expected one number on the leading axis of all leaves, got {sorted(counts)}")
+
+
+def _folder_of(store: Any) -> Path | None:
+    """The folder; None for the device and the host."""
+    if isinstance(store, str) and store in ("device", "host"):
+        return None
+    if isinstance(store, os.PathLike) or (isinstance(store, str) and os.sep in store):
+        return Path(store)
+    raise ValueError(f'store: expected "device", "host" or a folder as a pathlib.Path, got {store!r}')
+
+
+def _check_keep(keep: Any, store: str) -> None:
     number = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
-    if not number and keep not in ("auto", "all", "sqrt"):
+    if not number and not (isinstance(keep, str) and keep in ("auto", "all", "sqrt")):
         raise ValueError(f'keep: expected "auto", "all", "sqrt" or a positive integer, got {keep!r}')
+    if keep == "all" and store != "device":
+        raise ValueError('keep: expected "auto", "sqrt" or a positive integer, since "all" is for store="device"')
 
 
 def problems_of(info: RunInfo) -> list[str]:
