@@ -40,10 +40,13 @@ from metainfluence.operators import Operator as Operator
 from metainfluence.preflight import Plan as Plan
 from metainfluence.preflight import preflight as preflight
 from metainfluence.response import Checkpoint as Checkpoint
+from metainfluence.response import RunInfo as RunInfo
 from metainfluence.response import Segments as Segments
 from metainfluence.response import SegmentsInfo as SegmentsInfo
+from metainfluence.response import Trajectory as Trajectory
 from metainfluence.response import checkpoints as checkpoints
 from metainfluence.response import segments as segments
+from metainfluence.response import trajectory as trajectory
 from metainfluence.scoring import read_scores as read_scores
 from metainfluence.solvers import SolveInfo as SolveInfo
 from metainfluence.solvers import Solver as Solver
@@ -55,3 +58,6 @@ from metainfluence.tasks import Weights as Weights
 from metainfluence.tasks import drop as drop
 from metainfluence.tasks import stack_tasks as stack_tasks
 from metainfluence.tasks import unit_weights as unit_weights
+from metainfluence.training import Run as Run
+from metainfluence.training import training as training
+from metainfluence.training import training_loop as training_loop
