@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from metainfluence.preflight import Chunks, fitting_chunks
+from metainfluence.preflight import Chunks
 
 import metainfluence as mi
+from metainfluence.response._choice import fitting_chunks
 from scoring import setting
 
 COUNT = 40

@@ -4,6 +4,8 @@ Every influence is one derivative of one map, w ↦ λ(w). A response offers its
 in w to the change of λ, and `vjp`, from the slope of a target to dφ/dw of every datum together.
 """
 
+from metainfluence.response._checkpoints import Checkpoint as Checkpoint
+from metainfluence.response._checkpoints import checkpoints as checkpoints
 from metainfluence.response._choice import DEVICE_SHARE as DEVICE_SHARE
 from metainfluence.response._choice import linearised_bytes as linearised_bytes
 from metainfluence.response._damping import RANK as RANK
@@ -23,6 +25,9 @@ from metainfluence.response._response import Scores as Scores
 from metainfluence.response._response import check_target as check_target
 from metainfluence.response._response import removal_scores as removal_scores
 from metainfluence.response._response import scores as scores
+from metainfluence.response._segments import Segments as Segments
+from metainfluence.response._segments import SegmentsInfo as SegmentsInfo
+from metainfluence.response._segments import segments as segments
 from metainfluence.response._sums import Expansion as Expansion
 from metainfluence.response._sums import Pull as Pull
 from metainfluence.response._sums import Sums as Sums
@@ -38,5 +43,9 @@ from metainfluence.response._sums import regularizer_gradient as regularizer_gra
 from metainfluence.response._sums import regularizer_product as regularizer_product
 from metainfluence.response._target import name_target_not_finite as name_target_not_finite
 from metainfluence.response._target import target_gradient as target_gradient
+from metainfluence.response._trajectory import RunInfo as RunInfo
+from metainfluence.response._trajectory import Trajectory as Trajectory
+from metainfluence.response._trajectory import problems_of as problems_of
+from metainfluence.response._trajectory import trajectory as trajectory
 
 __all__ = ["Influence", "Optimum", "OptimumInfo", "Response", "Scores", "optimum", "scores"]

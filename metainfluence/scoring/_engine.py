@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PyTree, Shaped
 from metainfluence import _disk, solvers
 from metainfluence._checks import check_batch_size, check_damping, check_mesh, check_positive
 from metainfluence._disk import Store
+from metainfluence._progress import Progress, Reporter, reporter
 from metainfluence.curvature import Curvature, check_curvature, exact
 from metainfluence.data import sizes
 from metainfluence.operators import Domain, Operator
@@ -30,7 +31,6 @@ from metainfluence.scoring import _table
 from metainfluence.scoring._passes import BatchScores, Passes, Slope, reader_of
 from metainfluence.scoring._processes import agree, first, meet, share
 from metainfluence.scoring._programs import holds_nan, programs_of
-from metainfluence.scoring._progress import Progress, Reporter, reporter
 from metainfluence.scoring._source import Reader, Source, ids_of, stack, widened
 from metainfluence.solvers import SolveInfo, Solver
 from metainfluence.solvers._base import norm

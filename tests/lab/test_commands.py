@@ -16,13 +16,14 @@ import optax
 import pytest
 
 import metainfluence as mi
+from metainfluence._disk import of_arrays
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import cli, edit, evaluate, score
 from metainfluence.lab.commands.job import tolerance
 from metainfluence.lab.data import fewshot
 from metainfluence.lab.data.places import Place, locator
-from metainfluence.lab.learn.checkpoints import Checkpoints, fingerprint
+from metainfluence.lab.learn.checkpoints import Checkpoints
 from metainfluence.lab.show import printing
 from metainfluence.scoring._passes import Passes
 
@@ -281,12 +282,12 @@ def test_an_edit_of_other_meta_parameters_is_refused(folder, job, tmp_path):
     parameters.save(edited, job.meta_params)
     change = edited.with_name("edited.json")
     evaluate.refuse_others(edited, job)
-    change.write_text(json.dumps({"meta_params": fingerprint(job.meta_params)}))
+    change.write_text(json.dumps({"meta_params": of_arrays(job.meta_params)}))
     evaluate.refuse_others(edited, job)
     other = job._replace(meta_params=jax.tree.map(lambda leaf: 2 * leaf, job.meta_params))
     with pytest.raises(ValueError, match="edited: expected an edit of these meta-parameters"):
         evaluate.refuse_others(edited, other)
-    change.write_text(json.dumps({"meta_params": fingerprint(other.meta_params)}))
+    change.write_text(json.dumps({"meta_params": of_arrays(other.meta_params)}))
     with pytest.raises(ValueError, match="edited: expected an edit of these meta-parameters"):
         evaluate.run(evaluate.EvaluateConfig(run=folder, edited=edited))
     change.write_text("[]")
@@ -432,7 +433,7 @@ def table_about(path, meta_params):
         path,
         scores,
         mi.stack_tasks([tasks]),
-        metadata={"run": {"meta_params": fingerprint(meta_params)}},
+        metadata={"run": {"meta_params": of_arrays(meta_params)}},
     )
 
 

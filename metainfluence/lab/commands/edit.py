@@ -14,6 +14,7 @@ import optax
 
 import metainfluence as mi
 from metainfluence._chunks import Chunks
+from metainfluence._disk import of_arrays
 from metainfluence.files import write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
@@ -21,7 +22,6 @@ from metainfluence.lab.commands import _tables as tables
 from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.data.places import Place, example_ids, locator, named, without
-from metainfluence.lab.learn.checkpoints import fingerprint
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.printing import facts, say, say_budget, say_table
 from metainfluence.response import gradient_map
@@ -133,7 +133,7 @@ def run(config: EditConfig) -> None:
         "gradient norm before": unedited,
         "gradient norm after each step": norms.tolist(),
         "steps kept": reached,
-        "meta_params": fingerprint(job.meta_params),
+        "meta_params": of_arrays(job.meta_params),
     }
     parameters.save(out / EDITED, edited.meta_params)
     write_atomically(out / CHANGE, json.dumps(change, indent=1, ensure_ascii=False).encode(errors="replace"))

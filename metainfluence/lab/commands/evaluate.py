@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import metainfluence as mi
+from metainfluence._disk import of_arrays
 from metainfluence.evaluation import bootstrap, roc_auc
 from metainfluence.files import write_atomically
 from metainfluence.lab.commands import _parameters as parameters
@@ -20,7 +21,6 @@ from metainfluence.lab.commands.edit import CHANGE, EDITED
 from metainfluence.lab.commands.job import Job
 from metainfluence.lab.commands.score import SCORES
 from metainfluence.lab.data.fewshot import CLEAN
-from metainfluence.lab.learn.checkpoints import fingerprint
 from metainfluence.lab.learn.learners import mean_interval
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.printing import say, say_table
@@ -117,7 +117,7 @@ def refuse_others(edited: Path, job: Job) -> None:
         told = json.loads(path.read_bytes())["meta_params"] if path.exists() else None
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"edited: expected {path} as `metainfluence edit` writes it, got {error}") from error
-    if told is not None and told != fingerprint(job.meta_params):
+    if told is not None and told != of_arrays(job.meta_params):
         raise ValueError(
             f"edited: expected an edit of these meta-parameters, got {edited}, which {path} says is of others"
         )

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import numpy as np
 
 import metainfluence as mi
+from metainfluence._disk import of_arrays
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.experiments import results
-from metainfluence.lab.learn.checkpoints import fingerprint
 from metainfluence.lab.show.printing import check_solve, facts, say, say_budget, say_table
 from metainfluence.scoring._engine import default_solver
 
@@ -129,7 +129,7 @@ def origin(config: ScoreConfig, job: Job) -> dict[str, Any]:
         "score": results.plain(config),
         **trained,
         "machine": results.machine(),
-        "meta_params": fingerprint(job.meta_params),
+        "meta_params": of_arrays(job.meta_params),
     }
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import metainfluence as mi
-from metainfluence.lab.learn.checkpoints import Checkpoints, fingerprint
+from metainfluence._disk import of_arrays
+from metainfluence.lab.learn.checkpoints import Checkpoints
 from metainfluence.lab.learn.timing import Compiled
 
 Lookup = Callable[..., mi.Task]
@@ -210,7 +211,7 @@ def meta_train(
         with contextlib.ExitStack() as stack:
             saved = None
             if checkpoints is not None:
-                identity = fingerprint(meta_params, tasks, weights, data, (num_steps, tasks_per_step, seed, block_size))
+                identity = of_arrays(meta_params, tasks, weights, data, (num_steps, tasks_per_step, seed, block_size))
                 saved = stack.enter_context(Checkpoints(checkpoints, identity))
                 done, state, losses = saved.restore(state, losses)
             advance = stack.enter_context(_progress(console, num_steps))
