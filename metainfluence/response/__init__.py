@@ -17,6 +17,7 @@ from metainfluence.response._optimum import OptimumInfo as OptimumInfo
 from metainfluence.response._optimum import checked as checked
 from metainfluence.response._optimum import optimum as optimum
 from metainfluence.response._optimum import optimum_at as optimum_at
+from metainfluence.response._optimum import solve_alone as solve_alone
 from metainfluence.response._optimum import solve_once as solve_once
 from metainfluence.response._options import Options as Options
 from metainfluence.response._response import Influence as Influence

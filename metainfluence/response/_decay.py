@@ -57,8 +57,9 @@ def decay(operator: Operator, start: Float[Array, " n"], time: Float[Array, ""],
     def step(state: _Krylov) -> _Krylov:
         at = state.num_matvecs
         grown = subspace.extend(operator, state.subspace, at, state.direction[None])
-        # Where the space is closed, what is there is exact.
+        # Where the space is closed, or all of it is there, what is there is exact.
         closed = ~grown.filled[at]
+        whole = at + 1 >= operator.size
         border = 2 * jnp.max(jnp.abs(grown.gram)) + 1
         values, rotation = _lapack.eigh(grown.gram + jnp.diag(jnp.where(grown.filled, 0, border)))
         decayed, integrated = _damp(values, time)
@@ -75,7 +76,7 @@ def decay(operator: Operator, start: Float[Array, " n"], time: Float[Array, ""],
             product,
             decayed,
             integrated,
-            jnp.where(closed, 0, error),
+            jnp.where(closed | whole, 0, error),
             values[0],
             at + jnp.where(closed, 0, 1).astype(at.dtype),
         )

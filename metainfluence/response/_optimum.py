@@ -272,33 +272,50 @@ def optimum_at(options: Options, meta_params: PyTree, tasks: Task, weights: Weig
     expansion = options.expanded(meta_params, tasks, weights, chunks)
     norm = flat_norm(expansion.gradient)
     name_not_finite(norm, tasks, "tasks")
-    damping, state, matvecs = _prepared(options, expansion)
+    about = (expansion.gradient, meta_params)
+    damping, state, matvecs = _prepared(options.solver, options.damping, expansion.operator, about)
     info = OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs))
     return Optimum(expansion, info, state, options.solver, chunks.vectors)
 
 
 def solve_once(options: Options, expansion: Expansion, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
-    """H⁻¹ times a pytree like λ, for a response that is asked once.
+    """H⁻¹ times a pytree like λ, for a response that is asked once."""
+    norm = flat_norm(expansion.gradient)
+    name_not_finite(norm, expansion.tasks, "tasks")
+    about = (expansion.gradient, expansion.meta_params)
+    solution, info, damping, matvecs = solve_alone(options.solver, options.damping, expansion.operator, about, rhs)
+    return solution, _with_point(info, OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs)))
+
+
+def solve_alone(
+    solver: Solver, damping: Any, operator: Operator, about: tuple[PyTree, PyTree], rhs: PyTree
+) -> tuple[PyTree, SolveInfo, Array, int]:
+    """One solve with an undamped operator, for tasks in memory and for tasks that are read.
 
     Where the solver can, the vectors that choose the damping and those that solve come from one loop, so that the
-    program holds the product once. The numbers are those of making the response and asking it.
+    program holds the product once. The numbers are those of making a response and asking it.
+
+    Args:
+      solver: of the system.
+      damping: a number, or "auto".
+      operator: H.
+      about: D_λF and λ, for the rule of `damping="auto"`.
+      rhs: a pytree like λ.
+
+    Returns:
+      Solution, report, damping, and products that the report does not count.
     """
-    norm, inner = flat_norm(expansion.gradient), expansion.inner_gradient_norm
-    name_not_finite(norm, expansion.tasks, "tasks")
-    if not (isinstance(options.damping, str) and options.solver.explore_and_solve is not None):
-        damping, state, matvecs = _prepared(options, expansion)
-        info = OptimumInfo(norm, inner, damping, jnp.int32(matvecs))
-        return Optimum(expansion, info, state, options.solver, None).solve(rhs)
-    about = jax.lax.stop_gradient((expansion.gradient, expansion.meta_params))
-    solution, report, damping = _explore_and_solve(options.solver, expansion.operator, about, rhs)
-    info = OptimumInfo(norm, inner, damping, jnp.int32(0))
-    return solution, _with_point(report, info)
+    about = jax.lax.stop_gradient(about)
+    if isinstance(damping, str) and solver.explore_and_solve is not None:
+        return *_explore_and_solve(solver, operator, about, rhs), 0
+    value, state, matvecs = _prepared(solver, damping, operator, about)
+    return *_solve(solver, False, operator.damped(value), state, rhs), value, matvecs
 
 
-def _prepared(options: Options, expansion: Expansion) -> tuple[Array, Any, int]:
+def _prepared(solver: Solver, damping: Any, operator: Operator, about: tuple[PyTree, PyTree]) -> tuple[Array, Any, int]:
     """The damping, the solver's state for the damped operator, and products that neither accounts for."""
-    solver, damping, matvecs = options.solver, options.damping, 0
-    operator, *about = jax.lax.stop_gradient((expansion.operator, expansion.gradient, expansion.meta_params))
+    operator, about = jax.lax.stop_gradient((operator, about))
+    matvecs = 0
     if isinstance(damping, str) and solver.explore is not None:
         state, found = solver.explore(operator, RANK)
         return jnp.asarray(rule_of(found, *about).value, operator.shift.dtype), jax.lax.stop_gradient(state), 0

@@ -14,7 +14,6 @@ from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.experiments import results
 from metainfluence.lab.show.printing import check_solve, facts, say, say_budget, say_table
-from metainfluence.scoring._engine import default_solver
 
 SCORES = "scores.parquet"
 MOST_SHOWN = 10
@@ -110,7 +109,7 @@ def solver(config: ScoreConfig, job: Job) -> mi.Solver:
             raise ConfigError(f"--max-steps: expected --solver cg or minres with it, got {config.solver}")
         options["max_steps"] = config.max_steps
     if config.solver == "cg":
-        return default_solver(len(job.source), **options)
+        return mi.solvers.cg(**options)
     return mi.solvers.auto(**options) if config.solver == "auto" else mi.solvers.minres(**options)
 
 
