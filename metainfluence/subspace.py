@@ -140,7 +140,7 @@ def extend(operator: Operator, subspace: Subspace, at: Int[Array, ""], direction
 def _insert(operator: Operator, subspace: Subspace, at: Array, rows: Array, kept: Array) -> Subspace:
     products = _select(kept[:, None], unshifted(operator).flat_matvecs(rows), jnp.zeros_like(rows))
     # An unsigned index is not looked at for being negative, which takes lines of a program.
-    at = at.astype(jnp.uint32)
+    at = jnp.asarray(at, jnp.uint32)
     basis = jax.lax.dynamic_update_slice_in_dim(subspace.basis, rows, at, 0)
     block = _matmul(basis, products.T)
     gram = jax.lax.dynamic_update_slice_in_dim(subspace.gram, block, at, 1)
@@ -452,6 +452,7 @@ def lanczos(operator: Operator, rank: int, start: Float[Array, " n"]) -> Subspac
     """
 
     def step(turn: Array, subspace: Subspace) -> Subspace:
+        turn = jnp.asarray(turn, jnp.int32)
         direction, spare = _krylov(subspace, start, turn), _spare(start, turn)
         return _insert(operator, subspace, turn, *_continued(subspace.basis, direction, spare, jnp.bool_(True)))
 
@@ -460,13 +461,13 @@ def lanczos(operator: Operator, rank: int, start: Float[Array, " n"]) -> Subspac
 
 def _krylov(subspace: Subspace, start: Array, turn: Array) -> Array:
     """The direction of a turn of Lanczos' method: the last product."""
-    last = jax.lax.dynamic_index_in_dim(subspace.products, turn.astype(jnp.uint32) - 1, 0, keepdims=False)
+    last = jax.lax.dynamic_index_in_dim(subspace.products, jnp.asarray(turn, jnp.uint32) - 1, 0, keepdims=False)
     return _select(turn == 0, start, last)
 
 
 def _spare(start: Array, turn: Array) -> Array:
     twice = jnp.concatenate([start, start])
-    return jax.lax.dynamic_slice_in_dim(twice, turn.astype(jnp.uint32), len(start))
+    return jax.lax.dynamic_slice_in_dim(twice, jnp.asarray(turn, jnp.uint32), len(start))
 
 
 def _continued(basis: Array, direction: Array, spare: Array, allowed: Array) -> tuple[Array, Array]:
