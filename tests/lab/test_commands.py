@@ -16,6 +16,7 @@ import optax
 import pytest
 
 import metainfluence as mi
+from lab.calls import TRAIN, called, done
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import cli, edit, evaluate, score
@@ -25,13 +26,6 @@ from metainfluence.lab.data.places import Place, locator
 from metainfluence.lab.learn.checkpoints import Checkpoints, fingerprint
 from metainfluence.lab.show import printing
 from metainfluence.scoring._passes import Passes
-
-TRAIN = [
-    *("--data.num-tasks", "12", "--data.num-held-out", "6", "--data.num-test", "5", "--data.ways", "3"),
-    *("--data.shots", "2", "--data.queries", "4", "--harm.flipped", "0.25", "--harm.flip-share", "1.0"),
-    *("--learner.kind", "protonet", "--learner.widths", "6", "--learner.meta-l2", "0.05"),
-    *("--training.num-steps", "30", "--training.learning-rate", "0.1"),
-]
 
 # A ridge head on learned features; a delay makes reading slow enough to be stopped.
 MODULE = """
@@ -94,24 +88,6 @@ def single():
 def no_tuple():
     return {**make(), "target_args": 1}
 """
-
-
-def called(*args):
-    """The exit status, and what was printed on both streams."""
-    out, err = io.StringIO(), io.StringIO()
-    status = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.entry([str(arg) for arg in args])
-        except SystemExit as stop:
-            status = stop.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def done(*args):
-    status, out, err = called(*args)
-    assert status == 0, err
-    return out
 
 
 def assert_same_change(before, found, expected):

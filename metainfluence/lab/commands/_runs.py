@@ -8,11 +8,12 @@ import jax
 import tyro
 
 from metainfluence.lab.commands import _parameters as parameters
-from metainfluence.lab.commands.config_files import ConfigError, as_arguments, load_toml
+from metainfluence.lab.commands.config_files import ConfigError, as_arguments, check_ranges, load_toml
 from metainfluence.lab.commands.job import Job, of_function
 from metainfluence.lab.data import datasets, fewshot
 from metainfluence.lab.data.sources import FewShotSource
 from metainfluence.lab.experiments import setting
+from metainfluence.lab.experiments.ranges import Count, Positive, Size
 from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.learners import Learner
 from metainfluence.scoring._source import ids_of
@@ -32,13 +33,13 @@ class ImageConfig(setting.DataConfig):
 class StepsConfig:
     """Meta-training by Adam, its learning rate falling to 0 along a cosine."""
 
-    learning_rate: float = 0.05
+    learning_rate: Positive = 0.05
     """At the first step."""
-    num_steps: int = 200
+    num_steps: Count = 200
     """Steps."""
-    tasks_per_step: int | None = None
+    tasks_per_step: Count | None = None
     """Tasks in each step's batch; none for all."""
-    save_every: int = 25
+    save_every: Count = 25
     """Steps between two checkpoints, a multiple of 25."""
 
 
@@ -56,7 +57,7 @@ class TrainConfig:
     """Training."""
     float64: bool = True
     """Compute in float64."""
-    seed: int = 0
+    seed: Size = 0
     """Of the tasks, the damage and the initial parameters."""
     out: Path = Path("train-output")
     """Folder to write."""
@@ -82,7 +83,12 @@ def read(folder: Path) -> TrainConfig:
     if not path.exists():
         raise FileNotFoundError(f"{folder}: expected a folder that `metainfluence train` wrote, got none with {CONFIG}")
     arguments = as_arguments(load_toml(path), TrainConfig, path)
-    return dataclasses.replace(tyro.cli(TrainConfig, prog=str(path), args=arguments), out=folder)
+    found = dataclasses.replace(tyro.cli(TrainConfig, prog=str(path), args=arguments), out=folder)
+    try:
+        check_ranges(found)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return found
 
 
 def lists(config: TrainConfig) -> Lists:

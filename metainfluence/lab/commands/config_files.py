@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from metainfluence.lab.experiments import ranges
+
 # Far more than any configuration takes.
 _MOST_BYTES = 1 << 20
 
@@ -93,6 +95,14 @@ def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = 
                     raise ConfigError(f"{path}: {prefix + key}: expected no string that starts with '-', got {item!r}")
             arguments += [f"--{option}", *map(str, items)]
     return arguments
+
+
+def check_ranges(config: Any) -> None:
+    """Raises ConfigError, naming the option, where a number of a configuration is out of its range."""
+    try:
+        ranges.check(config)
+    except ranges.RangeError as error:
+        raise ConfigError(str(error)) from error
 
 
 def as_toml(config: Any, prefix: str = "", leave_out: Sequence[str] = ()) -> str:

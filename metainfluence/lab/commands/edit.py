@@ -21,6 +21,7 @@ from metainfluence.lab.commands import _tables as tables
 from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.data.places import Place, example_ids, locator, named, without
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Size
 from metainfluence.lab.learn.checkpoints import fingerprint
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.printing import facts, say, say_budget, say_table
@@ -46,19 +47,19 @@ class EditConfig:
     """Instead of a run: MODULE:FUNCTION, as for `metainfluence score`."""
     role: Literal["task", "support", "query"] = "task"
     """What is removed: tasks, or examples of one side."""
-    most_harmful: int | None = None
+    most_harmful: Count | None = None
     """Remove that many, those of the most negative scores."""
     harm_above: float | None = None
     """Remove all whose removal is predicted to lower the target by more than this."""
     remove: tuple[str, ...] = ()
     """Remove these: ids of tasks, or TASK:EXAMPLE."""
-    num_newton_steps: int = 0
+    num_newton_steps: Size = 0
     """After the first-order step; each needs a Hessian that is positive definite, damping included, where it starts.
     Here none by default, so that the change is what the scores predict; metainfluence.edit in Python takes 1."""
-    damping: float | Literal["auto"] = "auto"
+    damping: NotNegative | Literal["auto"] = "auto"
     """Added to every eigenvalue of the total Hessian; auto, the default here, for the score file's, or, with --remove,
     by the rule; metainfluence.edit in Python adds 0 by default."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Tasks at a time; none for as many as fit in memory."""
     out: Path | None = None
     """Folder for edited.npz and edited.json; none for the score file's, or the run's."""

@@ -20,6 +20,7 @@ from metainfluence.lab.commands.edit import CHANGE, EDITED
 from metainfluence.lab.commands.job import Job
 from metainfluence.lab.commands.score import SCORES
 from metainfluence.lab.data.fewshot import CLEAN
+from metainfluence.lab.experiments.ranges import Count
 from metainfluence.lab.learn.checkpoints import fingerprint
 from metainfluence.lab.learn.learners import mean_interval
 from metainfluence.lab.learn.timing import Compiled
@@ -41,7 +42,7 @@ class EvaluateConfig:
     scores: Path | None = None
     """Score file of the same meta-parameters; none for scores.parquet beside the edited ones, or else in the run's
     folder, if it is there."""
-    batch_size: int = 50
+    batch_size: Count = 50
     """Test tasks at a time."""
     out: Path | None = None
     """File to write; none for evaluation.json beside the edited meta-parameters."""

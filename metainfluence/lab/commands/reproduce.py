@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, load_toml
+from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, check_ranges, load_toml
 from metainfluence.lab.experiments import results, verdicts
 
 # experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.
@@ -74,7 +74,7 @@ def configured(path: Path, size: str, overrides: Sequence[str]) -> tuple[Any, An
     """The function that runs an experiment, and its configuration.
 
     Raises:
-      ConfigError: as `read`; a field that there is not.
+      ConfigError: as `read`; a field that there is not, or a number out of its range.
       SystemExit: options that make no sense.
     """
     name, values = read(path, size)
@@ -83,6 +83,7 @@ def configured(path: Path, size: str, overrides: Sequence[str]) -> tuple[Any, An
     config = getattr(module, kind)
     given = as_arguments(values, config, path)
     parsed = tyro.cli(config, prog=f"metainfluence reproduce --config {path}", args=[*given, *overrides])
+    check_ranges(parsed)
     return module.run, parsed
 
 

@@ -12,6 +12,7 @@ from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.experiments import results
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive
 from metainfluence.lab.learn.checkpoints import fingerprint
 from metainfluence.lab.show.printing import check_solve, facts, say, say_budget, say_table
 from metainfluence.scoring._engine import default_solver
@@ -34,15 +35,15 @@ class ScoreConfig:
     solver: Literal["cg", "minres", "auto"] = "cg"
     """minres for a total Hessian that the damping leaves indefinite; auto for the default of the functions in Python,
     which up to 200 meta-parameters diagonalises the matrix, and where H is indefinite goes on with |H|."""
-    tol: float | None = None
+    tol: Positive | None = None
     """Relative residual to reach; none for 1e-6, or, in float32, whose rounding leaves about 1e-5, 1e-4."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Of cg or minres; none for their own."""
     curvature: Literal["exact", "linearized", "gamma", "gauss_newton", "direct"] = "exact"
     """Which second-order operator."""
-    damping: float | Literal["auto"] = "auto"
+    damping: NotNegative | Literal["auto"] = "auto"
     """Added to every eigenvalue of the total Hessian; auto for the rule of metainfluence.damping.auto."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Tasks at a time; none for as many as fit in memory."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a task that cannot be read."""
