@@ -108,11 +108,11 @@ def run(config: OmniglotAccuracyConfig) -> dict[str, float]:
         "untrained": untrained.mean,
         "train_seconds": seconds,
     }
+    config.out.mkdir(parents=True, exist_ok=True)
+    record = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, **result}
+    (config.out / "accuracy.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     console.print(
         f"{config.ways}-way {config.shots}-shot on {config.num_test_tasks} tasks of unseen alphabets: "
         f"{measured.mean:.1%} ± {measured.half_width:.1%} (untrained {untrained.mean:.1%}); trained in {seconds:.0f} s"
     )
-    config.out.mkdir(parents=True, exist_ok=True)
-    record = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, **result}
-    (config.out / "accuracy.json").write_text(json.dumps(record, indent=2))
     return result

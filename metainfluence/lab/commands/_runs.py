@@ -1,6 +1,7 @@
 """Folders that `metainfluence train` writes: the configuration, checkpoints, and the trained meta-parameters."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +131,8 @@ def job_of(folder: Path) -> Job:
     if not (folder / TRAINED).exists():
         raise FileNotFoundError(
             f"{folder}: expected {TRAINED}, got a run that has not finished; "
-            f"go on with: metainfluence train --config {folder / CONFIG} --out {folder}"
+            "go on with: "
+            + shlex.join(["metainfluence", "train", "--config", str(folder / CONFIG), "--out", str(folder)])
         )
     jax.config.update("jax_enable_x64", config.float64)
     listed = lists(config)

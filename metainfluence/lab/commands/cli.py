@@ -15,6 +15,7 @@ import tyro
 
 from metainfluence.__main__ import LAB_MODULES
 from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, check_ranges, read_config
+from metainfluence.lab.show.streams import lenient
 
 
 class Command(NamedTuple):
@@ -142,8 +143,9 @@ def split_config(args: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(found[0]) if found else None), rest
 
 
+@lenient()
 def entry(args: Sequence[str] | None = None) -> None:
-    """The command line as a process: `main`, with an error in one line.
+    """The command line as a process: `main`, with an error in one line, and with streams that nothing can break.
 
     Args:
       args: as `main`.

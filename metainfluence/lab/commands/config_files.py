@@ -28,7 +28,8 @@ def load_toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) <= _MOST_BYTES:
-            return tomllib.loads(content.decode())
+            # With or without the byte-order mark that some editors write.
+            return tomllib.loads(content.decode("utf-8-sig"))
     # Values nested deeper than Python's stack are a RecursionError; TOML's own errors are ValueErrors.
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error

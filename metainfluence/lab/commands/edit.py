@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -143,9 +144,10 @@ def run(config: EditConfig) -> None:
     # without the removed.
     if norms[reached] > math.hypot(with_all, unedited):
         say(RAISED)
-    where = f"--problem {config.problem}" if folder is None else str(folder)
-    where += f" --edited {out / EDITED}" + ("" if config.scores is None else f" --scores {config.scores}")
-    say(f"Wrote {out / EDITED} and {out / CHANGE}; next: metainfluence evaluate {where}")
+    where = ["--problem", str(config.problem)] if folder is None else [str(folder)]
+    where += ["--edited", str(out / EDITED), *([] if config.scores is None else ["--scores", str(config.scores)])]
+    following = shlex.join(["metainfluence", "evaluate", *where])
+    say(f"Wrote {out / EDITED} and {out / CHANGE}; next: {following}")
 
 
 def tell(change: dict[str, Any]) -> None:

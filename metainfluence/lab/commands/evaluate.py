@@ -49,7 +49,7 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig) -> None:
-    """Evaluates, prints and writes the numbers.
+    """Evaluates, writes the numbers and prints them.
 
     Raises:
       ConfigError: a problem without test tasks.
@@ -73,10 +73,14 @@ def run(config: EvaluateConfig) -> None:
             name: dict(zip(("mean", "half_width"), mean_interval(values), strict=True)) for name, values in rows.items()
         },
     }
+    if table is not None:
+        found["detection"] = detection(table)
+    out = config.out or path.parent / EVALUATION
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, json.dumps(found, indent=1, ensure_ascii=False).encode())
     cells = [(name, f"{found[name]['mean']:+.4f} ± {found[name]['half_width']:.4f}") for name in rows]
     say_table((found["metric"], f"mean over {len(before)} test tasks, 95 % interval"), cells)
     if table is not None:
-        found["detection"] = detection(table)
         lines = [
             (name, f"{each['damaged']} of {each['all']}", f"{each['auc']:.3f} [{each['low']:.3f}, {each['high']:.3f}]")
             for name, each in found["detection"].items()
@@ -85,8 +89,6 @@ def run(config: EvaluateConfig) -> None:
             say_table(("found by the scores", "damaged", "ROC AUC, 95 % interval"), lines)
         else:
             say("The score file names no damaged data, so nothing is known to be found")
-    out = config.out or path.parent / EVALUATION
-    write_atomically(out, json.dumps(found, indent=1, ensure_ascii=False).encode())
     say(f"Wrote {out}")
 
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,7 @@ import tyro
 
 from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, check_ranges, load_toml
 from metainfluence.lab.experiments import results, verdicts
+from metainfluence.lab.show.printing import say
 
 # experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.
 EXPERIMENTS = {
@@ -117,7 +119,7 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
     more = {"cache": folder / "cache"} if "cache" in inspect.signature(run).parameters else {}
     found = run(config, **more)
     seconds = time.perf_counter() - started
-    command = " ".join(["metainfluence reproduce --config", str(path), "--size", size, *overrides])
+    command = shlex.join(["metainfluence", "reproduce", "--config", str(path), "--size", size, *overrides])
     results.write(found, config, folder, title=config.title, command=command, seconds=seconds)
     say(f"{path.stem}, {size}: {seconds:.0f} s, in {folder}")
     return folder
@@ -156,7 +158,7 @@ def run_all(folder: Path, size: str, out: Path) -> int:
 def experiment_files(folder: Path) -> list[Path]:
     """The TOML files in a folder that name an experiment."""
     named = re.compile(r"^experiment\s*=", re.MULTILINE)
-    return [path for path in sorted(folder.glob("*.toml")) if named.search(path.read_text(encoding="utf-8"))]
+    return [path for path in sorted(folder.glob("*.toml")) if named.search(path.read_text(encoding="utf-8-sig"))]
 
 
 def report(paths: Sequence[Path], size: str, out: Path) -> None:
@@ -181,11 +183,6 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
         lines += ["", f"Not run: {', '.join(missing)}."]
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).write_text("\n".join(lines) + "\n\n" + "\n".join(sections), encoding="utf-8")
-
-
-def say(text: str) -> None:
-    """Prints a line at once, also into a pipe."""
-    print(text, flush=True)  # noqa: T201
 
 
 def main(args: Sequence[str]) -> None:

@@ -88,9 +88,10 @@ def run(config: ScoreConfig) -> None:
     given: Any = found
     scores = mi.Scores(given.task, given.support, given.query, found.info)
     say_budget(scores, job.meta_params)
-    own = f" --problem {config.problem}" if config.run is None else f" --run {config.run}"
-    own = "" if config.run is not None and config.run == out.parent else own
-    say(f"{'Already in' if there else 'Wrote'} {out}; next: metainfluence edit {out}{own} --most-harmful K")
+    own = ["--problem", str(config.problem)] if config.run is None else ["--run", str(config.run)]
+    own = [] if config.run is not None and config.run == out.parent else own
+    following = shlex.join(["metainfluence", "edit", str(out), *own, "--most-harmful", "K"])
+    say(f"{'Already in' if there else 'Wrote'} {out}; next: {following}")
     check_solve(scores)
 
 

@@ -1,6 +1,7 @@
 """`metainfluence train`: meta-trains a learner, and goes on where it was when it is called again."""
 
 import logging
+import shlex
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def run(config: TrainConfig) -> None:
         f"Trained {config.learner.kind} on {config.data.num_tasks} tasks of {config.data.dataset}, {damaged} of them "
         f"damaged: F from {trained.losses[0]:.4f} to {trained.losses[-1]:.4f} in {steps.num_steps} steps"
     )
-    say(f"Wrote {folder / TRAINED}; next: metainfluence score {folder}")
+    say(f"Wrote {folder / TRAINED}; next: metainfluence score {shlex.quote(str(folder))}")
 
 
 def refuse_others(folder: Path, config: TrainConfig) -> None:

@@ -122,6 +122,10 @@ def run(config: DemoConfig) -> None:
     mi.check(scores)
     assert scores.info.damping is not None
     damping = float(scores.info.damping)
+    config.out.mkdir(parents=True, exist_ok=True)
+    metadata = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, "damping": damping}
+    source = FewShotSource(data.listed, digits.load(seed=config.seed).images)
+    mi.scoring.write_scores(config.out / "scores.parquet", scores, data.tasks, source=source, metadata=metadata)
     report.diagnostics(console, scores.info, rule, mi.error_budget(scores, trained.meta_params))
     report.most_harmful(console, scores, data.listed, truth)
 
@@ -156,10 +160,6 @@ def run(config: DemoConfig) -> None:
     ]
     report.removal(console, flagged, truth, before, rows)
 
-    config.out.mkdir(parents=True, exist_ok=True)
-    metadata = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, "damping": damping}
-    source = FewShotSource(data.listed, digits.load(seed=config.seed).images)
-    mi.scoring.write_scores(config.out / "scores.parquet", scores, data.tasks, source=source, metadata=metadata)
     title = f"{config.num_tasks} few-shot digits tasks, {np.sum(truth != fewshot.CLEAN)} of them harmful in two ways"
     plots.ranking_and_detection(methods["exact influence"], truth, methods, config.out / "scores.png", title=title)
     report.files(console, config.out, time.perf_counter() - started)
