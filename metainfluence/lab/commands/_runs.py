@@ -14,7 +14,7 @@ from metainfluence.lab.commands.job import Job, of_function
 from metainfluence.lab.data import datasets, fewshot
 from metainfluence.lab.data.sources import FewShotSource
 from metainfluence.lab.experiments import setting
-from metainfluence.lab.experiments.ranges import Count, Positive, Size
+from metainfluence.lab.experiments.ranges import Count, Positive, Size, Ways
 from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.learners import Learner
 from metainfluence.scoring._source import ids_of
@@ -28,6 +28,8 @@ class ImageConfig(setting.DataConfig):
 
     dataset: str = "digits"
     """digits, which come with scikit-learn; or mnist, omniglot, cifar_fs, fc100, mini_imagenet, prepared beforehand."""
+    ways: Ways = 5
+    """Classes per task."""
 
 
 @dataclasses.dataclass(frozen=True)

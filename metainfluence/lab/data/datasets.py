@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from metainfluence import _memory
 from metainfluence.lab.data._images import decode_file, image_files
 
 # name -> the module whose `dataset` reads it; only the one that is meant is imported, with the packages it brings.
@@ -303,9 +304,9 @@ def image_folder(path: str | os.PathLike[str], *, size: int, color: bool = True,
 
 
 def check_memory(shape: Sequence[int]) -> None:
-    """Raises ValueError where float32 images of this shape exceed the machine's memory."""
+    """Raises ValueError where float32 images of this shape exceed the memory that the machine, or its job, has."""
     needed = 4 * int(np.prod(shape, dtype=object))
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = _memory.most()
     if needed > available:
         raise ValueError(
             f"size: expected images that fit into {available / 2**30:.1f} GiB of memory, got {shape[0]} of "

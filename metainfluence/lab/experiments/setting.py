@@ -11,7 +11,7 @@ import optax
 
 import metainfluence as mi
 from metainfluence.lab.data import datasets, fewshot, sinusoid
-from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Share, Size, Ways
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Share, Size
 from metainfluence.lab.learn import learners, models
 from metainfluence.lab.learn.learners import Learner
 from metainfluence.lab.learn.timing import Compiled
@@ -29,8 +29,8 @@ class DataConfig:
     """A name in metainfluence.lab.data.datasets, or sinusoid for regression."""
     size: Count | None = None
     """Height and width of the images; none for the dataset's own."""
-    ways: Ways = 5
-    """Classes per task."""
+    ways: Count = 5
+    """Classes per task; 1 for regression."""
     shots: Count = 5
     """Support examples per class; for regression, support examples."""
     queries: Count = 10
