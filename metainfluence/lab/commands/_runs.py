@@ -27,7 +27,8 @@ class ImageConfig(setting.DataConfig):
     """Tasks of one image dataset."""
 
     dataset: str = "digits"
-    """digits, which come with scikit-learn; or mnist, omniglot, cifar_fs, fc100, mini_imagenet, prepared beforehand."""
+    """digits, which come with scikit-learn; or mnist, omniglot, cifar_fs, fc100, mini_imagenet, prepared beforehand; or
+    a folder laid out as split/class/image.jpg, with the splits train and test and maybe val, which needs a size."""
     ways: Ways = 5
     """Classes per task."""
 
@@ -94,17 +95,28 @@ def read(folder: Path) -> TrainConfig:
     return found
 
 
+def settled(config: TrainConfig) -> TrainConfig:
+    """The configuration with a dataset's folder named in full, so that the run can be read from anywhere."""
+    if not datasets.is_folder(config.data.dataset):
+        return config
+    whole = str(Path(config.data.dataset).resolve())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=whole))
+
+
 def lists(config: TrainConfig) -> Lists:
     """Samples the tasks, and damages some of those that are trained on."""
     data, harm, seed = config.data, config.harm, config.seed
     dataset = datasets.load(data.dataset, size=data.size)
+    names = dataset.class_names
     shape = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
     training = fewshot.sample(dataset, "train", num_tasks=data.num_tasks, seed=seed, **shape)
     held_out_pool, test_pool = setting.clean_pools(dataset, data.ways)
     held_out = fewshot.sample_tasks(
-        dataset.labels, num_tasks=data.num_held_out, seed=seed + 1, pool=held_out_pool, **shape
+        dataset.labels, num_tasks=data.num_held_out, seed=seed + 1, pool=held_out_pool, class_names=names, **shape
     )
-    test = fewshot.sample_tasks(dataset.labels, num_tasks=data.num_test, seed=seed + 2, pool=test_pool, **shape)
+    test = fewshot.sample_tasks(
+        dataset.labels, num_tasks=data.num_test, seed=seed + 2, pool=test_pool, class_names=names, **shape
+    )
     chosen = setting.harmful(harm, data.num_tasks, seed)
     training = fewshot.flip_labels(training, chosen["flipped"], share=harm.flip_share, seed=seed)
     training = fewshot.add_shortcut(training, chosen["shortcut"])

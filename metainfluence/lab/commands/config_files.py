@@ -30,6 +30,8 @@ def load_toml(path: Path) -> dict[str, Any]:
         if len(content) <= _MOST_BYTES:
             # With or without the byte-order mark that some editors write.
             return tomllib.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected TOML in UTF-8, got {error}") from error
     # Values nested deeper than Python's stack are a RecursionError; TOML's own errors are ValueErrors.
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error

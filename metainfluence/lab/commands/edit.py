@@ -85,6 +85,7 @@ def run(config: EditConfig) -> None:
         table = tables.read(config.scores)
     folder = located(config.scores, config.run, config.problem)
     job = runs.load(folder, config.problem)
+    phi = job.phi()
     predicted: float | None = None
     damping: Any = config.damping
     if config.scores is None:
@@ -115,7 +116,7 @@ def run(config: EditConfig) -> None:
         float(optax.tree.norm(gradient(job.meta_params, tasks, job.meta_params, each)[0]))
         for each in (mi.unit_weights(tasks), weights)
     )
-    target = Compiled(mi.query_loss(job.problem) if job.target is None else job.target)
+    target = Compiled(phi)
     before, after = (float(target(at, *job.target_args)) for at in (job.meta_params, edited.meta_params))
     step = optax.tree.norm(optax.tree.sub(edited.meta_params, job.meta_params)) / optax.tree.norm(job.meta_params)
     out = config.out or folder or (config.scores.parent if config.scores is not None else Path())

@@ -17,7 +17,7 @@ from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
 from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.edit import CHANGE, EDITED
-from metainfluence.lab.commands.job import Job
+from metainfluence.lab.commands.job import Job, widened
 from metainfluence.lab.commands.score import SCORES
 from metainfluence.lab.data.fewshot import CLEAN
 from metainfluence.lab.experiments.ranges import Count
@@ -146,7 +146,7 @@ def batches(tasks: Any, batch_size: int) -> Iterator[tuple[np.ndarray, mi.Task]]
     size = min(batch_size, len(tasks))
     for start in range(0, len(tasks), size):
         rows = np.arange(size) + min(start, len(tasks) - size)
-        yield rows, mi.stack_tasks([tasks[k] for k in rows.tolist()])
+        yield rows, mi.stack_tasks([widened(tasks[k]) for k in rows.tolist()])
 
 
 def detection(table: mi.scoring.ScoreTable) -> dict[str, dict[str, Any]]:

@@ -55,12 +55,13 @@ def run(config: ScoreConfig) -> None:
     """Scores, writes the file and prints the most harmful tasks.
 
     Raises:
+      ConfigError: a problem without a target and without tasks for the default one.
       SolveError: the solve failed; the file is there and says so.
     """
     job = runs.load(config.run, config.problem)
+    target = job.phi()
     out = config.out or (config.run or Path()) / SCORES
     there = out.exists() and config.resume
-    target = mi.query_loss(job.problem) if job.target is None else job.target
     found = mi.scoring.score(
         job.problem,
         target,

@@ -31,6 +31,7 @@ def run(config: TrainConfig) -> None:
       TrainingError: training that ended in NaN or infinity; nothing of it is left.
     """
     jax.config.update("jax_enable_x64", config.float64)
+    config = runs.settled(config)
     folder = config.out
     refuse_others(folder, config)
     if (folder / TRAINED).exists():

@@ -308,7 +308,9 @@ def image_tasks(config: SettingConfig) -> Tasks:
     listed = fewshot.sample(source, "train", num_tasks=data.num_tasks, seed=seed, **shape)
     held_out_pool, test_pool = clean_pools(source, data.ways)
     held_out, test = (
-        fewshot.sample_tasks(source.labels, num_tasks=count, seed=seed + offset, pool=pool, **shape)
+        fewshot.sample_tasks(
+            source.labels, num_tasks=count, seed=seed + offset, pool=pool, class_names=source.class_names, **shape
+        )
         for offset, (count, pool) in enumerate(
             ((data.num_held_out, held_out_pool), (data.num_test, test_pool)), start=1
         )
@@ -335,6 +337,7 @@ def image_tasks(config: SettingConfig) -> Tasks:
 
 def clean_pools(source: datasets.Dataset, ways: int) -> tuple[np.ndarray, np.ndarray]:
     """Examples for the target and for the test, which share no class, or, of datasets with few classes, no example."""
+    datasets.check_split(source, "test")
     test = source.pools["test"]
     if "val" in source.pools:
         return source.pools["val"], test
