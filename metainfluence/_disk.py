@@ -113,7 +113,13 @@ class Store:
                     continue
                 for left in folder.glob("*.tmp"):
                     left.unlink()
-                yield cls(folder, agree)
+                try:
+                    yield cls(folder, agree)
+                except BaseException:
+                    # A run that was refused before it wrote anything leaves nothing.
+                    if {path.name for path in folder.iterdir()} == {"lock"}:
+                        shutil.rmtree(folder)
+                    raise
                 return
             finally:
                 os.close(descriptor)

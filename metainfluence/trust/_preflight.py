@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from metainfluence import _memory
 from metainfluence._checks import check_positive, concrete, maker
 from metainfluence.curvature import Curvature
 from metainfluence.data import Task, resolve_weights, sizes, stack_tasks
@@ -191,8 +191,7 @@ def free_memory() -> float:
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return float(statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
-    free = [_available(Path("/proc/meminfo")), *_limits(Path("/sys/fs/cgroup"))]
-    return min((each for each in free if each is not None), default=2e9)
+    return _memory.available()
 
 
 class _Measured(NamedTuple):
@@ -255,24 +254,6 @@ def _shapes(tree: PyTree) -> PyTree:
 def _size(tree: PyTree) -> float:
     """Bytes of arrays, or of what has their shapes."""
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_shapes(tree))))
-
-
-def _available(meminfo: Path) -> float | None:
-    try:
-        lines = meminfo.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024.0 * int(found[0]) if found else None
-
-
-def _limits(root: Path) -> list[float]:
-    """What this process's control group leaves."""
-    try:
-        limit, used = ((root / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return []
-    return [] if limit == "max" else [float(limit) - float(used)]
 
 
 def _bytes(number: float) -> str:

@@ -53,5 +53,6 @@ def run(config: ReportConfig) -> None:
             gallery = html_report.Gallery(job.source, job.images, locator(job.source, table))
     page = html_report.page(table, title=config.scores.name, most=config.most, gallery=gallery, meta_params=meta_params)
     out = config.out or config.scores.with_suffix(".html")
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page.encode(errors="replace"))
     say(f"Wrote {out}, {len(page) / 1e6:.1f} MB: {'with' if gallery else 'without'} pictures")

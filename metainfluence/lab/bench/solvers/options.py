@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from metainfluence.lab.experiments.demo import DemoConfig
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Size, Ways
 
 TABLES = ("grid", "budgets", "removals", "inner", "targets")
 PROBLEMS = ("anil", "imaml", "maml")
@@ -18,13 +19,13 @@ SOLVERS = (
 class Solve:
     """How exactly, and with how much, solves are made."""
 
-    tol: float = 1e-6
+    tol: Positive = 1e-6
     """Relative residual at which solves stop."""
-    rank: int = 50
+    rank: Count = 50
     """Of nystrom and lanczos."""
-    num_terms: int = 50
+    num_terms: Count = 50
     """Of the Neumann series."""
-    budgets: tuple[int, ...] = (5, 10, 20, 40, 80)
+    budgets: tuple[Count, ...] = (5, 10, 20, 40, 80)
     """Steps at which accuracy is measured."""
 
 
@@ -32,9 +33,9 @@ class Solve:
 class Damping:
     """As shares of the exact Hessian's largest eigenvalue."""
 
-    grid: float = 0.01
+    grid: NotNegative = 0.01
     """Of the grid and the budgets; more where H needs it."""
-    removals: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    removals: tuple[NotNegative, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
     """Of the removal steps."""
 
 
@@ -42,15 +43,15 @@ class Damping:
 class Tasks:
     """Few-shot tasks of digits, on which the three problems are."""
 
-    count: int = 64
+    count: Count = 64
     """Of the grid's problems."""
-    flipped: int = 8
+    flipped: Size = 8
     """Of these, with flipped query labels; they are what is removed."""
-    ways: int = 5
+    ways: Ways = 5
     """Classes per task."""
-    shots: int = 2
+    shots: Count = 2
     """Support examples per class."""
-    queries: int = 5
+    queries: Count = 5
     """Query examples per class."""
 
 
@@ -58,9 +59,9 @@ class Tasks:
 class Anil:
     """The problem whose head alone adapts."""
 
-    widths: tuple[int, ...] = (6, 6)
+    widths: tuple[Count, ...] = (6, 6)
     """Layers of the feature extractor."""
-    head_l2: float = 0.1
+    head_l2: Positive = 0.1
     """Penalty of the head; of the problem with many meta-parameters, too."""
 
 
@@ -68,9 +69,9 @@ class Anil:
 class Imaml:
     """The problem whose whole network is minimised near λ."""
 
-    hidden: int = 4
+    hidden: Count = 4
     """Hidden units of the network."""
-    proximal: float = 1.0
+    proximal: Positive = 1.0
     """Weight of the proximal term."""
 
 
@@ -78,11 +79,11 @@ class Imaml:
 class Maml:
     """The problem whose whole network takes a few gradient steps from λ."""
 
-    hidden: int = 4
+    hidden: Count = 4
     """Hidden units of the network."""
-    learning_rate: float = 0.1
+    learning_rate: Positive = 0.1
     """Of the gradient steps."""
-    num_steps: int = 5
+    num_steps: Count = 5
     """Their number."""
 
 
@@ -90,11 +91,11 @@ class Maml:
 class Training:
     """Meta-training of the three problems."""
 
-    meta_l2: float = 1e-3
+    meta_l2: NotNegative = 1e-3
     """Penalty of the meta-parameters; of the problem with many of them, too."""
-    learning_rate: float = 0.02
+    learning_rate: Positive = 0.02
     """Adam's, falling to 0 along a cosine."""
-    num_steps: int = 100
+    num_steps: Count = 100
     """Meta-training steps."""
 
 
@@ -102,9 +103,9 @@ class Training:
 class Inner:
     """Inner solvers against the condition number."""
 
-    conditions: tuple[float, ...] = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8)
+    conditions: tuple[Positive, ...] = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8)
     """Condition numbers of the inner problems."""
-    damping: float = 0.1
+    damping: NotNegative = 0.1
     """Of task-IF."""
 
 
@@ -112,15 +113,15 @@ class Inner:
 class Large:
     """The problem with many meta-parameters."""
 
-    widths: tuple[int, ...] = (120, 48)
+    widths: tuple[Count, ...] = (120, 48)
     """Layers of its feature extractor, on 28 × 28 pixels."""
-    num_tasks: int = 64
+    num_tasks: Count = 64
     """Its tasks."""
-    num_steps: int = 150
+    num_steps: Count = 150
     """Its meta-training steps."""
-    learning_rate: float = 0.002
+    learning_rate: Positive = 0.002
     """Adam's there."""
-    tol: float = 1e-3
+    tol: Positive = 1e-3
     """Relative residual of its timed solve."""
 
 
@@ -138,9 +139,9 @@ class SolverBenchConfig:
     """In the grid; names as in the table."""
     together: tuple[str, ...] = ("anil",)
     """Of the problems, those on which task-IF of all tasks is solved."""
-    repeats: int = 3
+    repeats: Count = 3
     """Timed runs; the median is reported."""
-    seed: int = 0
+    seed: Size = 0
     """Of tasks and initial parameters."""
     out: Path = Path("bench-output")
     """Folder for solvers.md and solvers.json."""

@@ -39,7 +39,7 @@ def run(config: SolverBenchConfig) -> None:
         # Written as it comes, so that a run that is stopped leaves what it has measured.
         record = {"heading": heading, "seconds": time.perf_counter() - started, "rows": found}
         record["config"] = dataclasses.asdict(config)
-        (config.out / "solvers.json").write_text(json.dumps(record, indent=1, default=str))
+        (config.out / "solvers.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
         console.print(f"{name}: {len(rows)} rows more, {time.perf_counter() - started:.0f} s", style="dim")
 
     for name in config.problems:
@@ -66,8 +66,8 @@ def run(config: SolverBenchConfig) -> None:
 
     seconds = time.perf_counter() - started
     shown = tables.all_of(config, found)
+    text = "\n\n".join([f"{heading}; {seconds:.0f} s in all", *(table.markdown() for table in shown)])
+    (config.out / "solvers.md").write_text(text + "\n", encoding="utf-8")
     for table in shown:
         table.print(console)
-    text = "\n\n".join([f"{heading}; {seconds:.0f} s in all", *(table.markdown() for table in shown)])
-    (config.out / "solvers.md").write_text(text + "\n")
     console.print(f"\nWrote {config.out / 'solvers.md'} and {config.out / 'solvers.json'}; {seconds:.0f} s in all")
