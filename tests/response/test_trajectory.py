@@ -1,0 +1,326 @@
+"""The derivative of a run's end, against central differences of the run itself."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import metainfluence as mi
+from metainfluence.response import problems_of
+from oracles import problems
+from oracles.parts import lenient
+
+STEPS = 7
+
+
+def _adamw() -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 0.05, 3, STEPS)
+    return optax.chain(
+        optax.clip_by_global_norm(0.2), optax.adamw(schedule, eps=1e-4, eps_root=1e-4, weight_decay=1e-2)
+    )
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.05, momentum=0.9),
+    "adam": lambda: optax.adam(0.02, eps_root=1e-4),
+    "adamw": _adamw,
+}
+
+# Every problem, every optimiser and both batchings, once at least.
+COVER = [
+    ("implicit_head", "adamw", None),
+    ("imaml", "momentum", 3),
+    ("maml_sgd", "adam", 2),
+    ("ridge_head", "adamw", 3),
+    ("prototypes", "sgd", None),
+    ("task_loss", "adam", 2),
+]
+ALL = [
+    (name, optimizer, size)
+    for name in ("implicit_head", "imaml", "maml_sgd", "ridge_head", "prototypes", "task_loss")
+    for optimizer in OPTIMIZERS
+    for size in (None, 2)
+]
+
+
+@functools.cache
+def stated(name: str) -> tuple[mi.Bilevel, Any, mi.Task]:
+    """A problem, its start and its tasks."""
+    if name != "task_loss":
+        spec = problems.spec(name)
+        return spec.problem(), spec.meta_params, spec.tasks
+    spec = problems.spec("maml_sgd")
+
+    def mean(losses: Any, weights: Any, mask: Any) -> Any:
+        return jnp.sum(losses * weights) / jnp.sum(mask, dtype=losses.dtype)
+
+    def loss(meta_params: Any, task: mi.Task, weights: mi.Weights) -> Any:
+        """One step of gradient descent, written by hand."""
+
+        def inner(params: Any) -> Any:
+            return mean(spec.outer_loss(params, None, task.support), weights.support, task.support_mask)
+
+        params = jax.tree.map(lambda p, g: p - 0.2 * g, meta_params, jax.grad(inner)(meta_params))
+        return mean(spec.outer_loss(params, None, task.query), weights.query, task.query_mask)
+
+    return mi.from_task_loss(loss, meta_regularizer=mi.l2(0.03)), spec.meta_params, spec.tasks
+
+
+def directions(weights: mi.Weights) -> list[mi.Weights]:
+    """One task's, one support example's, one query example's weight, and all at random."""
+    rng = np.random.default_rng(5)
+    zero = jax.tree.map(jnp.zeros_like, weights)
+    return [
+        zero._replace(task=zero.task.at[1].set(1.0)),
+        zero._replace(support=zero.support.at[0, 1].set(1.0)),
+        zero._replace(query=zero.query.at[2, 0].set(1.0)),
+        jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape)), weights),
+    ]
+
+
+def stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def normal(like: Any, seed: int = 3) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), like)
+
+
+def difference(end: Any, weights: mi.Weights, direction: mi.Weights, step: float = 2e-3) -> Any:
+    """The end's derivative by central differences of fourth order, whose error is some step⁴."""
+
+    def at(factor: float) -> Any:
+        return end(jax.tree.map(lambda w, d: w + factor * step * d, weights, direction))
+
+    return jax.tree.map(
+        lambda a, b, c, d: (8 * (a - b) - (c - d)) / (12 * step), at(1.0), at(-1.0), at(2.0), at(-2.0)
+    )
+
+
+def distance(ours: Any, theirs: Any) -> float:
+    return float(optax.tree.norm(jax.tree.map(jnp.subtract, ours, theirs)) / optax.tree.norm(theirs))
+
+
+def check_derivative(run: mi.Run, start: Any, tasks: mi.Task, weights: mi.Weights, **options: Any) -> None:
+    make = mi.trajectory(run, **options)
+    at = make(start, tasks, weights)
+    slope = normal(at.meta_params)
+    scores, _ = at.vjp(slope)
+    ways = directions(weights)
+    deltas = at.jvp(stacked(ways)).delta
+    for k, way in enumerate(ways):
+        oracle = difference(lambda w: make(start, tasks, w).meta_params, weights, way)
+        delta = jax.tree.map(lambda leaf, k=k: leaf[k], deltas)
+        assert distance(delta, oracle) < 1e-6, k
+        expected = optax.tree.vdot(slope, oracle)
+        assert abs(optax.tree.vdot(scores, way) - expected) < 1e-6 * abs(expected) + 1e-9 * optax.tree.norm(scores), k
+        size = optax.tree.norm(slope) * optax.tree.norm(delta)
+        assert abs(optax.tree.vdot(scores, way) - optax.tree.vdot(slope, delta)) < 1e-10 * size, k
+
+
+@pytest.mark.parametrize(("problem_name", "optimizer", "size"), COVER)
+def test_derivative_is_that_of_the_run(problem_name: str, optimizer: str, size: int | None) -> None:
+    problem, start, tasks = stated(problem_name)
+    run = mi.training(problem, lenient(OPTIMIZERS[optimizer]()), STEPS, tasks_per_step=size, seed=1)
+    weights = jax.tree.map(lambda w: w + 0.1 * normal(w), mi.unit_weights(tasks))
+    check_derivative(run, start, tasks, weights, keep=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("problem_name", "optimizer", "size"), ALL)
+def test_derivative_is_that_of_the_run_everywhere(problem_name: str, optimizer: str, size: int | None) -> None:
+    problem, start, tasks = stated(problem_name)
+    run = mi.training(problem, lenient(OPTIMIZERS[optimizer]()), STEPS, tasks_per_step=size, seed=2)
+    check_derivative(run, start, tasks, mi.unit_weights(tasks))
+
+
+# What does not depend on the problem is tried on one that compiles in no time.
+
+TASKS = normal(tiny.TASKS)
+WEIGHTS = mi.unit_weights(TASKS)
+SLOPE = {"scale": jnp.asarray(2.0)}
+ADAM = lenient(optax.adam(0.02, eps_root=1e-4))
+RUN = mi.training(tiny.PROBLEM, ADAM, STEPS, tasks_per_step=2)
+
+
+def loop(num_steps: int = STEPS, **options: Any) -> tuple[mi.Run, Any]:
+    """A hand-written loop with a schedule by its own counter, noise, a second average of λ and a key in its state."""
+    gradient = jax.grad(mi.total_objective(tiny.PROBLEM))
+
+    def step(state: Any, tasks: mi.Task, weights: mi.Weights, key: Any) -> Any:
+        slope = gradient(state["params"], tasks, weights)
+        updates, inner = ADAM.update(slope, state["inner"], state["params"])
+        noise = 0.01 * jax.random.normal(key) * jnp.where(state["count"] < 4, 1.0, 0.5)
+        params = jax.tree.map(lambda p, u: p + u + noise * p, state["params"], updates)
+        average = jax.tree.map(lambda a, p: 0.7 * a + 0.3 * p, state["average"], params)
+        own = jax.random.fold_in(state["key"], 1)
+        return {"params": params, "inner": inner, "average": average, "count": state["count"] + 1, "key": own}
+
+    start = {
+        "params": tiny.LAMBDA,
+        "inner": ADAM.init(tiny.LAMBDA),
+        "average": tiny.LAMBDA,
+        "count": jnp.asarray(0, jnp.int32),
+        "key": jax.random.key(4),
+    }
+    made = mi.training_loop(
+        step,
+        num_steps,
+        meta_params=lambda state: state["average"],
+        batch=lambda k: np.asarray([k % 3, (k + 1) % 3]),
+        **options,
+    )
+    return made, start
+
+
+def test_loop_of_the_users_own_is_differentiated_with_all_of_its_state() -> None:
+    run, start = loop()
+    check_derivative(run, start, TASKS, WEIGHTS, keep=3)
+
+
+@functools.cache
+def reference() -> tuple[Any, Any, Any]:
+    at = mi.trajectory(RUN, keep="all")(tiny.LAMBDA, TASKS)
+    return (at.meta_params, *at.vjp(SLOPE))
+
+
+@pytest.mark.parametrize("options", [{"keep": "sqrt"}, {"keep": 2}, {"keep": 7}, {"store": "host"}, {"store": "disk"}])
+def test_where_and_how_many_states_are_kept_does_not_matter(options: dict[str, Any], tmp_path: Path) -> None:
+    options = {name: tmp_path if value == "disk" else value for name, value in options.items()}
+    at = mi.trajectory(RUN, progress=False, **options)(tiny.LAMBDA, TASKS)
+    end, scores, info = reference()
+    found, told = at.vjp(SLOPE)
+    for ours, theirs in ((at.meta_params, end), (found, scores), (told.cotangent_norms, info.cotangent_norms)):
+        assert distance(ours, theirs) < 1e-13
+    many, of_many = at.vjp({"scale": jnp.asarray([2.0, -1.0, 0.5])})
+    assert distance(jax.tree.map(lambda leaf: -2 * leaf[1], many), scores) < 1e-13
+    assert of_many.growth.shape == (3,)
+    np.testing.assert_allclose(of_many.growth, np.full(3, float(info.growth)), rtol=1e-12)
+
+
+def test_loop_in_host_memory_and_on_disk(tmp_path: Path) -> None:
+    run, start = loop()
+    expected = mi.trajectory(run)(start, TASKS).vjp(SLOPE)[0]
+    for store in ("host", tmp_path):
+        at = mi.trajectory(run, store=store, progress=False)(start, TASKS)
+        assert distance(at.vjp(SLOPE)[0], expected) < 1e-13
+
+
+def test_crosses_jit_and_maps() -> None:
+    _, scores, info = reference()
+    at = jax.jit(lambda start: mi.trajectory(RUN, keep=3)(start, TASKS))(tiny.LAMBDA)
+    ask = jax.jit(lambda at, slope: at.vjp(slope))
+    found, told = ask(at, SLOPE)
+    assert distance(found, scores) < 1e-13
+    np.testing.assert_allclose(told.growth, info.growth, rtol=1e-12)
+    mapped = jax.vmap(lambda slope: at.vjp(slope)[0])({"scale": jnp.asarray([2.0, 4.0])})
+    assert distance(jax.tree.map(lambda leaf: leaf[1] / 2, mapped), scores) < 1e-13
+    host = mi.trajectory(RUN, store="host", progress=False)(tiny.LAMBDA, TASKS)
+    assert distance(ask(host, SLOPE)[0], scores) < 1e-13
+
+
+@jax.custom_vjp
+def _tanh(x: Any) -> Any:
+    return jnp.tanh(x)
+
+
+_tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g * (1 - jnp.tanh(x) ** 2),))
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_problems_with_a_custom_vjp_go_in_reverse_mode_alone(size: int | None) -> None:
+    def problem(tanh: Any, hvp: str) -> mi.Bilevel:
+        def outer_loss(params: Any, meta_params: Any, batch: Any) -> Any:
+            return tanh(tiny.outer_loss(params, meta_params, batch))
+
+        return mi.bilevel(outer_loss, mi.adaptation.closed_form(tiny.ridge), hvp=hvp)
+
+    def answers(problem: mi.Bilevel) -> tuple[Any, Any]:
+        at = mi.trajectory(mi.training(problem, ADAM, STEPS, tasks_per_step=size))(tiny.LAMBDA, TASKS)
+        return at.vjp(SLOPE)[0], at.jvp(directions(WEIGHTS)[-1]).delta
+
+    reverse = answers(problem(_tanh, "reverse_over_reverse"))
+    assert distance(reverse, answers(problem(jnp.tanh, "forward_over_reverse"))) < 1e-12
+    with pytest.raises(TypeError, match='pass hvp="reverse_over_reverse"|reverse_over_reverse'):
+        answers(problem(_tanh, "forward_over_reverse"))
+
+
+def test_scores_are_summed_over_a_task_that_comes_twice_in_a_batch() -> None:
+    gradient = jax.grad(mi.total_objective(tiny.PROBLEM))
+
+    def step(state: Any, tasks: mi.Task, weights: mi.Weights, key: Any) -> Any:
+        del key
+        return jax.tree.map(lambda p, g: p - 0.1 * g, state, gradient(state, tasks, weights))
+
+    run = mi.training_loop(step, 3, meta_params=lambda state: state, batch=lambda k: [0, 2, 2])
+    check_derivative(run, tiny.LAMBDA, TASKS, WEIGHTS)
+
+
+def test_info_of_a_run() -> None:
+    at = mi.trajectory(RUN)(tiny.LAMBDA, TASKS)
+    gradient = jax.grad(mi.total_objective(tiny.PROBLEM))(at.meta_params, TASKS)
+    np.testing.assert_allclose(at.info.outer_gradient_norm, optax.tree.norm(gradient), rtol=1e-12)
+    assert (at.info.num_steps, at.info.first_nonfinite_step, at.info.replay_difference) == (STEPS, -1, None)
+    assert problems_of(at.vjp(SLOPE)[1]) == []
+    run, start = loop()
+    assert mi.trajectory(run)(start, TASKS).info.outer_gradient_norm is None
+
+
+def test_end_that_was_recorded_is_compared_with() -> None:
+    make = mi.trajectory(RUN)
+    end = make(tiny.LAMBDA, TASKS).meta_params
+    assert problems_of(make(tiny.LAMBDA, TASKS, end=end).info) == []
+    other = jax.tree.map(lambda leaf: 1.01 * leaf, end)
+    info = make(tiny.LAMBDA, TASKS, end=other).info
+    np.testing.assert_allclose(info.replay_difference, 0.01 / 1.01, rtol=1e-10)
+    (told,) = problems_of(info)
+    assert "does not end at the λ that was recorded, but 9.9e-03" in told
+    with pytest.raises(ValueError, match=r"end\['scale'\]: expected shape \(\)"):
+        make(tiny.LAMBDA, TASKS, end={"scale": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("options", [{"keep": "all"}, {"keep": 3}, {"store": "host", "progress": False}])
+def test_step_that_is_not_finite_is_named(options: dict[str, Any]) -> None:
+    def step(state: Any, tasks: mi.Task, weights: mi.Weights, key: Any) -> Any:
+        del tasks, weights, key
+        return {"scale": state["scale"] - 0.25}
+
+    def logarithm(state: Any) -> Any:
+        # 1, 0.75, … 0 after the fourth step.
+        return {"scale": jnp.log(state["scale"])}
+
+    run = mi.training_loop(step, 6, meta_params=logarithm, batch=None)
+    info = mi.trajectory(run, **options)({"scale": jnp.asarray(1.0)}, TASKS).info
+    assert info.first_nonfinite_step == 3
+    (told,) = problems_of(info)
+    assert "not finite after step 3 of 6" in told
+
+
+def test_derivative_that_is_not_finite_is_named() -> None:
+    def step(state: Any, tasks: mi.Task, weights: mi.Weights, key: Any) -> Any:
+        del tasks, key
+        count, value = state
+        # Of a square root at 0 the value is finite and the derivative is not.
+        root = jnp.sqrt(jnp.where(count == 2, 0.0 * value, 1.0 + value**2))
+        return count + 1, value + root * jnp.sum(weights.task)
+
+    run = mi.training_loop(step, 5, meta_params=lambda state: {"scale": state[1]}, batch=None)
+    at = mi.trajectory(run)((jnp.asarray(0, jnp.int32), jnp.asarray(1.0)), TASKS)
+    info = at.vjp(SLOPE)[1]
+    assert info.first_nonfinite_step == -1
+    (told,) = problems_of(info)
+    assert "not finite at step 2 of 5" in told
