@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
 import metainfluence as mi
+import tiny
 from metainfluence.response import problems_of
 from oracles import problems
 from oracles.parts import lenient
@@ -106,9 +106,7 @@ def difference(end: Any, weights: mi.Weights, direction: mi.Weights, step: float
     def at(factor: float) -> Any:
         return end(jax.tree.map(lambda w, d: w + factor * step * d, weights, direction))
 
-    return jax.tree.map(
-        lambda a, b, c, d: (8 * (a - b) - (c - d)) / (12 * step), at(1.0), at(-1.0), at(2.0), at(-2.0)
-    )
+    return jax.tree.map(lambda a, b, c, d: (8 * (a - b) - (c - d)) / (12 * step), at(1.0), at(-1.0), at(2.0), at(-2.0))
 
 
 def distance(ours: Any, theirs: Any) -> float:
@@ -255,7 +253,7 @@ def test_problems_with_a_custom_vjp_go_in_reverse_mode_alone(size: int | None) -
 
     reverse = answers(problem(_tanh, "reverse_over_reverse"))
     assert distance(reverse, answers(problem(jnp.tanh, "forward_over_reverse"))) < 1e-12
-    with pytest.raises(TypeError, match='pass hvp="reverse_over_reverse"|reverse_over_reverse'):
+    with pytest.raises(TypeError, match=r"pass hvp=.reverse_over_reverse"):
         answers(problem(_tanh, "forward_over_reverse"))
 
 
@@ -324,3 +322,203 @@ def test_derivative_that_is_not_finite_is_named() -> None:
     assert info.first_nonfinite_step == -1
     (told,) = problems_of(info)
     assert "not finite at step 2 of 5" in told
+
+
+MANY_STEPS = (100, 1600)
+
+
+def wide(num_steps: int, keep: str) -> tuple[Any, Any]:
+    """A run whose states are all the memory that it needs, made but not gone through; and a slope."""
+    size = 500
+
+    def outer_loss(params: Any, meta_params: Any, batch: Any) -> Any:
+        return jnp.mean(meta_params**2) * batch["y"] + params
+
+    problem = mi.bilevel(outer_loss, lambda meta_params, support, coefficients: jnp.sum(meta_params[:2]))
+    run = mi.training(problem, optax.sgd(0.1, momentum=0.9), num_steps)
+    start = jax.ShapeDtypeStruct((size,), jnp.float64)
+    make = mi.trajectory(run, keep=keep)
+    return jax.eval_shape(lambda start: make(start, TASKS), start), start
+
+
+def memory(num_steps: int, keep: str) -> tuple[int, int]:
+    """Bytes that are kept after the run, and that the sweep back takes besides."""
+    at, slope = wide(num_steps, keep)
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(at.kept))
+    compiled = jax.jit(lambda at, slope: at.vjp(slope)).lower(at, slope).compile()
+    return kept, compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_as_the_root_of_the_number_of_steps() -> None:
+    (short, short_temporary), (long, long_temporary) = (memory(count, "sqrt") for count in MANY_STEPS)
+    state = 2 * 500 * 8
+    assert (short, long) == (10 * state, 40 * state)
+    # A segment's states and gradients, and what one step takes, whatever the number of steps.
+    assert short_temporary < 10 * 1.5 * state + 20 * state
+    assert long_temporary < 40 * 1.5 * state + 20 * state
+    assert memory(MANY_STEPS[1], "all")[0] == 1600 * 1.5 * state
+
+
+def compiled_cost(fn: Any, *args: Any) -> tuple[float, int]:
+    """Floating-point operations and lines of a program."""
+    lowered = jax.jit(fn).lower(*args)
+    return lowered.compile().cost_analysis()["flops"], len(lowered.as_text().splitlines())
+
+
+def test_cost_of_a_step_back() -> None:
+    problem, start, tasks = stated("task_loss")
+    run = mi.training(problem, optax.sgd(0.1), 16)
+    weights, number = mi.unit_weights(tasks), jnp.asarray(0, jnp.int32)
+    state = run.begin(start)
+    forward, lines_forward = compiled_cost(run.step, state, number, tasks, weights)
+    cotangent = jax.tree.leaves(start)
+    data = (state, start, number, tasks, weights)
+    back, lines_back = compiled_cost(run.pull, *data, cotangent)
+    # With all states kept, and with a step computed again.
+    assert back < 3.0 * forward
+    assert back + forward < 4.0 * forward
+
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * 64), cotangent)
+    together, _ = compiled_cost(jax.vmap(run.pull, in_axes=(None,) * 5 + (0,)), *data, many)
+    assert together < 0.5 * 64 * (back + forward)
+
+    for keep, copies in (("all", lines_back), (4, lines_back + lines_forward)):
+        at = jax.eval_shape(lambda start, keep=keep: mi.trajectory(run, keep=keep)(start, tasks), start)
+        lines = len(jax.jit(lambda at, slope: at.vjp(slope)).lower(at, start).as_text().splitlines())
+        assert lines < 1.1 * copies + 150
+
+
+SCRIPT = """
+import os, signal, sys
+import jax
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+import metainfluence as mi
+from response import test_trajectory as setting
+import tiny
+
+phase, at, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+
+def killed(now):
+    if now.phase == phase and now.done == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+from pathlib import Path
+trained = mi.trajectory(setting.RUN, store=Path(folder), keep=2, progress=killed)(tiny.LAMBDA, setting.TASKS)
+trained.vjp(setting.SLOPE)
+"""
+
+
+def test_goes_on_after_a_kill_at_any_moment(tmp_path: Path) -> None:
+    """Killed while training, and once more while coming back; the third call does what is left."""
+    root = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(root), str(root.parent), os.environ.get("PYTHONPATH", "")])
+    for phase, done in (("training", 2), ("sweep", 1)):
+        script = [sys.executable, "-c", SCRIPT, phase, str(done), str(tmp_path)]
+        ended = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    seen: list[tuple[str, int, int]] = []
+    make = mi.trajectory(
+        RUN, store=tmp_path, keep=2, progress=lambda now: seen.append((now.phase, now.done, now.total))
+    )
+    at = make(tiny.LAMBDA, TASKS)
+    assert seen == []
+    scores, info = at.vjp(SLOPE)
+    assert seen == [("sweep", 1, 3), ("sweep", 2, 3), ("sweep", 3, 3)]
+    end, expected, told = reference()
+    assert distance(at.meta_params, end) < 1e-12
+    assert distance(scores, expected) < 1e-12
+    assert distance(info.cotangent_norms, told.cotangent_norms) < 1e-12
+    # Another target starts its own sweep.
+    other, _ = at.vjp({"scale": jnp.asarray(-1.0)})
+    assert distance(jax.tree.map(lambda leaf: -2 * leaf, other), expected) < 1e-12
+
+
+def test_another_run_in_the_folder_is_refused_with_the_difference(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"store": tmp_path, "progress": False}
+    at = mi.trajectory(RUN, **options)(tiny.LAMBDA, TASKS)
+    at.vjp(SLOPE)
+    other = {"scale": jnp.asarray(0.6)}
+    with pytest.raises(ValueError, match=r"store: .* holds another run: start: this run has"):
+        mi.trajectory(RUN, **options)(other, TASKS)
+    changed = jax.tree.map(lambda leaf: 1.1 * leaf, TASKS)
+    with pytest.raises(ValueError, match=r"holds another run: tasks: this run has"):
+        mi.trajectory(RUN, **options)(tiny.LAMBDA, changed)
+    slower = mi.training(tiny.PROBLEM, lenient(optax.adam(0.01, eps_root=1e-4)), STEPS, tasks_per_step=2)
+    with pytest.raises(ValueError, match=r"holds another run: step: this run has"):
+        mi.trajectory(slower, **options)(tiny.LAMBDA, TASKS)
+    shuffled = mi.training(tiny.PROBLEM, ADAM, STEPS, tasks_per_step=2, seed=9)
+    with pytest.raises(ValueError, match=r"holds another run: order of the tasks: this run has"):
+        mi.trajectory(shuffled, **options)(tiny.LAMBDA, TASKS)
+    again = mi.trajectory(RUN, resume=False, **options)(other, TASKS)
+    assert distance(again.meta_params, mi.trajectory(RUN)(other, TASKS).meta_params) < 1e-12
+    with pytest.raises(ValueError, match=r"holds another run: start"):
+        at.vjp(SLOPE)
+
+
+def test_damaged_state_is_told_and_computed_again(tmp_path: Path) -> None:
+    make = mi.trajectory(RUN, store=tmp_path, keep=2, progress=False)
+    at = make(tiny.LAMBDA, TASKS)
+    (file,) = tmp_path.glob("state-00000001-*.npz")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(OSError, match=r"state 1 is missing or damaged"):
+        at.vjp(SLOPE)
+    assert distance(make(tiny.LAMBDA, TASKS).vjp(SLOPE)[0], reference()[1]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"store": "gpu"}, 'store: expected "device", "host" or a folder as a pathlib.Path, got \'gpu\''),
+        ({"store": 3}, 'store: expected "device", "host" or a folder'),
+        ({"keep": 0}, 'keep: expected "auto", "all", "sqrt" or a positive integer, got 0'),
+        ({"keep": "none"}, "keep: expected"),
+        ({"keep": "all", "store": "host"}, 'keep: expected "auto", "sqrt" or a positive integer, since "all" is for'),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        mi.trajectory(RUN, **options)
+
+
+def test_arguments_that_cannot_be() -> None:
+    with pytest.raises(TypeError, match=r"run: expected one made by metainfluence.training or training_loop, got Bile"):
+        mi.trajectory(tiny.PROBLEM)  # type: ignore[arg-type]
+    make = mi.trajectory(RUN)
+    with pytest.raises(ValueError, match=r"start\['scale'\]: expected finite numbers, got NaN or infinity"):
+        make({"scale": jnp.asarray(jnp.nan)}, TASKS)
+    with pytest.raises(TypeError, match=r"tasks: expected a metainfluence.Task, got list"):
+        make(tiny.LAMBDA, [tiny.TASK])
+    at = make(tiny.LAMBDA, TASKS)
+    for slope, match in (
+        ({"other": jnp.asarray(1.0)}, "slope: expected a pytree of structure"),
+        ({"scale": jnp.ones((2, 2))}, r"slope\['scale'\]: expected shape \(\)"),
+        ({"scale": jnp.asarray(jnp.inf)}, "slope: expected finite numbers"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            at.vjp(slope)
+    with pytest.raises(TypeError, match=r"direction: expected metainfluence.Weights, got Array"):
+        at.jvp(jnp.ones(3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"direction.query: expected shape \(3, 5\), got \(3, 4\)"):
+        at.jvp(WEIGHTS._replace(query=jnp.ones((3, 4))))
+    with pytest.raises(ValueError, match=r"direction: expected one number on the leading axis"):
+        at.jvp(stacked([WEIGHTS, WEIGHTS])._replace(query=jnp.ones((3, 3, 5))))
+    run, start = loop()
+    with pytest.raises(TypeError, match=r"mesh: expected None for a training_loop"):
+        mi.trajectory(run, mesh=jax.sharding.Mesh(np.asarray(jax.devices()), "d"))
+    del start
+
+
+def test_states_out_of_the_device_stay_outside_jit(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"'host' works outside jit"):
+        jax.jit(lambda start: mi.trajectory(RUN, store="host")(start, TASKS))(tiny.LAMBDA)
+    at = mi.trajectory(RUN, store=tmp_path, progress=False)(tiny.LAMBDA, TASKS)
+    with pytest.raises(TypeError, match=r"on disk is gone back through outside jit"):
+        jax.jit(at.vjp)(SLOPE)
+
+
+def test_data_that_are_not_finite_are_named() -> None:
+    broken = TASKS._replace(query={**TASKS.query, "y": TASKS.query["y"].at[1, 0].set(jnp.nan)})
+    with pytest.raises(ValueError, match=r"tasks.query\['y'\]: expected finite numbers, got NaN or infinity in task 1"):
+        mi.trajectory(RUN)(tiny.LAMBDA, broken)
