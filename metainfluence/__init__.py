@@ -9,6 +9,10 @@ from metainfluence import evaluation as evaluation
 from metainfluence import operators as operators
 from metainfluence import scoring as scoring
 from metainfluence import solvers as solvers
+from metainfluence._choose import Chosen as Chosen
+from metainfluence._choose import choose as choose
+from metainfluence._smoothness import Smoothness as Smoothness
+from metainfluence._smoothness import smoothness as smoothness
 from metainfluence.bilevel import Bilevel as Bilevel
 from metainfluence.bilevel import bilevel as bilevel
 from metainfluence.bilevel import from_task_loss as from_task_loss
