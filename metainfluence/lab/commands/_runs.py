@@ -108,7 +108,7 @@ def lists(config: TrainConfig) -> Lists:
     data, harm, seed = config.data, config.harm, config.seed
     dataset = datasets.load(data.dataset, size=data.size)
     names = dataset.class_names
-    shape = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
+    shape: dict[str, Any] = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
     training = fewshot.sample(dataset, "train", num_tasks=data.num_tasks, seed=seed, **shape)
     held_out_pool, test_pool = setting.clean_pools(dataset, data.ways)
     held_out = fewshot.sample_tasks(

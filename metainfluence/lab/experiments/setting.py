@@ -304,7 +304,7 @@ def image_tasks(config: SettingConfig) -> Tasks:
     """Tasks of an image dataset: trained on its split "train", scored and tested on images of the others."""
     data, harm, seed = config.data, config.harm, config.seed
     source = datasets.load(data.dataset, size=data.size)
-    shape = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
+    shape: dict[str, Any] = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
     listed = fewshot.sample(source, "train", num_tasks=data.num_tasks, seed=seed, **shape)
     held_out_pool, test_pool = clean_pools(source, data.ways)
     held_out, test = (
