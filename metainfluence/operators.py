@@ -187,6 +187,15 @@ def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
 
     Returns:
       Operator without damping.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> scale = jnp.asarray([1.0, 2.0])
+      >>> operator = mi.operators.from_matvec(jax.tree_util.Partial(jnp.multiply, scale), jnp.zeros(2))
+      >>> operator.damped(0.5).matvec(jnp.ones(2)).tolist()
+      [1.5, 2.5]
     """
     if not isinstance(matvec, (jax.tree_util.Partial, FlatProduct)):
         matvec = jax.tree_util.Partial(matvec)

@@ -57,6 +57,15 @@ def auto(
 
     Raises:
       ValueError: `tol`, `max_size` or `memory` not positive, or `dense_size` negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.auto()
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> x.round(3).tolist(), mi.solvers.Choice(int(info.choice)).name
+      ([1.0, 0.5, 0.25], 'DENSE')
     """
     check_positive("tol", tol)
     check_positive("memory", memory)

@@ -46,6 +46,15 @@ def block_cg(
 
     Raises:
       ValueError: `tol`, `max_size` or `block_size` not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.block_cg()
+      >>> x, info = solver.solve_many(operator, solver.init(operator), jnp.eye(3)[:2])
+      >>> x.round(3).tolist(), info.num_matvecs.tolist()
+      ([[1.0, 0.0, 0.0], [0.0, 0.5, 0.0]], [2, 2])
     """
     check_positive("tol", tol)
     check_positive("block_size", block_size, integer=True)

@@ -51,6 +51,15 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
 
     Raises:
       ValueError: `tol` or `max_steps` not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.cg()
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> x.round(3).tolist(), mi.SolveStatus(int(info.status)).name, int(info.num_matvecs)
+      ([1.0, 0.5, 0.25], 'CONVERGED', 4)
     """
     check_positive("tol", tol)
     if max_steps is not None:

@@ -58,6 +58,15 @@ def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
 
     Raises:
       ValueError: another `method`, or "cholesky" with `absolute`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.dense()
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> x.round(3).tolist(), mi.SolveStatus(int(info.status)).name, int(info.num_matvecs)
+      ([1.0, 0.5, 0.25], 'CONVERGED', 4)
     """
     if method == "eigh":
         return by_eigenvalues(lambda smallest: jnp.full_like(smallest, absolute, bool))

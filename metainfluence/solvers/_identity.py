@@ -19,6 +19,15 @@ def identity() -> Solver:
 
     Influence becomes an inner product of gradients, as in TracIn (Pruthi et al., NeurIPS 2020) at one checkpoint. A
     baseline: its residual is reported like any other's, so `check` refuses it unless H is the identity.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.identity()
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> x.round(3).tolist(), mi.SolveStatus(int(info.status)).name, int(info.num_matvecs)
+      ([1.0, 1.0, 1.0], 'MAX_STEPS', 1)
     """
 
     def apply(operator: Operator, state: Any, rhs: Array) -> Outcome:

@@ -77,13 +77,20 @@ def from_map(
 
 
 class _Turn(NamedTuple):
-    """The carry of an iterative solve; `product` is that of the vector multiplied last."""
+    """The carry of an iterative solve.
+
+    Attributes:
+      carry: the iteration's.
+      before: the one that the last turn began with.
+      product: of the vector multiplied last.
+      guessing: whether the guess is multiplied next.
+      closed: whether the solution was multiplied last.
+    """
 
     carry: Any
-    outcome: Outcome
+    before: Any
     product: Array
     guessing: Array
-    closing: Array
     closed: Array
 
 
@@ -146,34 +153,29 @@ def from_steps(
 
         def reached(carry: Any) -> Outcome:
             outcome = iteration.finish(carry)
-            return Outcome(
-                outcome.solution if x0 is None else x0 + outcome.solution,
-                jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(x0 is not None),
-                jnp.asarray(outcome.min_curvature, rhs.dtype),
-                jnp.asarray(outcome.failure, jnp.int32),
-            )
-
-        def ended(carry: Any) -> Array:
-            return jnp.logical_not(iteration.running(carry))
+            if x0 is None:
+                return outcome
+            return outcome._replace(solution=x0 + outcome.solution, num_matvecs=outcome.num_matvecs + 1)
 
         # A program is as long as the copies of the product in it: the guess, the directions and the solution are
         # multiplied at one place.
         def turn(last: _Turn) -> _Turn:
+            closing = jnp.logical_not(iteration.running(last.carry))
             carry, vector = iteration.aim(operator, state, last.carry)
-            product = operator.flat_matvec(jnp.where(last.guessing | last.closing, last.outcome.solution, vector))
+            # At the guess the solution is the guess.
+            whole = closing if x0 is None else closing | last.guessing
+            product = operator.flat_matvec(jax.lax.select(whole, reached(last.carry).solution, vector))
             carry = iteration.take(operator, state, carry, product)
             if x0 is not None:
+                closing = closing & ~last.guessing
                 begun = iteration.start(operator, state, rhs - product, norm(rhs))
                 carry = jax.tree.map(lambda new, old: jnp.where(last.guessing, new, old), begun, carry)
-            outcome = jax.tree.map(lambda old, new: jnp.where(last.closing, old, new), last.outcome, reached(carry))
-            return _Turn(carry, outcome, product, jnp.bool_(False), ended(carry), last.closing)
+            return _Turn(carry, last.carry, product, jnp.bool_(False), closing)
 
         start = iteration.start(operator, state, rhs, None)
-        guessing = jnp.bool_(x0 is not None)
-        closing = ~guessing & ended(start)
-        first = _Turn(start, reached(start), jnp.zeros_like(rhs), guessing, closing, jnp.bool_(False))
+        first = _Turn(start, start, jnp.zeros_like(rhs), jnp.bool_(x0 is not None), jnp.bool_(False))
         last = jax.lax.while_loop(lambda turn: ~turn.closed, turn, first)
-        return last.outcome, last.product
+        return reached(last.before), last.product
 
     def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
         operator.domain.check("rhs", rhs)
@@ -227,7 +229,15 @@ def preconditioner_of(solver: Solver | None, operator: Operator, state: Any) -> 
 
 
 def solution_of(solver: Solver, operator: Operator, state: Any, rhs: PyTree) -> PyTree:
-    """The solution alone, without the product that a report on it takes."""
+    """The solution alone, without the product that a report on it takes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> mi.solvers.solution_of(mi.solvers.cg(), operator, None, jnp.ones(3)).round(3).tolist()
+      [1.0, 0.5, 0.25]
+    """
     operator.domain.check("rhs", rhs)
     return operator.domain.unravel(_unreported(solver, operator, state, operator.domain.ravel(rhs)))
 

@@ -34,6 +34,15 @@ def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6
 
     Raises:
       ValueError: `rank` is no positive integer, or `tol` not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.lanczos(3)
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> x.round(3).tolist(), mi.SolveStatus(int(info.status)).name, int(info.num_matvecs)
+      ([1.0, 0.5, 0.25], 'CONVERGED', 4)
     """
     check_positive("rank", rank, integer=True)
 
@@ -60,6 +69,11 @@ def nystrom(rank: int, *, seed: int = 0, tol: Any = 1e-6) -> Solver:
 
     Raises:
       ValueError: `rank` is no positive integer, or `tol` not positive.
+
+    Example:
+      >>> import metainfluence as mi
+      >>> mi.solvers.cg(preconditioner=mi.solvers.nystrom(50))
+      cg(preconditioner=nystrom(50))
     """
     check_positive("rank", rank, integer=True)
 

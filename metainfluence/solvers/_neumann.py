@@ -69,6 +69,16 @@ def neumann(
 
     Raises:
       ValueError: `num_terms` < 1, or `scale` or `tol` not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.neumann(3, scale=0.25)
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> # 0.25 Σ_j (1 − 0.25 h)ʲ, and the residual that is left of it.
+      >>> x.round(3).tolist(), mi.SolveStatus(int(info.status)).name, round(float(info.relative_residual), 3)
+      ([0.578, 0.438, 0.25], 'MAX_STEPS', 0.254)
     """
     check_positive("num_terms", num_terms, integer=True)
     check_positive("tol", tol)
