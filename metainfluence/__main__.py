@@ -23,7 +23,7 @@ def main() -> None:
       SystemExit: as the command line ends; also where a package of the lab extra is not installed.
     """
     try:
-        from metainfluence.lab import cli
+        from metainfluence.lab.commands import cli
 
         cli.entry()
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 import metainfluence as mi
-from metainfluence.lab import cli
+from metainfluence.lab.commands import cli
 from spectra import build, solve, unravel
 from wrapping.page import SECTIONS, as_a_reader, execute
 

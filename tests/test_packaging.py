@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from metainfluence.lab import import_time
+from metainfluence.lab.bench import import_time
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "metainfluence"
@@ -97,10 +97,10 @@ def test_core_needs_only_its_dependencies(path):
 @pytest.mark.parametrize(
     ("statement", "expected"),
     [
-        ("import metainfluence.lab.models", "metainfluence.lab.models"),
+        ("import metainfluence.lab.learn.models", "metainfluence.lab.learn.models"),
         ("from metainfluence import lab", "metainfluence.lab"),
         ("from . import lab", "metainfluence.lab"),
-        ("from ..lab import models", "metainfluence.lab.models"),
+        ("from ..lab.learn import models", "metainfluence.lab.learn.models"),
     ],
 )
 def test_every_way_to_import_is_seen(statement, expected):
@@ -129,7 +129,7 @@ def test_a_missing_module_of_our_own_is_not_blamed_on_the_extra():
     result = python(
         """
 import sys
-sys.modules["metainfluence.lab.cli"] = None
+sys.modules["metainfluence.lab.commands.cli"] = None
 from metainfluence.__main__ import main
 main()
 """,
@@ -156,7 +156,7 @@ def test_wheel_holds_the_package_only(built):
     assert "metainfluence/py.typed" in names
     others = {name for name in names if name.startswith("metainfluence/") and not name.endswith(".py")}
     pages = {str(path.relative_to(ROOT)) for path in (PACKAGE / "docs").glob("*.md")}
-    page = {f"metainfluence/lab/page/page.{suffix}" for suffix in ("css", "html", "js")}
+    page = {f"metainfluence/lab/show/page/page.{suffix}" for suffix in ("css", "html", "js")}
     assert others == pages | page | {"metainfluence/py.typed"}
 
 

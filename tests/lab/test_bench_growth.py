@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metainfluence.lab import bench_growth as growth
-from metainfluence.lab import cli
+from metainfluence.lab.bench import growth
+from metainfluence.lab.commands import cli
 
 SMALL = """
 suite = "growth"

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import metainfluence as mi
-from metainfluence.lab import bench_peers, cli
-from metainfluence.lab.peers import candidates, compare, single_level, with_jax
-from metainfluence.lab.peers import problem as common
-from metainfluence.lab.peers.candidates import GRADIENT, LINEAR, PRODUCT, ROUTE, SCORES
-from metainfluence.lab.peers.compare import Candidate, Row
+from metainfluence.lab.bench.peers import candidates, compare, single_level, with_jax
+from metainfluence.lab.bench.peers import problem as common
+from metainfluence.lab.bench.peers import suite as bench_peers
+from metainfluence.lab.bench.peers.candidates import GRADIENT, LINEAR, PRODUCT, ROUTE, SCORES
+from metainfluence.lab.bench.peers.compare import Candidate, Row
+from metainfluence.lab.commands import cli
 
 TARGET = 1e-6
 

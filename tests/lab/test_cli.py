@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from metainfluence.lab import cli
+from metainfluence.lab.commands import cli
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

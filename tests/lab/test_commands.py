@@ -16,11 +16,14 @@ import optax
 import pytest
 
 import metainfluence as mi
-from metainfluence.lab import cli, fewshot
-from metainfluence.lab.checkpoints import Checkpoints, fingerprint
-from metainfluence.lab.commands import edit, evaluate, parameters, printing, runs, score
+from metainfluence.lab.commands import _parameters as parameters
+from metainfluence.lab.commands import _runs as runs
+from metainfluence.lab.commands import cli, edit, evaluate, score
 from metainfluence.lab.commands.job import tolerance
-from metainfluence.lab.commands.places import Place, locator
+from metainfluence.lab.data import fewshot
+from metainfluence.lab.data.places import Place, locator
+from metainfluence.lab.learn.checkpoints import Checkpoints, fingerprint
+from metainfluence.lab.show import printing
 from metainfluence.scoring._passes import Passes
 
 TRAIN = [
@@ -299,7 +302,7 @@ def test_detection_takes_the_harmful_for_damaged(scores):
 
 
 def test_rows_are_found_in_the_source(job, scores):
-    place = locator(job, scores)
+    place = locator(job.source, scores)
     for row in range(0, len(scores.score), 5):
         found = place(row)
         assert found.task == scores.task[row]
@@ -310,7 +313,7 @@ def test_rows_are_found_in_the_source(job, scores):
             assert ids[found.task, found.example] == scores.example[row]
     other = dataclasses.replace(scores, task=scores.task + 12)
     with pytest.raises(ValueError, match="rows about tasks of the source, got task of task 12"):
-        locator(job, other)(0)
+        locator(job.source, other)(0)
 
 
 def test_the_report_has_pictures(folder):

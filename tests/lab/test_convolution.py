@@ -6,9 +6,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import metainfluence as mi
-from metainfluence.lab import bench_convolution
-from metainfluence.lab.convolution import ShiftedConv, shifted_convolution
-from metainfluence.lab.models import MLP, Conv4, pooled
+from metainfluence.lab.bench import _convolution as bench_convolution
+from metainfluence.lab.learn._convolution import ShiftedConv, shifted_convolution
+from metainfluence.lab.learn.models import MLP, Conv4, pooled
 from oracles.reference import relative_error
 
 

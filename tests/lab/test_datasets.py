@@ -9,8 +9,10 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from metainfluence.lab import cifar_fs, datasets, fc100, fewshot, images, mini_imagenet, mnist, omniglot, prepared
-from metainfluence.lab.datasets import Dataset
+from metainfluence.lab.data import _images as images
+from metainfluence.lab.data import _prepared as prepared
+from metainfluence.lab.data import cifar_fs, datasets, fc100, fewshot, mini_imagenet, mnist, omniglot
+from metainfluence.lab.data.datasets import Dataset
 
 
 def png(picture):
@@ -197,7 +199,7 @@ def test_what_is_not_prepared_comes_with_the_command(name, tfds_name, tmp_path, 
 
 def test_tensorflow_stays_out(drawings):
     program = (
-        "import sys; from metainfluence.lab import datasets\n"
+        "import sys; from metainfluence.lab.data import datasets\n"
         "print(len(datasets.load('omniglot', root=sys.argv[1]).labels), 'tensorflow' in sys.modules)"
     )
     command = [sys.executable, "-c", program, str(drawings)]

@@ -3,7 +3,9 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import metainfluence as mi
-from metainfluence.lab import cli, demo, fewshot
+from metainfluence.lab.commands import cli
+from metainfluence.lab.data import fewshot
+from metainfluence.lab.experiments import demo
 
 SMALL = [
     *("--num-tasks", "40", "--num-held-out", "40", "--num-flipped", "4", "--num-shortcut", "4", "--queries", "8"),

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metainfluence.lab import datasets, digits, fewshot
+from metainfluence.lab.data import datasets, digits, fewshot
 
 GOLDEN_CLASSES = [[1, 4, 0, 2, 9], [3, 4, 7, 5, 1]]
 GOLDEN_SUPPORT = [961, 990, 1181, 134, 1653, 1145, 391, 230, 349, 1030]

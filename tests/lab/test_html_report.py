@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import metainfluence as mi
-from metainfluence.lab import html_report
-from metainfluence.lab.commands.places import Place
+from metainfluence.lab.data.places import Place
+from metainfluence.lab.show import html_report
 
 HOSTILE = "<script>window.hurt = 1</script>"
 IMAGE = '"><img src=x onerror="window.hurt = 1">'

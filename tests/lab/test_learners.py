@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import metainfluence as mi
-from metainfluence.lab import digits, fewshot, learners, models
-from metainfluence.lab.models import MLP
+from metainfluence.lab.data import digits, fewshot
+from metainfluence.lab.learn import learners, models
+from metainfluence.lab.learn.models import MLP
 
 WAYS = 3
 FEATURES = MLP((4,))

@@ -11,7 +11,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 import metainfluence as mi
-from metainfluence.lab import fewshot, plots
+from metainfluence.lab.data import fewshot
+from metainfluence.lab.show import plots
 
 SCORES = np.array([0.3, -0.2, 0.1, -0.5, 0.4])
 

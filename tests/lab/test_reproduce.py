@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from metainfluence.lab import cli, reproduce
-from metainfluence.lab.config_files import ConfigError
+from metainfluence.lab.commands import cli, reproduce
+from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.experiments import agreement, methods, removal, results, setting, verdicts
 
 ROOT = Path(__file__).resolve().parents[2]

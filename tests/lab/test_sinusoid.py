@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from metainfluence.lab import sinusoid
+from metainfluence.lab.data import sinusoid
 
 GOLDEN_AMPLITUDES = [0.5196809190037595, 1.3409400814662968]
 GOLDEN_SEEDS = [778955830, 3318433256]

@@ -10,9 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metainfluence.lab import cli, omniglot, solver_bench, solver_bench_inner, solver_bench_targets
-from metainfluence.lab import solver_bench_problems as problems
-from metainfluence.lab.solver_bench_measure import Program, cosine, spearman
+from metainfluence.lab.bench.solvers import problems
+from metainfluence.lab.bench.solvers import suite as solver_bench
+from metainfluence.lab.bench.solvers import targets as solver_bench_targets
+from metainfluence.lab.bench.solvers.measure import Program
+from metainfluence.lab.commands import cli
+from metainfluence.lab.data import omniglot
+from metainfluence.lab.experiments import inner_solvers
+from metainfluence.lab.experiments.measures import cosine, spearman
 
 SMALL = """
 suite = "solvers"
@@ -111,22 +116,18 @@ def test_the_tables_are_written_as_they_are_printed(small_run):
 def test_inner_solvers_by_condition_number(monkeypatch):
     chosen = ("dense cholesky", "cg, tol 1e-3")
     monkeypatch.setattr(
-        solver_bench_inner,
+        inner_solvers,
         "LINEAR_SOLVERS",
-        {name: solver_bench_inner.LINEAR_SOLVERS[name] for name in chosen},
+        {name: inner_solvers.LINEAR_SOLVERS[name] for name in chosen},
     )
-
-    class Config:
-        conditions = (1e1, 1e6)
-        inner_damping = 0.1
-
-    rows = {(row["inner_solver"], row["asked"]): row for row in solver_bench_inner.rows(Config)}
+    conditions = (1e1, 1e6)
+    rows = {(row["inner_solver"], row["asked"]): row for row in inner_solvers.rows(conditions)}
     assert len(rows) == 6
-    for asked in Config.conditions:
+    for asked in conditions:
         assert 0.5 * asked < rows["dense cholesky", asked]["condition"] < 3 * asked
         for key in ("gradient_error", "task_if_error"):
             assert rows["dense cholesky", asked][key] < 1e-8 < rows["cg, tol 1e-3", asked][key]
-    assert rows[solver_bench_inner.UNROLLED, 1e6]["gradient_error"] > 0.1
+    assert rows[inner_solvers.UNROLLED, 1e6]["gradient_error"] > 0.1
 
 
 def test_targets_that_are_missed_or_rest_on_nothing_say_so():
@@ -245,12 +246,12 @@ def test_the_configuration_that_comes_with_the_project_is_the_default():
 
 
 def test_exact_inner_solutions_are_minima():
-    tasks, meta_params = solver_bench_inner.make_tasks(1e4), solver_bench_inner.start()
+    tasks, meta_params = inner_solvers.make_tasks(1e4), inner_solvers.start()
     task = jax.tree.map(lambda leaf: leaf[0], tasks)
-    coefficients = jnp.full(solver_bench_inner.NUM_SUPPORT, 1 / solver_bench_inner.NUM_SUPPORT)
+    coefficients = jnp.full(inner_solvers.NUM_SUPPORT, 1 / inner_solvers.NUM_SUPPORT)
 
     def objective(params):
-        return jnp.vdot(coefficients, solver_bench_inner.inner_loss(params, meta_params, task.support))
+        return jnp.vdot(coefficients, inner_solvers.inner_loss(params, meta_params, task.support))
 
-    params = solver_bench_inner.solution(meta_params, task.support, coefficients)
+    params = inner_solvers.solution(meta_params, task.support, coefficients)
     assert float(jnp.max(jnp.abs(jax.grad(objective)(params)["kernel"]))) < 1e-12

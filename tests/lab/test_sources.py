@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import metainfluence as mi
-from metainfluence.lab import fewshot
-from metainfluence.lab.sources import FewShotSource
+from metainfluence.lab.data import fewshot
+from metainfluence.lab.data.sources import FewShotSource
 
 INFO = mi.SolveInfo(*map(np.asarray, (np.int32(mi.SolveStatus.MAX_STEPS), np.int32(7), 1e-3, 0.5, 2.0)))
 

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 import metainfluence as mi
-from metainfluence.lab import digits, fewshot
-from metainfluence.lab.models import MLP, logistic_head_problem
-from metainfluence.lab.train import batch_index, meta_train, train_many, training_steps
+from metainfluence.lab.data import digits, fewshot
+from metainfluence.lab.learn.models import MLP, logistic_head_problem
+from metainfluence.lab.learn.train import batch_index, meta_train, train_many, training_steps
 
 NUM_STEPS = 20
 GOLDEN_BATCHES = [[5, 0, 3], [6, 1, 4]]

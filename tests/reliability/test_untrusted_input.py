@@ -25,8 +25,8 @@ from hypothesis import example, given, settings
 from PIL import Image
 
 import metainfluence as mi
-from metainfluence.lab.config_files import ConfigError, as_arguments, read_config
-from metainfluence.lab.images import decode_file, image_files
+from metainfluence.lab.commands.config_files import ConfigError, as_arguments, read_config
+from metainfluence.lab.data._images import decode_file, image_files
 
 PACKAGE = Path(mi.__file__).parent
 QUICK = settings(derandomize=True, max_examples=150, deadline=None, database=None)
@@ -406,7 +406,7 @@ DAMAGED_CHECKPOINTS = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
-from metainfluence.lab.checkpoints import Checkpoints
+from metainfluence.lab.learn.checkpoints import Checkpoints
 
 folder = Path(sys.argv[1])
 state, losses = {"w": jnp.arange(4.0)}, np.arange(3.0)

@@ -15,13 +15,15 @@ import optax
 import metainfluence as mi
 from metainfluence.curvature import gradient_map
 from metainfluence.files import write_atomically
-from metainfluence.lab.checkpoints import fingerprint
-from metainfluence.lab.commands import parameters, runs, tables
+from metainfluence.lab.commands import _parameters as parameters
+from metainfluence.lab.commands import _runs as runs
+from metainfluence.lab.commands import _tables as tables
+from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
-from metainfluence.lab.commands.places import Place, example_ids, locator, named, without
-from metainfluence.lab.commands.printing import facts, say, say_budget, say_table
-from metainfluence.lab.config_files import ConfigError
-from metainfluence.lab.timing import Compiled
+from metainfluence.lab.data.places import Place, example_ids, locator, named, without
+from metainfluence.lab.learn.checkpoints import fingerprint
+from metainfluence.lab.learn.timing import Compiled
+from metainfluence.lab.show.printing import facts, say, say_budget, say_table
 from metainfluence.scoring._source import ids_of
 
 EDITED, CHANGE = "edited.npz", "edited.json"
@@ -84,7 +86,7 @@ def run(config: EditConfig) -> None:
     predicted: float | None = None
     damping: Any = config.damping
     if config.scores is None:
-        chosen = named(job, config.remove, config.role)
+        chosen = named(job.source, config.remove, config.role)
     else:
         chosen, predicted = harmful(config, job, table)
         if damping == "auto":
@@ -207,7 +209,7 @@ def harmful(config: EditConfig, job: Job, table: mi.scoring.ScoreTable) -> tuple
     if config.harm_above is not None:
         rows = rows[table.score[rows] < -config.harm_above]
     rows = rows[: config.most_harmful]
-    place = locator(job, table)
+    place = locator(job.source, table)
     return [place(row) for row in rows.tolist()], float(np.sum(table.score[rows]))
 
 
@@ -218,7 +220,7 @@ def labels(job: Job, chosen: Sequence[Place]) -> list[str]:
     for place in chosen:
         name = str(ids[place.task])
         if place.side is not None and place.example is not None:
-            name += f":{example_ids(job, place.task, place.side)[place.example]}"
+            name += f":{example_ids(job.source, place.task, place.side)[place.example]}"
         found.append(name)
     return found
 

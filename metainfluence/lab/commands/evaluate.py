@@ -12,16 +12,18 @@ import numpy as np
 import metainfluence as mi
 from metainfluence.evaluation import bootstrap, roc_auc
 from metainfluence.files import write_atomically
-from metainfluence.lab.checkpoints import fingerprint
-from metainfluence.lab.commands import parameters, runs, tables
+from metainfluence.lab.commands import _parameters as parameters
+from metainfluence.lab.commands import _runs as runs
+from metainfluence.lab.commands import _tables as tables
+from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.edit import CHANGE, EDITED
 from metainfluence.lab.commands.job import Job
-from metainfluence.lab.commands.printing import say, say_table
 from metainfluence.lab.commands.score import SCORES
-from metainfluence.lab.config_files import ConfigError
-from metainfluence.lab.fewshot import CLEAN
-from metainfluence.lab.learners import mean_interval
-from metainfluence.lab.timing import Compiled
+from metainfluence.lab.data.fewshot import CLEAN
+from metainfluence.lab.learn.checkpoints import fingerprint
+from metainfluence.lab.learn.learners import mean_interval
+from metainfluence.lab.learn.timing import Compiled
+from metainfluence.lab.show.printing import say, say_table
 
 EVALUATION = "evaluation.json"
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import metainfluence as mi
-from metainfluence.lab.config_files import ConfigError
+from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.scoring import Source
 
 

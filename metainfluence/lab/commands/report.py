@@ -4,12 +4,13 @@ import dataclasses
 from pathlib import Path
 
 from metainfluence.files import write_atomically
-from metainfluence.lab import html_report
-from metainfluence.lab.commands import runs, tables
+from metainfluence.lab.commands import _runs as runs
+from metainfluence.lab.commands import _tables as tables
+from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.edit import located
-from metainfluence.lab.commands.places import locator
-from metainfluence.lab.commands.printing import say
-from metainfluence.lab.config_files import ConfigError
+from metainfluence.lab.data.places import locator
+from metainfluence.lab.show import html_report
+from metainfluence.lab.show.printing import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def run(config: ReportConfig) -> None:
     if job is not None:
         meta_params = job.meta_params
         if job.images is not None:
-            gallery = html_report.Gallery(job.source, job.images, locator(job, table))
+            gallery = html_report.Gallery(job.source, job.images, locator(job.source, table))
     page = html_report.page(table, title=config.scores.name, most=config.most, gallery=gallery, meta_params=meta_params)
     out = config.out or config.scores.with_suffix(".html")
     write_atomically(out, page.encode(errors="replace"))

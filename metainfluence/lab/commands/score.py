@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 
 import metainfluence as mi
-from metainfluence.lab.checkpoints import fingerprint
-from metainfluence.lab.commands import runs
+from metainfluence.lab.commands import _runs as runs
+from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
-from metainfluence.lab.commands.printing import check_solve, facts, say, say_budget, say_table
-from metainfluence.lab.config_files import ConfigError
 from metainfluence.lab.experiments import results
+from metainfluence.lab.learn.checkpoints import fingerprint
+from metainfluence.lab.show.printing import check_solve, facts, say, say_budget, say_table
 from metainfluence.scoring._engine import default_solver
 
 SCORES = "scores.parquet"

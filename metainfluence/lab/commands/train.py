@@ -8,14 +8,15 @@ import optax
 
 import metainfluence as mi
 from metainfluence.files import write_atomically
-from metainfluence.lab import fewshot
-from metainfluence.lab.commands import parameters, runs
-from metainfluence.lab.commands.printing import progress_console, say
-from metainfluence.lab.commands.runs import CHECKPOINTS, CONFIG, TRAINED, TrainConfig
-from metainfluence.lab.config_files import as_toml
+from metainfluence.lab.commands import _parameters as parameters
+from metainfluence.lab.commands import _runs as runs
+from metainfluence.lab.commands._runs import CHECKPOINTS, CONFIG, TRAINED, TrainConfig
+from metainfluence.lab.commands.config_files import as_toml
+from metainfluence.lab.data import fewshot
+from metainfluence.lab.data.sources import FewShotSource
 from metainfluence.lab.experiments import results
-from metainfluence.lab.sources import FewShotSource
-from metainfluence.lab.train import meta_train
+from metainfluence.lab.learn.train import meta_train
+from metainfluence.lab.show.printing import progress_console, say
 
 __all__ = ["TrainConfig", "plan", "run"]
 

@@ -30,7 +30,7 @@ from metainfluence.evaluation import (
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.results import Result, interval
 from metainfluence.lab.experiments.setting import Setting, SettingConfig, checkpoint_rates, make
-from metainfluence.lab.plots import METHOD_COLORS, clean
+from metainfluence.lab.show.plots import METHOD_COLORS, clean
 
 EXACT, ABSOLUTE = "influence", "influence, |H|"
 OTHERS = ("TRAK", "TLXML", "TracIn", "gradient similarity", "plain loss", "random")

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from metainfluence.lab import solver_bench_inner
+from metainfluence.lab.experiments import inner_solvers
 from metainfluence.lab.experiments.results import Result
-from metainfluence.lab.plots import clean
-from metainfluence.lab.solver_bench import SolverBenchConfig
+from metainfluence.lab.show.plots import clean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class ConditioningConfig:
 def run(config: ConditioningConfig) -> Result:
     """Measures every inner solver at every condition number."""
     jax.config.update("jax_enable_x64", True)
-    rows: list[dict[str, Any]] = list(solver_bench_inner.rows(SolverBenchConfig(conditions=config.conditions)))
+    rows: list[dict[str, Any]] = list(inner_solvers.rows(config.conditions))
     names = list(dict.fromkeys(row["inner_solver"] for row in rows))
     conditions = list(dict.fromkeys(row["asked"] for row in rows))
     tables, figure = {}, Figure(figsize=(11, 4.2), layout="constrained")

@@ -11,11 +11,11 @@ import metainfluence as mi
 from metainfluence.curvature import exact, expand
 from metainfluence.evaluation import roc_auc
 from metainfluence.lab.experiments import methods as by
+from metainfluence.lab.experiments.measures import relative_error, spearman
 from metainfluence.lab.experiments.results import Result
 from metainfluence.lab.experiments.setting import SettingConfig, make
-from metainfluence.lab.plots import error_against_products
-from metainfluence.lab.solver_bench_measure import relative_error, spearman
-from metainfluence.lab.timing import Compiled
+from metainfluence.lab.learn.timing import Compiled
+from metainfluence.lab.show.plots import error_against_products
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 import metainfluence as mi
 from metainfluence.lab.experiments.setting import Setting, checkpoint_rates
-from metainfluence.lab.timing import Compiled
+from metainfluence.lab.learn.timing import Compiled
 
 INFLUENCE, OWN = "influence", "influence on F"
 Score = Callable[..., mi.Scores]

@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 
 import metainfluence as mi
 from metainfluence.evaluation import bootstrap, found_at, roc_auc, roc_auc_difference
-from metainfluence.lab import learners, plots
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.methods import Scored
 from metainfluence.lab.experiments.results import Result, interval
 from metainfluence.lab.experiments.setting import SINUSOID, Setting, SettingConfig, make, performance
-from metainfluence.lab.timing import Compiled
+from metainfluence.lab.learn import learners
+from metainfluence.lab.learn.timing import Compiled
+from metainfluence.lab.show import plots
 
 LEVELS = ("task", "support", "query")
 TRUTH = "what was damaged"

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 
 import metainfluence as mi
-from metainfluence.lab import datasets, fewshot, learners, models, sinusoid
-from metainfluence.lab.learners import Learner
-from metainfluence.lab.timing import Compiled
-from metainfluence.lab.train import Trained, train_many
+from metainfluence.lab.data import datasets, fewshot, sinusoid
+from metainfluence.lab.learn import learners, models
+from metainfluence.lab.learn.learners import Learner
+from metainfluence.lab.learn.timing import Compiled
+from metainfluence.lab.learn.train import Trained, train_many
 
 SINUSOID = "sinusoid"
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -24,7 +25,7 @@ class DataConfig:
     """Tasks of one dataset."""
 
     dataset: str = "digits"
-    """A name in metainfluence.lab.datasets, or sinusoid for regression."""
+    """A name in metainfluence.lab.data.datasets, or sinusoid for regression."""
     size: int | None = None
     """Height and width of the images; none for the dataset's own."""
     ways: int = 5
@@ -61,7 +62,7 @@ class HarmConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LearnerConfig:
-    """A meta-learner of metainfluence.lab.learners."""
+    """A meta-learner of metainfluence.lab.learn.learners."""
 
     kind: str = "implicit_head"
     """One of implicit_head, anil, maml, first_order_maml, meta_sgd, imaml, r2d2, protonet."""

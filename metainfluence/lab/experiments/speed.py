@@ -12,9 +12,9 @@ import metainfluence as mi
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.results import Result
 from metainfluence.lab.experiments.setting import SettingConfig, make
-from metainfluence.lab.plots import clean
-from metainfluence.lab.timing import Compiled
-from metainfluence.lab.train import training_steps
+from metainfluence.lab.learn.timing import Compiled
+from metainfluence.lab.learn.train import training_steps
+from metainfluence.lab.show.plots import clean
 
 
 @dataclasses.dataclass(frozen=True)

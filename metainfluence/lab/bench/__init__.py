@@ -1,0 +1,1 @@
+"""What `metainfluence bench` measures: a module or a package for each suite."""

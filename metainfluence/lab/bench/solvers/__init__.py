@@ -1,0 +1,1 @@
+"""Solvers, curvatures and dampings measured against exact answers."""

@@ -1,0 +1,160 @@
+"""Folders that `metainfluence train` writes: the configuration, checkpoints, and the trained meta-parameters."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import tyro
+
+from metainfluence.lab.commands import _parameters as parameters
+from metainfluence.lab.commands.config_files import ConfigError, as_arguments, load_toml
+from metainfluence.lab.commands.job import Job, of_function
+from metainfluence.lab.data import datasets, fewshot
+from metainfluence.lab.data.sources import FewShotSource
+from metainfluence.lab.experiments import setting
+from metainfluence.lab.learn import learners
+from metainfluence.lab.learn.learners import Learner
+from metainfluence.scoring._source import ids_of
+
+CONFIG, CHECKPOINTS, TRAINED = "train.toml", "checkpoints", "trained.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig(setting.DataConfig):
+    """Tasks of one image dataset."""
+
+    dataset: str = "digits"
+    """digits, which come with scikit-learn; or mnist, omniglot, cifar_fs, fc100, mini_imagenet, prepared beforehand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepsConfig:
+    """Meta-training by Adam, its learning rate falling to 0 along a cosine."""
+
+    learning_rate: float = 0.05
+    """At the first step."""
+    num_steps: int = 200
+    """Steps."""
+    tasks_per_step: int | None = None
+    """Tasks in each step's batch; none for all."""
+    save_every: int = 25
+    """Steps between two checkpoints, a multiple of 25."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Meta-train a learner on few-shot tasks, some damaged on purpose; the folder is what the other commands take."""
+
+    data: ImageConfig = dataclasses.field(default_factory=ImageConfig)
+    """Tasks."""
+    harm: setting.HarmConfig = dataclasses.field(default_factory=setting.HarmConfig)
+    """Damage."""
+    learner: setting.LearnerConfig = dataclasses.field(default_factory=setting.LearnerConfig)
+    """Learner."""
+    training: StepsConfig = dataclasses.field(default_factory=StepsConfig)
+    """Training."""
+    float64: bool = True
+    """Compute in float64."""
+    seed: int = 0
+    """Of the tasks, the damage and the initial parameters."""
+    out: Path = Path("train-output")
+    """Folder to write."""
+
+
+class Lists(NamedTuple):
+    """Tasks by their ids: those trained on, some damaged; the target's; and those of the test."""
+
+    dataset: datasets.Dataset
+    training: fewshot.FewShotTasks
+    held_out: fewshot.FewShotTasks
+    test: fewshot.FewShotTasks
+
+
+def read(folder: Path) -> TrainConfig:
+    """The configuration of a folder that `train` wrote.
+
+    Raises:
+      FileNotFoundError: it wrote none there.
+      ConfigError: the file makes no sense.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{folder}: expected a folder that `metainfluence train` wrote, got none with {CONFIG}")
+    arguments = as_arguments(load_toml(path), TrainConfig, path)
+    return dataclasses.replace(tyro.cli(TrainConfig, prog=str(path), args=arguments), out=folder)
+
+
+def lists(config: TrainConfig) -> Lists:
+    """Samples the tasks, and damages some of those that are trained on."""
+    data, harm, seed = config.data, config.harm, config.seed
+    dataset = datasets.load(data.dataset, size=data.size)
+    shape = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
+    training = fewshot.sample(dataset, "train", num_tasks=data.num_tasks, seed=seed, **shape)
+    held_out_pool, test_pool = setting.clean_pools(dataset, data.ways)
+    held_out = fewshot.sample_tasks(
+        dataset.labels, num_tasks=data.num_held_out, seed=seed + 1, pool=held_out_pool, **shape
+    )
+    test = fewshot.sample_tasks(dataset.labels, num_tasks=data.num_test, seed=seed + 2, pool=test_pool, **shape)
+    chosen = setting.harmful(harm, data.num_tasks, seed)
+    training = fewshot.flip_labels(training, chosen["flipped"], share=harm.flip_share, seed=seed)
+    training = fewshot.add_shortcut(training, chosen["shortcut"])
+    training = fewshot.add_noise(training, chosen["noise"], seed=seed)
+    for side, share in (("query", harm.query_examples), ("support", harm.support_examples)):
+        if share:
+            training = fewshot.flip_examples(training, share=share, seed=seed, side=side)
+    return Lists(dataset, training, held_out, test)
+
+
+def learner(config: TrainConfig, listed: Lists) -> tuple[Learner, Any]:
+    """The learner and the meta-parameters that it starts from."""
+    first = fewshot.materialize(fewshot.take(listed.training, 0), listed.dataset.images)
+    made = setting.make_learner(config.learner, first, config.data)
+    return made, made.init(jax.random.key(config.seed), first.support.images[0])
+
+
+def job_of(folder: Path) -> Job:
+    """What the commands after `train` work on.
+
+    Raises:
+      FileNotFoundError: no such folder, or training has not finished.
+      ValueError: files that make no sense.
+    """
+    config = read(folder)
+    if not (folder / TRAINED).exists():
+        raise FileNotFoundError(
+            f"{folder}: expected {TRAINED}, got a run that has not finished; "
+            f"go on with: metainfluence train --config {folder / CONFIG} --out {folder}"
+        )
+    jax.config.update("jax_enable_x64", config.float64)
+    listed = lists(config)
+    made, initial = learner(config, listed)
+    return Job(
+        problem=made.problem,
+        meta_params=parameters.load(folder / TRAINED, initial),
+        source=FewShotSource(listed.training, listed.dataset.images),
+        target_args=(fewshot.materialize(listed.held_out, listed.dataset.images),),
+        test=FewShotSource(listed.test, listed.dataset.images),
+        metric=learners.accuracy(made.problem),
+        metric_name="accuracy",
+        images=lambda side: side.images,
+    )
+
+
+def load(run: Path | None, problem: str | None) -> Job:
+    """The job of a folder that `train` wrote, or of a user's function.
+
+    Raises:
+      ConfigError: none or both are given, or the function cannot be found.
+      TypeError: it returns something else.
+      ValueError: a source that is none, see `scoring.Source`.
+    """
+    if (run is None) == (problem is None):
+        raise ConfigError(
+            "expected one of --run FOLDER, written by `metainfluence train`, and --problem MODULE:FUNCTION"
+        )
+    if run is not None and ":" in str(run) and not run.exists():
+        raise ConfigError(f"--run: expected a folder, got {str(run)!r}; did you mean --problem {run}?")
+    job = job_of(run) if run is not None else of_function(str(problem))
+    ids_of(job.source)
+    return job

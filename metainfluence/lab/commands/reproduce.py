@@ -1,0 +1,240 @@
+"""Experiments from TOML files, one by one or all of them, and the report on what they found."""
+
+import argparse
+import difflib
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, load_toml
+from metainfluence.lab.experiments import results, verdicts
+
+# experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.
+EXPERIMENTS = {
+    name: (f"metainfluence.lab.experiments.{name}", f"{name.capitalize()}Config")
+    for name in ("removal", "agreement", "depth", "conditioning", "speed")
+}
+SIZES = ("small", "full")
+PARTS = ("experiment", "common", *SIZES)
+REPORT = "README.md"
+
+
+def read(path: Path, size: str) -> tuple[str, dict[str, Any]]:
+    """Reads an experiment's file.
+
+    Args:
+      path: TOML with the keys `experiment`, and the tables `common`, `small` and `full`.
+      size: "small" or "full", whose table is laid over `common`.
+
+    Returns:
+      The experiment's name, and the fields of its configuration.
+
+    Raises:
+      ConfigError: a file that cannot be read or is no TOML, an unknown experiment or key, or a size that it lacks.
+    """
+    values = load_toml(path)
+    name = values.get("experiment")
+    if name not in EXPERIMENTS:
+        near = difflib.get_close_matches(str(name), EXPERIMENTS, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"{path}: experiment: expected one of {', '.join(EXPERIMENTS)}; got {name!r}; nearest is {near!r}"
+        )
+    for key, value in values.items():
+        if key not in PARTS:
+            near = difflib.get_close_matches(key, PARTS, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{path}: unknown key {key!r}; expected {', '.join(PARTS)}; nearest is {near!r}")
+        if key != "experiment" and not isinstance(value, dict):
+            raise ConfigError(f"{path}: {key}: expected a table, got {value!r}")
+    if size not in values:
+        raise ConfigError(f"{path}: expected a table [{size}], got {', '.join(values)}")
+    return str(name), merged(values.get("common", {}), values[size])
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """One table laid over another, down to single fields."""
+    both = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], dict) and isinstance(over[key], dict):
+            both[key] = merged(base[key], over[key])
+    return both
+
+
+def configured(path: Path, size: str, overrides: Sequence[str]) -> tuple[Any, Any]:
+    """The function that runs an experiment, and its configuration.
+
+    Raises:
+      ConfigError: as `read`; a field that there is not.
+      SystemExit: options that make no sense.
+    """
+    name, values = read(path, size)
+    module_name, kind = EXPERIMENTS[name]
+    module = importlib.import_module(module_name)
+    config = getattr(module, kind)
+    given = as_arguments(values, config, path)
+    parsed = tyro.cli(config, prog=f"metainfluence reproduce --config {path}", args=[*given, *overrides])
+    return module.run, parsed
+
+
+def compile_quickly() -> None:
+    """XLA's newer CPU emitters make compiling three times as slow, and these experiments compile more than they run."""
+    if version("jaxlib").startswith(("0.8", "0.9", "0.10")) and "xla_cpu_use_fusion_emitters" not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+
+def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
+    """Runs one experiment unless its results are there already.
+
+    Returns:
+      The folder with its results.
+
+    Raises:
+      ConfigError: as `configured`.
+      OtherConfigError: the folder holds results of another configuration.
+    """
+    run, config = configured(path, size, overrides)
+    folder = out / path.stem / size
+    if results.finished(folder, config):
+        say(f"{path.stem}, {size}: already in {folder}")
+        return folder
+    compile_quickly()
+    say(f"{path.stem}, {size}: {config.title}")
+    started = time.perf_counter()
+    # Retrainings are kept as they come, so that a run that was cut goes on where it was.
+    more = {"cache": folder / "cache"} if "cache" in inspect.signature(run).parameters else {}
+    found = run(config, **more)
+    seconds = time.perf_counter() - started
+    command = " ".join(["metainfluence reproduce --config", str(path), "--size", size, *overrides])
+    results.write(found, config, folder, title=config.title, command=command, seconds=seconds)
+    say(f"{path.stem}, {size}: {seconds:.0f} s, in {folder}")
+    return folder
+
+
+def show(path: Path, size: str, out: Path, overrides: Sequence[str]) -> None:
+    """Prints what `run_one` would run, and whether it is there already.
+
+    Raises:
+      ConfigError: as `configured`.
+      OtherConfigError: as `run_one`.
+    """
+    _, config = configured(path, size, overrides)
+    folder = out / path.stem / size
+    say(f"# {path}, {size}: {'already' if results.finished(folder, config) else 'would be'} in {folder}")
+    say(as_toml(config))
+
+
+def run_all(folder: Path, size: str, out: Path) -> int:
+    """Runs every experiment of a folder, each in a process of its own, and writes the report.
+
+    Returns:
+      How many failed; their messages are on standard error.
+    """
+    failed = 0
+    paths = experiment_files(folder)
+    for path in paths:
+        command = [sys.executable, "-m", "metainfluence", "reproduce", "--config", str(path), "--size", size]
+        done = subprocess.run([*command, "--out", str(out)], check=False)
+        failed += done.returncode != 0
+    report(paths, size, out)
+    say(f"Wrote {out / REPORT}; {len(paths) - failed} of {len(paths)} experiments are there")
+    return failed
+
+
+def experiment_files(folder: Path) -> list[Path]:
+    """The TOML files in a folder that name an experiment."""
+    named = re.compile(r"^experiment\s*=", re.MULTILINE)
+    return [path for path in sorted(folder.glob("*.toml")) if named.search(path.read_text(encoding="utf-8"))]
+
+
+def report(paths: Sequence[Path], size: str, out: Path) -> None:
+    """Writes one page of all results that are there, with what was promised of them first."""
+    sections, missing = [], []
+    for path in paths:
+        folder = out / path.stem / size
+        if not (folder / results.TABLE).exists():
+            missing.append(path.stem)
+            continue
+        text = (folder / results.TABLE).read_text(encoding="utf-8")
+        sections.append(text.replace(f"({results.PICTURE})", f"({path.stem}/{size}/{results.PICTURE})"))
+    lines = [
+        "# Results",
+        "",
+        f"Written by `metainfluence reproduce --all --size {size}`. Every section names the command that made it;",
+        "that command also leaves the rows behind the tables, as a Parquet file beside the picture.",
+        "",
+        *verdicts.lines(out, size),
+    ]
+    if missing:
+        lines += ["", f"Not run: {', '.join(missing)}."]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / REPORT).write_text("\n".join(lines) + "\n\n" + "\n".join(sections), encoding="utf-8")
+
+
+def say(text: str) -> None:
+    """Prints a line at once, also into a pipe."""
+    print(text, flush=True)  # noqa: T201
+
+
+def main(args: Sequence[str]) -> None:
+    """Parses the arguments of `metainfluence reproduce`.
+
+    Raises:
+      SystemExit: 0 after --help, 1 where an experiment of --all failed, 2 for arguments or files that make no sense.
+    """
+    parser = argparse.ArgumentParser(
+        prog="metainfluence reproduce",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=textwrap.fill(
+            "Run an experiment from its TOML file, or all of them, and write a Parquet of its rows, a picture, "
+            "a Markdown table and what it ran on. What is finished is not run again. Further options override the "
+            "experiment's fields, as --setting.training.num-steps 10; --config FILE --help lists them.",
+            100,
+        ),
+        epilog="Examples:\n  metainfluence reproduce --config configs/table_omniglot.toml\n"
+        "  metainfluence reproduce --config configs/speed.toml --dry-run\n  metainfluence reproduce --all",
+        add_help=False,
+    )
+    parser.add_argument("--config", type=Path, help="TOML file of one experiment")
+    parser.add_argument("--all", action="store_true", help="every experiment in --configs, and the report")
+    parser.add_argument("--report", action="store_true", help="only the report, of what is there")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of TOML files (default: configs)")
+    parser.add_argument("--size", choices=SIZES, default="small", help="small: minutes on two cores (default)")
+    parser.add_argument("--out", type=Path, default=Path("notebooks/results"), help="default: notebooks/results")
+    parser.add_argument("--dry-run", action="store_true", help="show the configurations and what is there; run nothing")
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="this text, or, with --config, the experiment's fields"
+    )
+    known, rest = parser.parse_known_args(list(args))
+    if known.help and known.config is None:
+        parser.print_help()
+        raise SystemExit(0)
+    if known.report and known.dry_run:
+        parser.error("expected --dry-run with --config or --all, got it with --report")
+    if (known.config is not None) + known.all + known.report != 1 or (rest and known.config is None):
+        parser.error("expected one of --config FILE, --all and --report; only --config takes further options")
+    try:
+        if known.report:
+            report(experiment_files(known.configs), known.size, known.out)
+        elif known.dry_run:
+            for path in experiment_files(known.configs) if known.all else [known.config]:
+                show(path, known.size, known.out, rest)
+        elif known.all:
+            if run_all(known.configs, known.size, known.out):
+                raise SystemExit(1)
+        else:
+            run_one(known.config, known.size, known.out, [*rest, *(["--help"] if known.help else [])])
+    except (ConfigError, results.OtherConfigError, FileNotFoundError) as error:
+        print(f"metainfluence reproduce: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from error
