@@ -131,6 +131,7 @@ def run(config: EditConfig) -> None:
         "gradient norm after each step": norms.tolist(),
         "steps kept": reached,
         "meta_params": fingerprint(job.meta_params),
+        "edited": fingerprint(edited.meta_params),
     }
     parameters.save(out / EDITED, edited.meta_params)
     write_atomically(out / CHANGE, json.dumps(change, indent=1, ensure_ascii=False).encode(errors="replace"))

@@ -68,6 +68,7 @@ def run(config: EvaluateConfig) -> None:
     found: dict[str, Any] = {
         "metric": "query loss" if job.metric is None else job.metric_name,
         "test_tasks": len(before),
+        "edited": fingerprint(edited),
         **{
             name: dict(zip(("mean", "half_width"), mean_interval(values), strict=True)) for name, values in rows.items()
         },
