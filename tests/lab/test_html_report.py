@@ -15,6 +15,7 @@ from metainfluence.lab.commands import report
 from metainfluence.lab.data.places import Place
 from metainfluence.lab.show import html_report
 from metainfluence.lab.show.gallery import LARGEST, Shown, gallery
+from metainfluence.lab.show.page_data import Measured, ranked
 
 HOSTILE = "<script>window.hurt = 1</script>"
 IMAGE = '"><img src=x onerror="window.hurt = 1">'
@@ -78,7 +79,7 @@ def hostile():
     table = table_of(labels=labels, run=run, skipped=[[3, HOSTILE]])
     task = np.array([f"{HOSTILE}{k // 4}" for k in range(24)], object)
     table = mi.scoring.ScoreTable(task, table.role, table.example, table.score, table.labels, table.metadata)
-    measured = html_report.Measured("task", 2, -1.0, f"</pre>{HOSTILE}")
+    measured = Measured("task", 2, -1.0, f"</pre>{HOSTILE}")
     return html_report.page(table, example=lambda row: Shown(text=f"</pre>{HOSTILE}{IMAGE}{row}"), measured=measured)
 
 
@@ -276,7 +277,7 @@ def test_images_that_are_none():
 
 
 def written(folder, table, **changes):
-    worst = [str(table.task[row]) for row in html_report.ranked(table, "task")[:2]]
+    worst = [str(table.task[row]) for row in ranked(table, "task")[:2]]
     change = {"removed": worst, "role": "task", "target before": 1.0, "target after": 0.75}
     change |= {"meta_params": "these", "edited": "those", **changes}
     (folder / "edited.json").write_text(json.dumps(change))
@@ -286,7 +287,7 @@ def test_what_was_measured_is_that_of_these_scores(tmp_path):
     table = table_of(run={"meta_params": "these"})
     assert report.measured(tmp_path, table) is None
     written(tmp_path, table)
-    assert report.measured(tmp_path, table) == html_report.Measured("task", 2, -0.25)
+    assert report.measured(tmp_path, table) == Measured("task", 2, -0.25)
     number = {"mean": 0.5, "half_width": 0.125}
     found = {"metric": "accuracy", "test_tasks": 7, "before": number, "after": number, "after - before": number}
     (tmp_path / "evaluation.json").write_text(json.dumps({**found, "edited": "those"}))
@@ -361,7 +362,7 @@ def table():
 
 @pytest.fixture(scope="module")
 def pictures(table):
-    measured = html_report.Measured("task", 1, -0.125, "Accuracy on 7 test tasks: 0.5 → 0.6.")
+    measured = Measured("task", 1, -0.125, "Accuracy on 7 test tasks: 0.5 → 0.6.")
 
     def example(row):
         images = np.full((1, 8, 8), row / 24)
@@ -372,9 +373,9 @@ def pictures(table):
 
 def test_a_click_leads_from_a_task_to_its_examples(browser, pictures, table, tmp_path):
     opened(browser, pictures, tmp_path)
-    worst = html_report.ranked(table, "task")[0]
+    worst = ranked(table, "task")[0]
     cards = browser.find_elements("css selector", "#harmful .card")
-    assert [card.text.splitlines()[0] for card in cards][0] == f"Task {table.task[worst]}"
+    assert cards[0].text.splitlines()[0] == f"Task {table.task[worst]}"
     detail = browser.find_element("id", "detail")
     assert not detail.is_displayed()
     cards[0].click()
@@ -396,7 +397,7 @@ def test_a_click_leads_from_a_task_to_its_examples(browser, pictures, table, tmp
     # From the list of all tasks as well.
     browser.find_elements("css selector", "#ranking .go")[-1].click()
     assert detail.is_displayed()
-    assert f"Task {table.task[html_report.ranked(table, 'task')[-1]]}" in detail.text
+    assert f"Task {table.task[ranked(table, 'task')[-1]]}" in detail.text
 
 
 def test_support_and_query_stand_side_by_side_on_the_first_screen(browser, pictures, tmp_path):

@@ -17,12 +17,13 @@ from metainfluence.lab.commands.evaluate import EVALUATION
 from metainfluence.lab.data.places import locator
 from metainfluence.lab.show import html_report
 from metainfluence.lab.show.gallery import Shown, gallery
+from metainfluence.lab.show.page_data import ROLES, Measured, ranked
 from metainfluence.lab.show.printing import say
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """Write scores, the worst and the best tasks with their examples, and diagnostics as one HTML page without a network."""
+    """Write scores, the worst and the best tasks with their examples, and diagnostics as one HTML page."""
 
     scores: Path | None = None
     """Score file of `metainfluence score`."""
@@ -69,7 +70,7 @@ def run(config: ReportConfig) -> None:
     say(f"Wrote {out}, {len(page) / 1e6:.1f} MB: {kind}")
 
 
-def measured(folder: Path, table: mi.scoring.ScoreTable) -> html_report.Measured | None:
+def measured(folder: Path, table: mi.scoring.ScoreTable) -> Measured | None:
     """What `edit` and `evaluate` measured without the worst of a role; None where they did not, or of other scores.
 
     Raises:
@@ -80,9 +81,9 @@ def measured(folder: Path, table: mi.scoring.ScoreTable) -> html_report.Measured
     if change is None or not isinstance(run, dict) or change.get("meta_params") != run.get("meta_params"):
         return None
     role, removed = change.get("role"), change.get("removed")
-    if role not in html_report.ROLES or not isinstance(removed, list):
+    if role not in ROLES or not isinstance(removed, list):
         return None
-    worst = html_report.ranked(table, role)[: len(removed)].tolist()
+    worst = ranked(table, role)[: len(removed)].tolist()
     names = {str(table.task[row]) + ("" if role == "task" else f":{table.example[row]}") for row in worst}
     if names != set(map(str, removed)):
         return None
@@ -97,11 +98,10 @@ def measured(folder: Path, table: mi.scoring.ScoreTable) -> html_report.Measured
         if len(rows) == 3:
             before, later, by = (_finite(place, rows[name], "mean") for name in rows)
             half = _finite(place, rows["after - before"], "half_width")
-            after = (
-                f"{str(found.get('metric')).capitalize()} on {found.get('test_tasks')} test tasks: {before:.4f} → {later:.4f} "
-                f"({by:+.4f} ± {half:.4f})."
-            )
-    return html_report.Measured(role, len(removed), target, after)
+            metric = str(found.get("metric")).capitalize()
+            went = f"{before:.4f} → {later:.4f} ({by:+.4f} ± {half:.4f})"
+            after = f"{metric} on {found.get('test_tasks')} test tasks: {went}."
+    return Measured(role, len(removed), target, after)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -13,8 +13,9 @@ from metainfluence.lab.data import fewshot
 class FewShotSource(fewshot.TaskSource):
     """Single tasks in host memory, and the columns that their score file has besides the scores.
 
-    Columns: `example`, the examples' ids in the dataset; `label`, the class as the learner is told it, of a task all of its
-    classes; `harm`, what was done to the task; `label_flipped`, whether this example's label was replaced, null for a task.
+    Columns: `example`, the examples' ids in the dataset; `label`, the class as the learner is told it, of a task all
+    of its classes; `harm`, what was done to the task; `label_flipped`, whether this example's label was replaced, null
+    for a task.
 
     Args:
       tasks: T tasks.

@@ -38,7 +38,7 @@ def gallery(
       source: the tasks.
       place: (row) -> where its datum is in the source.
       images: (a task's support or query) -> [n, H, W] or [n, H, W, C] from 0 to 1; None for data that are no images.
-      text: (a task's support or query) -> a string for each example; None for what its leaves hold, where that is short.
+      text: (a task's support or query) -> a string for each example; None for what its short leaves hold.
 
     Raises:
       ValueError: when called, for images of a shape that no picture has, or other than one text for each example.

@@ -2,7 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const roles = Object.fromEntries(data.roles.map((role) => [role.name, { ...role, worst: floats(role.worst) }]));
 const PLURAL = { task: "tasks", support: "support examples", query: "query examples" };
-const PAGE = 60, CARDS = 6, FEW = 10; // FEW as in html_report.py
+const PAGE = 60, CARDS = 6, FEW = 10; // FEW as in page_data.py
 const lists = { task: asList(data.tasks), support: asList(data.examples.support), query: asList(data.examples.query) };
 const shown = new Set(data.shown);
 let role = "task", sorted = [], sortedBy = { column: 0, direction: 1 }, visible = PAGE;
