@@ -154,7 +154,7 @@ def job_of(folder: Path) -> Job:
     return Job(
         problem=made.problem,
         meta_params=parameters.load(folder / TRAINED, initial),
-        source=FewShotSource(listed.training, listed.dataset.images),
+        source=FewShotSource(listed.training, listed.dataset.images, listed.dataset.class_names),
         target_args=(fewshot.materialize(listed.held_out, listed.dataset.images),),
         test=FewShotSource(listed.test, listed.dataset.images),
         metric=learners.accuracy(made.problem),

@@ -15,8 +15,7 @@ import optax
 
 import metainfluence as mi
 from metainfluence._chunks import Chunks
-from metainfluence._disk import of_arrays
-from metainfluence.files import write_atomically
+from metainfluence._disk import of_arrays, write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
@@ -137,6 +136,7 @@ def run(config: EditConfig) -> None:
         "gradient norm after each step": norms.tolist(),
         "steps kept": reached,
         "meta_params": of_arrays(job.meta_params),
+        "edited": of_arrays(edited.meta_params),
     }
     parameters.save(out / EDITED, edited.meta_params)
     write_atomically(out / CHANGE, json.dumps(change, indent=1, ensure_ascii=False).encode(errors="replace"))

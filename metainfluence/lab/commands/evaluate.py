@@ -10,9 +10,8 @@ import jax
 import numpy as np
 
 import metainfluence as mi
-from metainfluence._disk import of_arrays
+from metainfluence._disk import of_arrays, write_atomically
 from metainfluence.evaluation import bootstrap, roc_auc
-from metainfluence.files import write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
@@ -69,6 +68,7 @@ def run(config: EvaluateConfig) -> None:
     found: dict[str, Any] = {
         "metric": "query loss" if job.metric is None else job.metric_name,
         "test_tasks": len(before),
+        "edited": of_arrays(edited),
         **{
             name: dict(zip(("mean", "half_width"), mean_interval(values), strict=True)) for name, values in rows.items()
         },

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ class Job(NamedTuple):
       metric: (meta_params, stacked tasks) -> one number per task, which `evaluate` compares; None for the query loss.
       metric_name: of that number.
       images: (a task's support or query) -> [n, H, W] or [n, H, W, 3] from 0 to 1, for the report; None without any.
+      text: (a task's support or query) -> a string for each example, for the report of data that are no images; None
+        for the numbers of short leaves, or the examples' ids.
     """
 
     problem: mi.Bilevel
@@ -41,6 +43,7 @@ class Job(NamedTuple):
     metric: Callable[[Any, mi.Task], Any] | None = None
     metric_name: str = "metric"
     images: Callable[[Any], Any] | None = None
+    text: Callable[[Any], Sequence[str]] | None = None
 
     def stacked(self) -> mi.Task:
         """All training tasks; half-precision data in float32, as `scoring.score` takes them."""

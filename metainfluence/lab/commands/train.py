@@ -9,7 +9,7 @@ import jax
 import optax
 
 import metainfluence as mi
-from metainfluence.files import write_atomically
+from metainfluence._disk import write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands._runs import CHECKPOINTS, CONFIG, TRAINED, TrainConfig

@@ -1,90 +1,46 @@
-"""A score file as one HTML page: ranking, pictures, diagnostics, and what was run. It loads nothing and trusts nothing.
+"""A score file as one HTML page that loads nothing and trusts nothing.
 
-Whatever comes from the file is escaped, and the page's own policy lets no script run but the one whose hash it names.
+What comes from the file is escaped, and the page's own policy lets no script run but the one whose hash it names. All
+tasks are in the page, by their scores as packed floats; pictures are those of the worst and the best tasks.
 """
 
 import base64
 import hashlib
 import html
-import io
 import json
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 import metainfluence as mi
-from metainfluence.lab.data.places import Place
+from metainfluence.lab.show.gallery import Shown
+from metainfluence.lab.show.page_data import Measured, cell, packed
 from metainfluence.lab.show.printing import facts
-from metainfluence.scoring import Source
 from metainfluence.scoring._table import info_of
 from metainfluence.trust import remedy
-
-ROLES = ("task", "support", "query")
-LONGEST_CELL = 200
-EXAMPLES_PER_TASK = 5
-
-
-class Gallery(NamedTuple):
-    """Where pictures come from.
-
-    Attributes:
-      source: the tasks.
-      images: (a task's support or query) -> [n, H, W] or [n, H, W, C] from 0 to 1.
-      place: (row of the score file) -> where its datum is in the source.
-    """
-
-    source: Source
-    images: Callable[[Any], Any]
-    place: Callable[[int], Place]
-
-    def pictures(self, row: int) -> str:
-        """An example, or some of a task's query examples, as the learner sees them.
-
-        Raises:
-          ValueError: images of a shape that no picture has.
-        """
-        task, side, example = self.place(row)
-        single = self.source[task]
-        side = side or "query"
-        mask = getattr(single, f"{side}_mask")
-        images = np.asarray(self.images(getattr(single, side)))
-        images = images if mask is None else images[np.asarray(mask)]
-        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3)):
-            raise ValueError(f"images: expected [n, H, W] or [n, H, W, 3], got shape {images.shape}")
-        if example is None:
-            few = np.unique(np.linspace(0, len(images) - 1, EXAMPLES_PER_TASK).astype(int))
-            return "".join(_img(images[k]) for k in few)
-        if example is None or example >= len(images):
-            raise ValueError(f"scores: expected {len(images)} {side} examples in task {task}, got more")
-        return _img(images[example])
-
-
-def _img(pixels: np.ndarray) -> str:
-    levels = np.clip(np.nan_to_num(pixels) * 255, 0, 255).round().astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(levels[..., 0] if levels.ndim == 3 and levels.shape[-1] == 1 else levels).save(buffer, "PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def page(
     table: mi.scoring.ScoreTable,
     *,
-    title: str,
-    most: int = 200,
-    gallery: Gallery | None = None,
+    title: str | None = None,
+    most: int = 24,
+    example: Callable[[int], Shown] | None = None,
+    measured: Measured | None = None,
     meta_params: Any = None,
 ) -> str:
     """The page.
 
     Args:
       table: as read from a score file.
-      title: of the page.
-      most: rows of each role that are shown, half of them from either end of the ranking.
-      gallery: for pictures; None for none.
+      title: of the page; None for what the file says it is about.
+      most: tasks that are shown with their examples, half of them from either end of the ranking; and so of single
+        examples.
+      example: (row about an example) -> its picture or text; None for none.
+      measured: without the worst, beside what is predicted.
       meta_params: λ, to which its distance from stationarity is then relative.
 
     Raises:
@@ -93,18 +49,19 @@ def page(
     folder = files("metainfluence.lab.show") / "page"
     script, style = ((folder / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     template = string.Template((folder / "page.html").read_text(encoding="utf-8"))
-    shown = chosen(table, most)
+    info, budget = told(table.metadata, meta_params)
     return template.substitute(
-        title=_text(title),
+        title=_text(subject(table) if title is None else title),
         script=script,
         style=style,
         script_hash=_hash(script),
         style_hash=_hash(style),
-        summary="".join(f"<p>{line}</p>" for line in summary(table, shown, gallery)),
-        diagnostics=diagnostics(table.metadata, meta_params),
-        headings=headings(table, gallery),
-        rows="".join(rows(table, shown, gallery)),
+        verdict=_text(verdict(table, info, budget)),
+        judged="good" if believed(info, budget) else "bad",
+        estimator=_text(estimator(table.metadata, info)),
+        diagnostics=diagnostics(table.metadata, info, budget, meta_params is not None),
         ran=ran(table.metadata),
+        data=html.escape(json.dumps(packed(table, most, example, measured), ensure_ascii=False), quote=False),
     )
 
 
@@ -114,78 +71,95 @@ def _hash(content: str) -> str:
 
 def _text(value: Any) -> str:
     """Anything as text that cannot be markup."""
-    if value is None or value is np.ma.masked:
-        return "–"
-    written = str(value)
-    return html.escape(written if len(written) <= LONGEST_CELL else f"{written[:LONGEST_CELL]} …")
+    return html.escape(cell(value))
 
 
-def chosen(table: mi.scoring.ScoreTable, most: int) -> np.ndarray:
-    """Rows that are shown, by role and rank, as [(row, rank)]."""
-    found = []
-    for role in ROLES:
-        rows = np.flatnonzero(table.role == role)
-        order = rows[np.argsort(table.score[rows], kind="stable")]
-        ranks = np.arange(len(order))
-        keep = (ranks < (most + 1) // 2) | (ranks >= len(order) - most // 2)
-        found.append(np.stack([order[keep], ranks[keep] + 1], axis=1))
-    return np.concatenate(found)
-
-
-def summary(table: mi.scoring.ScoreTable, shown: np.ndarray, gallery: Gallery | None) -> Iterator[str]:
-    """What there is, in sentences."""
-    counts = {role: int(np.sum(table.role == role)) for role in ROLES}
-    harmful = {role: int(np.sum((table.role == role) & (table.score < 0))) for role in ROLES}
-    yield (
-        f"{counts['task']} tasks, {counts['support']} support and {counts['query']} query examples were scored; "
-        f"removing any one of {harmful['task']} tasks, {harmful['support']} support and {harmful['query']} query "
-        "examples is predicted to lower the target."
-    )
-    yield (
-        "A score is the predicted change of the target when the datum is removed: positive, it helps; negative, it "
-        "harms. Ranks count from the most harmful datum of a role."
-    )
-    if len(shown) < len(table.score):
-        yield f"Shown are {len(shown)} of {len(table.score)} rows, from both ends of each role's ranking."
-
-    if gallery:
-        yield f"Pictures are what the learner saw; those of a task are up to {EXAMPLES_PER_TASK} of its query examples."
-
-
-def headings(table: mi.scoring.ScoreTable, gallery: Gallery | None) -> str:
-    """The heading cells; a click sorts."""
-    names = ["rank", "role", "task", "example", "score", *table.labels]
-    cells = [f'<th aria-sort="none"><button type="button">{_text(name)}</button></th>' for name in names]
-    return "".join([*cells, "<th>picture</th>"] if gallery else cells)
-
-
-def rows(table: mi.scoring.ScoreTable, shown: np.ndarray, gallery: Gallery | None) -> Iterator[str]:
-    """The body's rows."""
-    for row, rank in shown.tolist():
-        score = float(table.score[row])
-        kind = "harms" if score < 0 else "helps"
-        cells = [
-            f'<td class="number">{rank}</td>',
-            *(f"<td>{_text(column[row])}</td>" for column in (table.role, table.task, table.example)),
-            f'<td class="number {kind}" data-value="{score!r}">{score:+.3e}</td>',
-            *(f"<td>{_text(column[row])}</td>" for column in table.labels.values()),
-        ]
-        if gallery:
-            cells.append(f'<td class="picture">{gallery.pictures(row)}</td>')
-        yield f"<tr>{''.join(cells)}</tr>\n"
-
-
-def diagnostics(metadata: Mapping[str, Any], meta_params: Any) -> str:
-    """What the solve says of itself, and which error dominates.
+def told(metadata: Mapping[str, Any], meta_params: Any) -> tuple[mi.SolveInfo, mi.ErrorBudget]:
+    """What the solve says of itself, and its budget of errors.
 
     Raises:
       ValueError: no report on a solve.
     """
     try:
         info = info_of(metadata["solve"])
-        budget, told = mi.error_budget(info, meta_params), facts(info)
+        facts(info)
+        return info, mi.error_budget(info, meta_params)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"scores: expected a report on the solve in the file's metadata, got {error}") from error
+
+
+def subject(table: mi.scoring.ScoreTable) -> str:
+    """What the page is about."""
+    count = int(np.sum(table.role == "task"))
+    run: Any = table.metadata.get("run")
+    try:
+        name = str(run["training"]["data"]["dataset"])
+    except (LookupError, TypeError):
+        name = ""
+    return f"Which of {count} {name + ' ' if name else ''}tasks help, and which harm"
+
+
+def believed(info: mi.SolveInfo, budget: mi.ErrorBudget) -> bool:
+    """Whether the solve converged and no source of error is above a tenth."""
+    worst = getattr(budget, budget.dominant)
+    return int(info.status) == mi.SolveStatus.CONVERGED and bool(budget.min_curvature > 0) and bool(worst <= 0.1)
+
+
+def verdict(table: mi.scoring.ScoreTable, info: mi.SolveInfo, budget: mi.ErrorBudget) -> str:
+    """What was found, and whether to believe it, in one sentence."""
+    scores = table.score[table.role == "task"]
+    harmful = scores[scores < 0]
+    if len(harmful):
+        found = (
+            f"{len(harmful)} of {len(scores)} tasks harm, and without them the target is predicted to change by "
+            f"{signed(float(harmful.sum()))}"
+        )
+    else:
+        found = f"None of {len(scores)} tasks harms"
+    worst = float(getattr(budget, budget.dominant))
+    source = {
+        "outer_residual": "the unfinished solve",
+        "precision": "rounding",
+        "inner_residual": "tasks that are not adapted to the end",
+        "outer_stationarity": "λ that is not trained to the end",
+    }.get(budget.dominant, budget.dominant)
+    if int(info.status) != mi.SolveStatus.CONVERGED:
+        return f"{found}; do not believe it: the solve failed."
+    if not budget.min_curvature > 0:
+        return f"{found}; do not believe the numbers: λ is no minimum along a direction that the solve met."
+    if believed(info, budget):
+        return f"{found}; believe it: no source of error that was looked for is above {max(worst, 1e-9):.1g}."
+    return f"{found}; believe the order rather than the numbers: {source} may shift them by {worst:.1g}, relatively."
+
+
+def signed(value: float) -> str:
+    """A number as the page's script writes it."""
+    digits, _, power = f"{abs(value):.2e}".partition("e")
+    return f"{'−' if value < 0 else '+'}{digits}e{int(power)}".replace("e-", "e−")
+
+
+def estimator(metadata: Mapping[str, Any], info: mi.SolveInfo) -> str:
+    """Which estimator the scores are by, and why."""
+    run: Any = metadata.get("run")
+    asked = run.get("score") if isinstance(run, Mapping) else None
+    asked = asked if isinstance(asked, Mapping) else {}
+    named = metadata.get("estimator")
+    if isinstance(named, str):
+        return f"Estimator: {named}."
+    parts = [f"{asked.get('curvature', 'the file does not say which')} curvature"]
+    if "solver" in asked:
+        parts.append(f"solver {asked['solver']}")
+    if info.damping is not None:
+        chosen = " by the rule" if asked.get("damping") == "auto" else ""
+        parts.append(f"damping {float(info.damping):.1e}{chosen}")
+    why = ""
+    if info.outer_gradient_norm is not None:
+        why = f", which takes λ for a minimum of F; ‖D_λF‖ is {float(info.outer_gradient_norm):.1e}"
+    return f"Estimator: the response of an optimum ({', '.join(parts)}){why}."
+
+
+def diagnostics(metadata: Mapping[str, Any], info: mi.SolveInfo, budget: mi.ErrorBudget, relative: bool) -> str:
+    """What the solve says of itself, and which error dominates."""
     terms = [
         ("unfinished solve", budget.outer_residual, "bound on the solution's relative error by its residual"),
         ("rounding", budget.precision, "estimate of what the precision leaves"),
@@ -193,20 +167,19 @@ def diagnostics(metadata: Mapping[str, Any], meta_params: Any) -> str:
         (
             "distance from stationarity",
             budget.outer_stationarity,
-            f"bound on the distance to the optimum presumed, {'not ' if meta_params is None else ''}relative to ‖λ‖",
+            f"bound on the distance to the optimum presumed, {'' if relative else 'not '}relative to ‖λ‖",
         ),
     ]
     good = int(info.status) == mi.SolveStatus.CONVERGED
-    verdict = "The solve converged." if good else f"The solve failed: {remedy(info)}."
-    lines = [(name, value, meaning) for name, value, meaning in told]
+    line = "The solve converged." if good else f"The solve failed: {remedy(info)}."
     errors = [(name, f"{value:.1e}", meaning) for name, value, meaning in terms]
     skipped = metadata.get("skipped")
     left_out = "".join(f"<li>{_text(each)}</li>" for each in skipped) if isinstance(skipped, list) else ""
     return "".join(
         [
-            f'<p class="{"good" if good else "bad"}">{_text(verdict)}</p>',
+            f'<p class="{"good" if good else "bad"}">{_text(line)}</p>',
             f"<p>Error budget: {html.escape(budget.advice)}.</p>",
-            _table(lines),
+            _table(facts(info)),
             "<h3>Error budget, by source</h3>",
             _table(errors),
             f"<h3>Tasks left out</h3><ul>{left_out}</ul>" if left_out else "",
@@ -221,5 +194,5 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 def ran(metadata: Mapping[str, Any]) -> str:
     """What the file says of how it was made, all of it."""
-    told = {name: value for name, value in metadata.items() if name not in ("solve", "skipped")}
-    return html.escape(json.dumps(told, indent=2, ensure_ascii=False))
+    kept = {name: value for name, value in metadata.items() if name not in ("solve", "skipped")}
+    return html.escape(json.dumps(kept, indent=2, ensure_ascii=False))
