@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
@@ -16,6 +15,7 @@ from metainfluence import solvers, subspace
 from metainfluence._checks import check_positive, concrete, maker
 from metainfluence.curvature import Curvature
 from metainfluence.data import Task, Weights, name_not_finite
+from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel
 from metainfluence.response import RANK, Damping, Options, checked, rule, target_gradient
 from metainfluence.solvers import SolveInfo
@@ -215,10 +215,11 @@ def sweep(
                 num_matvecs=info.num_matvecs[0],
                 relative_residual=relative,
                 min_curvature=smallest + damping,
-                outer_gradient_norm=optax.tree.norm(point.gradient),
+                outer_gradient_norm=flat_norm(point.gradient),
                 inner_gradient_norm=point.inner_gradient_norm,
                 effective_curvature=scale / jnp.where(length > 0, length, 1),
                 damping=damping,
+                meta_params_norm=flat_norm(meta_params),
             )
             direction = operator.domain.unravel(solution)
             return jax.tree.map(jnp.multiply, resolved, point.mixed_transposed(direction)), report

@@ -28,6 +28,7 @@ from metainfluence.response._response import removal_scores as removal_scores
 from metainfluence.response._response import scores as scores
 from metainfluence.response._segments import Segments as Segments
 from metainfluence.response._segments import SegmentsInfo as SegmentsInfo
+from metainfluence.response._segments import problems_of_segments as problems_of_segments
 from metainfluence.response._segments import segments as segments
 from metainfluence.response._sums import Expansion as Expansion
 from metainfluence.response._sums import Pull as Pull
@@ -46,7 +47,7 @@ from metainfluence.response._target import name_target_not_finite as name_target
 from metainfluence.response._target import target_gradient as target_gradient
 from metainfluence.response._trajectory import RunInfo as RunInfo
 from metainfluence.response._trajectory import Trajectory as Trajectory
-from metainfluence.response._trajectory import problems_of as problems_of
+from metainfluence.response._trajectory import problems_of_run as problems_of_run
 from metainfluence.response._trajectory import trajectory as trajectory
 
 __all__ = ["Influence", "Optimum", "OptimumInfo", "Response", "Scores", "optimum", "scores"]

@@ -32,12 +32,14 @@ class OptimumInfo(NamedTuple):
       inner_gradient_norm: max over tasks of ‖∂_θ L_in‖, see `SolveInfo`.
       damping: what was added to every eigenvalue of H.
       num_matvecs: products with H that the choice of the damping took.
+      meta_params_norm: ‖λ‖.
     """
 
     outer_gradient_norm: Float[Array, ""]
     inner_gradient_norm: Float[Array, ""]
     damping: Float[Array, ""]
     num_matvecs: Int[Array, ""]
+    meta_params_norm: Float[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -137,6 +139,7 @@ def _with_point(info: SolveInfo, at: OptimumInfo) -> SolveInfo:
         outer_gradient_norm=jnp.broadcast_to(at.outer_gradient_norm, shape),
         inner_gradient_norm=jnp.broadcast_to(at.inner_gradient_norm, shape),
         damping=jnp.broadcast_to(at.damping, shape),
+        meta_params_norm=jnp.broadcast_to(at.meta_params_norm, shape),
     )
 
 
@@ -274,7 +277,7 @@ def optimum_at(options: Options, meta_params: PyTree, tasks: Task, weights: Weig
     name_not_finite(norm, tasks, "tasks")
     about = (expansion.gradient, meta_params)
     damping, state, matvecs = _prepared(options.solver, options.damping, expansion.operator, about)
-    info = OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs))
+    info = OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs), flat_norm(meta_params))
     return Optimum(expansion, info, state, options.solver, chunks.vectors)
 
 
@@ -284,7 +287,8 @@ def solve_once(options: Options, expansion: Expansion, rhs: PyTree) -> tuple[PyT
     name_not_finite(norm, expansion.tasks, "tasks")
     about = (expansion.gradient, expansion.meta_params)
     solution, info, damping, matvecs = solve_alone(options.solver, options.damping, expansion.operator, about, rhs)
-    return solution, _with_point(info, OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs)))
+    at = OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs), flat_norm(expansion.meta_params))
+    return solution, _with_point(info, at)
 
 
 def solve_alone(

@@ -331,7 +331,7 @@ def _leading(name: str, tree: PyTree, like: PyTree) -> bool:
     return False
 
 
-def problems_of(info: SegmentsInfo) -> list[str]:
+def problems_of_segments(info: SegmentsInfo) -> list[str]:
     """What is wrong with an answer of `Segments`, in words; empty where nothing is. For use outside jit."""
     found, status = [], np.asarray(info.status)
     if np.any(status == SolveStatus.NONFINITE):

@@ -285,7 +285,7 @@ def _check_keep(keep: Any, store: str) -> None:
         raise ValueError('keep: expected "auto", "sqrt" or a positive integer, since "all" is for store="device"')
 
 
-def problems_of(info: RunInfo) -> list[str]:
+def problems_of_run(info: RunInfo) -> list[str]:
     """What is wrong with a run's derivative, in words; empty where nothing is. For use outside jit."""
     found = []
     first = int(info.first_nonfinite_step)

@@ -359,7 +359,9 @@ class _Run:
         name_target_not_finite(rhs, self.target_args)
         solution, info = self.solved(operator, memorised, slope, rhs, store, report)
         info = info._replace(
-            outer_gradient_norm=flat_norm(slope.gradient), inner_gradient_norm=slope.inner_gradient_norm
+            outer_gradient_norm=flat_norm(slope.gradient),
+            inner_gradient_norm=slope.inner_gradient_norm,
+            meta_params_norm=flat_norm(self.meta_params),
         )
         given = {name: np.asarray(value) for name, value in info._asdict().items() if value is not None}
         store.write("solution", 0, {"solution": np.asarray(solution), **_packed("info", given)})

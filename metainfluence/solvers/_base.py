@@ -68,6 +68,9 @@ class SolveInfo(NamedTuple):
         it bounds the solution's error.
       choice: what `auto` chose, see `Choice`; None from other solvers.
       damping: what was added to every eigenvalue of H; None from a solver alone.
+      meta_params_norm: ‖λ‖, to which distances in λ compare; None from a solver alone.
+      flat_directions: dimensions along which H is zero to working precision. The solution is the one of least norm, and
+        a right-hand side with a part along them leaves a residual. None where a solver does not look for them.
     """
 
     status: Int[Array, "..."]
@@ -79,6 +82,8 @@ class SolveInfo(NamedTuple):
     effective_curvature: Float[Array, "..."] | None = None
     choice: Int[Array, "..."] | None = None
     damping: Float[Array, "..."] | None = None
+    meta_params_norm: Float[Array, "..."] | None = None
+    flat_directions: Int[Array, "..."] | None = None
 
     def __repr__(self) -> str:
         """The fields, with the names of codes."""
@@ -110,12 +115,15 @@ class Outcome(NamedTuple):
       num_matvecs: products used so far.
       min_curvature: smallest Rayleigh quotient or eigenvalue seen.
       failure: the status if the solve did not converge.
+      flat_directions: dimensions along which H is zero to working precision and the solution therefore 0; None where
+        the solver does not look for them.
     """
 
     solution: Float[Array, " size"]
     num_matvecs: Any
     min_curvature: Any
     failure: Any = SolveStatus.MAX_STEPS
+    flat_directions: Any = None
 
 
 class Iteration(NamedTuple):

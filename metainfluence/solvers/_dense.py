@@ -91,19 +91,29 @@ def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
         values, vectors = _lapack.eigh(0.5 * (rows + rows.T))
         return _Eigen(values, vectors.T, jnp.zeros_like(values), jnp.ones_like(values, bool), rows)
 
-    def solve(operator: Operator, state: _Eigen, rhs: Array) -> Outcome:
-        smallest = state.values[0] + operator.shift
-        values = jnp.where(turn(smallest), jnp.abs(state.values), state.values) + operator.shift
+    def flat(values: Array) -> Array:
+        """Which eigenvalues rounding cannot tell from zero."""
         size = jnp.abs(values)
-        zero = size <= _rounding(operator.size, rhs.dtype) * jnp.max(size)
+        return size <= _rounding(len(values), values.dtype) * jnp.max(size)
+
+    def smallest_of(operator: Operator, state: _Eigen) -> Array:
+        """The smallest eigenvalue that is not zero; 0 where all are."""
+        values = state.values + operator.shift
+        least = jnp.min(jnp.where(flat(values), jnp.inf, values))
+        return jnp.where(jnp.isfinite(least), least, values[0])
+
+    def solve(operator: Operator, state: _Eigen, rhs: Array) -> Outcome:
+        smallest = smallest_of(operator, state)
+        values = jnp.where(turn(smallest), jnp.abs(state.values), state.values) + operator.shift
+        zero = flat(values)
         inverse = jnp.where(zero, 0, 1 / jnp.where(zero, 1, values))
         solution = _matmul(inverse * _matmul(state.vectors, rhs), state.vectors)
         finite = jnp.all(jnp.isfinite(solution))
         failure = jnp.where(finite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.NONFINITE))
-        return Outcome(solution, operator.size, smallest, failure)
+        return Outcome(solution, operator.size, smallest, failure, jnp.sum(zero, dtype=jnp.int32))
 
     def multiply(operator: Operator, state: _Eigen, vector: Array) -> Array:
-        extra = jnp.where(turn(state.values[0] + operator.shift), jnp.maximum(-2 * state.values, 0), 0)
+        extra = jnp.where(turn(smallest_of(operator, state)), jnp.maximum(-2 * state.values, 0), 0)
         return _by_rows(operator, state, vector) + _matmul(extra * _matmul(state.vectors, vector), state.vectors)
 
     def explore(operator: Operator, rank: int) -> tuple[_Eigen, RitzValues]:

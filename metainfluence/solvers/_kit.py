@@ -282,6 +282,7 @@ def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any) -> SolveInfo:
         num_matvecs=jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(1),
         relative_residual=relative,
         min_curvature=jnp.minimum(jnp.asarray(outcome.min_curvature, relative.dtype), quotient),
+        flat_directions=outcome.flat_directions,
         effective_curvature=scale / jnp.sqrt(divisor),
     )
 

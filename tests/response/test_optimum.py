@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import metainfluence as mi
@@ -156,3 +157,67 @@ def test_scores_of_what_is_no_response_are_refused(case):
 def test_mixed_up_calls_name_both(case):
     with pytest.raises(TypeError, match=r"optimum\(problem, …\)\(meta_params, tasks\)"):
         mi.optimum(case.problem, case.meta_params, case.tasks)
+
+
+def test_scores_of_every_response_are_checked():
+    """A run's answers are told apart from a solve's, and good ones pass."""
+    problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+    tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+    start = jnp.asarray(1.0)
+    run = mi.training(problem, optax.sgd(0.5), 8)
+    for at in (
+        mi.optimum(problem)(start, tasks),
+        mi.trajectory(run)(start, tasks),
+        mi.segments(problem)([mi.Checkpoint(start, 1.0), mi.Checkpoint(start, 2.0)], tasks),
+    ):
+        assert isinstance(at, mi.Response)
+        assert mi.check(at) is at
+        found = mi.scores(at, lambda m: m**2)()
+        assert found.task.shape == (3,)
+        assert np.ptp(np.asarray(found.task)) > 0
+        assert mi.check(found) is found
+        assert mi.error_budget(found).precision < 1e-9
+
+
+def test_a_run_that_has_no_digits_left_is_told_of_scores():
+    problem = mi.from_task_loss(lambda m, task, w: jnp.sum(w.query * jnp.cos(30.0 * (m - task.query))))
+    tasks = mi.Task((), jnp.asarray([[0.0], [1.0]]))
+    at = mi.trajectory(mi.training(problem, optax.sgd(1.0), 10))(jnp.asarray(0.3), tasks)
+    with pytest.raises(mi.SolveError, match=r"cotangents grow by"):
+        mi.check(mi.scores(at, lambda m: m)())
+
+
+def test_how_far_from_stationary_is_told_in_units_of_the_meta_parameters():
+    """The same problem in other units has the same budget."""
+
+    def scores(scale):
+        problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.mean(w.query * (m - task.query) ** 2))
+        tasks = mi.Task((), scale * jnp.asarray([[1.0], [2.0], [6.0]]))
+        return mi.influence_scores(problem, lambda m: m / scale)(jnp.asarray(2.0 * scale), tasks)
+
+    for scale in (1e-4, 1.0, 1e4):
+        budget = mi.error_budget(scores(scale))
+        np.testing.assert_allclose(budget.outer_stationarity, 0.5, rtol=1e-9)
+        with pytest.raises(mi.SolveError, match="outer_stationarity 5.0e-01"):
+            mi.check(scores(scale), tol=0.1)
+
+
+def test_a_leaf_that_nothing_reads_is_a_flat_direction():
+    """H is exactly singular; the answer is the one without the leaf."""
+
+    def loss(meta_params, task, w):
+        return 0.5 * jnp.mean(w.query * jnp.sum((meta_params["used"][None] - task.query) ** 2, axis=-1))
+
+    problem = mi.from_task_loss(loss)
+    queries = jnp.asarray([[[0.0, 1.0]], [[1.0, 3.0]], [[5.0, 2.0]]])
+    tasks, used = mi.Task((), queries), jnp.mean(queries, axis=(0, 1))
+    for unused in ({}, {"unused": jnp.ones(3)}):
+        for solver in (None, mi.solvers.dense(), mi.solvers.cg()):
+            found = mi.influence_scores(problem, lambda m: m["used"][0] ** 2, solver=solver)(
+                {"used": used, **unused}, tasks
+            )
+            np.testing.assert_allclose(found.task, [4.0 * 2 / 3, 4.0 / 3, -12.0 / 3], rtol=1e-9)
+            mi.check(found, tol=0.1)
+            if solver is None:
+                assert int(found.info.flat_directions) == 3 * bool(unused)
+                assert ("flat directions: 3" in mi.error_budget(found).advice) == bool(unused)

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 import convex
 import metainfluence as mi
 from metainfluence.response._decay import decay
-from metainfluence.response._segments import problems_of
+from metainfluence.response._segments import problems_of_segments
 from oracles.parts import lenient, regression_tasks
 from oracles.reference import difference, offsets, ravel, relative_error, row, rows
 
@@ -287,8 +287,8 @@ def test_too_few_products_are_told():
     at, vjp, _ = answered("adam", rank=2, tol=1e-2)
     info = vjp(at, random_like(START, 1))[1]
     assert info.status == mi.SolveStatus.MAX_STEPS
-    assert "raise rank" in problems_of(info)[0]
-    assert not problems_of(answered("adam")[0].info)
+    assert "raise rank" in problems_of_segments(info)[0]
+    assert not problems_of_segments(answered("adam")[0].info)
 
 
 def test_a_spoilt_slope_is_told():
@@ -296,7 +296,7 @@ def test_a_spoilt_slope_is_told():
     spoilt = jax.tree.map(lambda leaf: leaf * jnp.nan, START)
     info = vjp(at, spoilt)[1]
     assert info.status == mi.SolveStatus.NONFINITE
-    assert "NaN or infinity" in problems_of(info)[0]
+    assert "NaN or infinity" in problems_of_segments(info)[0]
 
 
 @pytest.mark.parametrize("restored", [False, True])

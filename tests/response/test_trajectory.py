@@ -18,7 +18,7 @@ import pytest
 
 import metainfluence as mi
 import tiny
-from metainfluence.response import problems_of
+from metainfluence.response import problems_of_run
 from oracles import problems
 from oracles.parts import lenient
 
@@ -273,7 +273,7 @@ def test_info_of_a_run() -> None:
     gradient = jax.grad(mi.total_objective(tiny.PROBLEM))(at.meta_params, TASKS)
     np.testing.assert_allclose(at.info.outer_gradient_norm, optax.tree.norm(gradient), rtol=1e-12)
     assert (at.info.num_steps, at.info.first_nonfinite_step, at.info.replay_difference) == (STEPS, -1, None)
-    assert problems_of(at.vjp(SLOPE)[1]) == []
+    assert problems_of_run(at.vjp(SLOPE)[1]) == []
     run, start = loop()
     assert mi.trajectory(run)(start, TASKS).info.outer_gradient_norm is None
 
@@ -281,11 +281,11 @@ def test_info_of_a_run() -> None:
 def test_end_that_was_recorded_is_compared_with() -> None:
     make = mi.trajectory(RUN)
     end = make(tiny.LAMBDA, TASKS).meta_params
-    assert problems_of(make(tiny.LAMBDA, TASKS, end=end).info) == []
+    assert problems_of_run(make(tiny.LAMBDA, TASKS, end=end).info) == []
     other = jax.tree.map(lambda leaf: 1.01 * leaf, end)
     info = make(tiny.LAMBDA, TASKS, end=other).info
     np.testing.assert_allclose(info.replay_difference, 0.01 / 1.01, rtol=1e-10)
-    (told,) = problems_of(info)
+    (told,) = problems_of_run(info)
     assert "does not end at the λ that was recorded, but 9.9e-03" in told
     with pytest.raises(ValueError, match=r"end\['scale'\]: expected shape \(\)"):
         make(tiny.LAMBDA, TASKS, end={"scale": jnp.ones(2)})
@@ -304,7 +304,7 @@ def test_step_that_is_not_finite_is_named(options: dict[str, Any]) -> None:
     run = mi.training_loop(step, 6, meta_params=logarithm, batch=None)
     info = mi.trajectory(run, **options)({"scale": jnp.asarray(1.0)}, TASKS).info
     assert info.first_nonfinite_step == 3
-    (told,) = problems_of(info)
+    (told,) = problems_of_run(info)
     assert "not finite after step 3 of 6" in told
 
 
@@ -320,7 +320,7 @@ def test_derivative_that_is_not_finite_is_named() -> None:
     at = mi.trajectory(run)((jnp.asarray(0, jnp.int32), jnp.asarray(1.0)), TASKS)
     info = at.vjp(SLOPE)[1]
     assert info.first_nonfinite_step == -1
-    (told,) = problems_of(info)
+    (told,) = problems_of_run(info)
     assert "not finite at step 2 of 5" in told
 
 
