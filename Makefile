@@ -11,7 +11,12 @@ STAMP := .venv/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo bench test test-slow test-matrix lint docs clean
+# What tells most in least time, for the oldest versions.
+QUICK := tests/reliability/test_golden.py tests/reliability/test_properties.py tests/test_oracles.py tests/test_influence.py \
+	tests/test_edit.py tests/test_programs.py
+OLDEST_STAMP := .venv-oldest/.installed
+
+.PHONY: setup demo bench test test-slow test-oldest test-matrix lint docs clean
 
 setup: $(STAMP)
 
@@ -38,6 +43,16 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
+# On the oldest Python that is there, python3.11 where it is.
+$(OLDEST_STAMP): pyproject.toml tests/oldest.txt
+	@python="$$(for p in python3.11 python3.12 '$(PYTHON)'; do if $$p -c '$(USABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)"; \
+	"$$python" -m venv --clear .venv-oldest
+	.venv-oldest/bin/pip install $(if $(CI),--quiet) -e . -c tests/oldest.txt hypothesis lineax pytest pytest-xdist scipy
+	@touch $@
+
+test-oldest: $(OLDEST_STAMP)
+	.venv-oldest/bin/pytest -n $(WORKERS) --dist worksteal $(QUICK) $(ARGS)
+
 # Installs into environments of its own; takes long.
 test-matrix: $(STAMP)
 	$(BIN)/python tests/matrix.py $(ARGS)
@@ -53,5 +68,5 @@ lint: $(STAMP)
 
 # Spares .data, where prepared datasets lie that took long to make.
 clean:
-	rm -rf .venv build dist demo-output train-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist demo-output train-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

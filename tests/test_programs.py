@@ -15,6 +15,7 @@ def cases():
     return programs.cases()
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="lines are those of the newest JAX; older ones take more")
 @pytest.mark.parametrize("program", programs.BARS)
 @pytest.mark.parametrize("name", ["implicit head", "unrolled SGD"])
 def test_lines_over_those_of_one_product(cases, name, program):
