@@ -22,7 +22,7 @@ from metainfluence.solvers import SolveInfo
 from metainfluence.solvers._block_cg import grown
 from metainfluence.solvers._kit import Preconditioner, reachable
 
-__all__ = ["Damping", "Sweep", "auto", "sweep"]
+__all__ = ["Damping", "Sweep", "auto", "rule", "sweep"]
 
 
 class DampingAt(Protocol):
