@@ -55,7 +55,7 @@ class ErrorBudget(NamedTuple):
 _EPS64 = float(np.finfo(np.float64).eps)
 _NO_MINIMUM = (
     "an inner problem has no minimum where its parameters are: its Hessian has a negative eigenvalue there, or its "
-    "gradient is longer than the curvature can end; regularise the inner objective, start it elsewhere, or let its "
+    "gradient is larger than the curvature allows; regularise the inner objective, start it elsewhere, or let its "
     "minimiser take more steps"
 )
 _FLOAT64 = 'compute in float64 (jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1)'
