@@ -186,7 +186,7 @@ def test_a_good_solve_is_not_told_to_do_better():
     assert "no error is large" in single.advice
     assert "float64" not in single.advice
     assert "the unfinished solve dominates" in mi.error_budget(info(relative_residual=np.float64(3e-4))).advice
-    with pytest.raises(mi.SolveError, match="at most 1.0e-08: the unfinished solve dominates"):
+    with pytest.raises(mi.SolveError, match=r"at most 1\.0e-08: the unfinished solve dominates"):
         mi.check(info(relative_residual=np.float64(3e-7)), tol=1e-8)
     # What is known to be wrong is told however small the rest is.
     assert "no minimum" in mi.error_budget(info(min_curvature=np.float64(-0.1))).advice
