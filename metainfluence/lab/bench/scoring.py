@@ -65,7 +65,7 @@ def run(config: ScoringBenchConfig) -> dict[str, Any]:
     """Measure, print, and write the table; the streamed run comes first, since a peak of memory is never taken back."""
     jax.config.update("jax_enable_x64", True)
     data = digits.load()
-    shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
+    shape: dict[str, Any] = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
 
     def sample(count: int, seed: int, pool: Any) -> fewshot.FewShotTasks:
         return fewshot.sample_tasks(data.labels, num_tasks=count, seed=seed, pool=pool, **shape)

@@ -77,7 +77,7 @@ def make_data(config: DemoConfig) -> Data:
     if damaged > config.num_tasks:
         raise ValueError(f"num_flipped + num_shortcut: expected at most num_tasks {config.num_tasks}, got {damaged}")
     source = digits.load(seed=config.seed)
-    shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
+    shape: dict[str, Any] = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
     listed = fewshot.sample_tasks(
         source.labels, num_tasks=config.num_tasks, seed=config.seed, pool=source.train_pool, **shape
     )

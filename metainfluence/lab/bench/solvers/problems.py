@@ -124,7 +124,11 @@ def small(config: SolverBenchConfig, name: str) -> Setting:
     source = digits.load(seed=config.seed)
 
     def tasks(pool, count, seed):
-        shape = {"ways": config.tasks.ways, "shots": config.tasks.shots, "queries": config.tasks.queries}
+        shape: dict[str, Any] = {
+            "ways": config.tasks.ways,
+            "shots": config.tasks.shots,
+            "queries": config.tasks.queries,
+        }
         return fewshot.sample_tasks(source.labels, num_tasks=count, seed=seed, pool=pool, **shape)
 
     flipped = np.arange(config.tasks.flipped)
@@ -165,7 +169,7 @@ def large(config: SolverBenchConfig) -> tuple[Setting, str]:
         name = "random images labelled by a fixed random network"
     classes = np.unique(labels)
     pools = [np.flatnonzero(np.isin(labels, part)) for part in np.array_split(classes, 2)]
-    shape = {"ways": config.tasks.ways, "shots": config.tasks.shots, "queries": config.tasks.queries}
+    shape: dict[str, Any] = {"ways": config.tasks.ways, "shots": config.tasks.shots, "queries": config.tasks.queries}
     training, held_out = (
         fewshot.materialize(
             fewshot.sample_tasks(labels, num_tasks=config.large.num_tasks, seed=config.seed + i, pool=pool, **shape),
