@@ -175,6 +175,24 @@ def test_the_budget_names_what_dominates_and_what_to_do():
     assert "no minimum" in indefinite.advice
 
 
+def test_a_good_solve_is_not_told_to_do_better():
+    good = mi.error_budget(info(relative_residual=np.float64(3e-7)))
+    assert (good.dominant, good.outer_residual) == ("outer_residual", 3e-7)
+    assert good.advice == (
+        "no error is large, and a lower tol or more training would bring little; the largest is this "
+        "(outer_residual 3.0e-07)"
+    )
+    single = mi.error_budget(info(relative_residual=np.float32(3e-6), min_curvature=np.float32(1)))
+    assert "no error is large" in single.advice
+    assert "float64" not in single.advice
+    assert "the unfinished solve dominates" in mi.error_budget(info(relative_residual=np.float64(3e-4))).advice
+    with pytest.raises(mi.SolveError, match=r"at most 1\.0e-08: the unfinished solve dominates"):
+        mi.check(info(relative_residual=np.float64(3e-7)), tol=1e-8)
+    # What is known to be wrong is told however small the rest is.
+    assert "no minimum" in mi.error_budget(info(min_curvature=np.float64(-0.1))).advice
+    assert "no minimum" in mi.error_budget(info(inner_gradient_norm=np.float64(np.inf))).advice
+
+
 def test_check_can_be_given_a_tolerance_for_the_whole_budget():
     good = info()
     assert mi.check(good, tol=1e-6) is good

@@ -62,7 +62,7 @@ class ErrorBudget(NamedTuple):
 _EPS64 = float(np.finfo(np.float64).eps)
 _NO_MINIMUM = (
     "an inner problem has no minimum where its parameters are: its Hessian has a negative eigenvalue there, or its "
-    "gradient is longer than the curvature can end; regularise the inner objective, start it elsewhere, or let its "
+    "gradient is larger than the curvature allows; regularise the inner objective, start it elsewhere, or let its "
     "minimiser take more steps"
 )
 _FLOAT64 = 'compute in float64 (jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1)'
@@ -76,6 +76,9 @@ _ADVICE = {
     "num_newton_steps=…)(meta_params, tasks, weights, weights), and ask there; steps that "
     "raise outer_gradient_norm are not taken",
 }
+# Below what scores are used for: rankings, signs and a few digits.
+_SMALL = 1e-4
+_NOTHING_LARGE = "no error is large, and a lower tol or more training would bring little; the largest is this"
 _ROUNDING = (
     "no curvature that was met is negative, and what ended the solve is most likely rounding at a badly conditioned "
     "Hessian: {}raise the damping; of solvers.ekfac it tells that its approximation has an eigenvalue that is not "
@@ -109,6 +112,12 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
     info = _told_of(result)
     if not isinstance(info, SolveInfo):
         return _budget_of_run(info)
+    return _budget(result, meta_params, _SMALL)
+
+
+def _budget(result: Any, meta_params: PyTree, small: float) -> ErrorBudget:
+    """As `error_budget`; where the largest term is at most `small`, the advice is to leave it at that."""
+    info = _told_of(result)
     curvature = np.asarray(info.min_curvature, float)
     positive = np.where(curvature > 0, curvature, np.nan)
     effective = _number(info.effective_curvature)
@@ -131,8 +140,9 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
     order = ("precision", "outer_residual", "inner_residual", "outer_stationarity")
     dominant = max(order, key=lambda name: terms[name])
     smallest = float(np.min(curvature))
-    advice = f"{_ADVICE[dominant]} ({dominant} {terms[dominant]:.1e})"
-    if dominant == "outer_residual" and _eps(info) > _EPS64:
+    large = terms[dominant] > small
+    advice = f"{_ADVICE[dominant] if large else _NOTHING_LARGE} ({dominant} {terms[dominant]:.1e})"
+    if large and dominant == "outer_residual" and _eps(info) > _EPS64:
         advice += f"; where more steps do not lower the residual, {_FLOAT64}"
     if not np.isfinite(terms["inner_residual"]):
         dominant, advice = "inner_residual", _NO_MINIMUM
@@ -189,7 +199,7 @@ def check(result: Any, *, tol: float | None = None) -> Any:
     if told := _without_support(result):
         warnings.warn(told, CouplingWarning, stacklevel=2)
     if tol is not None:
-        budget = error_budget(result)
+        budget = _budget(result, None, small=tol)
         worst = float(getattr(budget, budget.dominant))
         if not worst <= tol:
             raise SolveError(f"expected every term of the error budget to be at most {tol:.1e}: {budget.advice}")

@@ -597,7 +597,7 @@ def test_what_the_budget_says_is_not_said_again():
     info = mi.SolveInfo(*map(np.asarray, (0, 1, 0.0, 1.0, 0.0, 0.0, 0.0)))
     scores = mi.Scores(np.zeros(2), np.zeros((2, 3)), np.zeros((2, 3)), info)
     assert "gradient is exactly 0" in mi.error_budget(scores).advice
-    printing.check_solve(scores)
+    printing.check_solve(scores, printing.OF_SCORE)
 
 
 def test_half_precision_is_taken_to_float32(module):

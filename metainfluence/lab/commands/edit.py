@@ -24,7 +24,7 @@ from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.data.places import Place, example_ids, locator, named, without
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Size
 from metainfluence.lab.learn.timing import Compiled
-from metainfluence.lab.show.printing import facts, say, say_budget, say_table
+from metainfluence.lab.show.printing import OF_EDIT, check_solve, facts, say, say_budget, say_table
 from metainfluence.response import gradient_map
 from metainfluence.scoring._source import ids_of
 
@@ -110,7 +110,7 @@ def run(config: EditConfig) -> None:
     )
     weights = without(tasks, chosen)
     edited = edit(job.meta_params, tasks, weights)
-    mi.check(edited)
+    check_solve(edited, OF_EDIT)
     gradient = Compiled(
         functools.partial(gradient_map(job.problem, Chunks(config.batch_size, keep=False)), mi.curvature.exact())
     )
@@ -143,7 +143,7 @@ def run(config: EditConfig) -> None:
     tell(change)
     kept = jax.tree.map(lambda leaf: leaf[reached], edited.info)
     say_table(("", "", ""), facts(kept))
-    say_budget(kept, edited.meta_params)
+    say_budget(kept, edited.meta_params, OF_EDIT)
     # What F is to second order cannot leave more: each component of D_λF ends between its values with all data and
     # without the removed.
     if norms[reached] > math.hypot(with_all, unedited):

@@ -14,7 +14,7 @@ from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.experiments import results
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive
-from metainfluence.lab.show.printing import check_solve, facts, say, say_budget, say_table
+from metainfluence.lab.show.printing import OF_SCORE, check_solve, facts, say, say_budget, say_table
 
 SCORES = "scores.parquet"
 MOST_SHOWN = 10
@@ -87,12 +87,12 @@ def run(config: ScoreConfig) -> None:
     # With the scores themselves, since some of what is told is seen in them alone.
     given: Any = found
     scores = mi.Scores(given.task, given.support, given.query, found.info)
-    say_budget(scores, job.meta_params)
+    say_budget(scores, job.meta_params, OF_SCORE)
     own = ["--problem", str(config.problem)] if config.run is None else ["--run", str(config.run)]
     own = [] if config.run is not None and config.run == out.parent else own
     following = shlex.join(["metainfluence", "edit", str(out), *own, "--most-harmful", "K"])
     say(f"{'Already in' if there else 'Wrote'} {out}; next: {following}")
-    check_solve(scores)
+    check_solve(scores, OF_SCORE)
 
 
 def order(scores: np.ndarray) -> np.ndarray:

@@ -71,8 +71,8 @@ def load(name: str, *, size: int | None = None, root: str | os.PathLike[str] | N
             return image_folder(name, size=size)
         nearest = difflib.get_close_matches(str(name), LOADERS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"name: expected one of {', '.join(LOADERS)}, or a folder laid out as split/class/image.jpg; got {name!r}; "
-            f"nearest is {nearest!r}"
+            f"name: expected one of {', '.join(LOADERS)}, got {name!r}; nearest is {nearest!r}, and a folder of images "
+            "is named by its path"
         )
     if size is not None:
         check_size(size)

@@ -9,6 +9,61 @@ from rich.console import Console
 
 import metainfluence as mi
 
+Options = Sequence[tuple[str, str]]
+
+# What the library's messages call a cure, and which options of a command are it; longer phrases first.
+OF_SCORE: Options = (
+    ("lower the solver's tol, allow more steps, or raise the damping", "lower --tol, raise --max-steps or --damping"),
+    (
+        "allow more steps, raise the damping, loosen tol, precondition, or compute in float64",
+        "raise --max-steps, --damping or --tol, try --solver auto, or compute in float64",
+    ),
+    (
+        "use a solver for indefinite operators (minres, dense)",
+        "use --solver minres, or --solver auto, which goes on with |H|",
+    ),
+    ("solve with |H| (solvers.auto does where it must)", "solve with |H| (--solver auto does where it must)"),
+)
+OF_EDIT: Options = (
+    ("lower the solver's tol, allow more steps, or raise the damping", "raise --damping, or remove less"),
+    (
+        "allow more steps, raise the damping, loosen tol, precondition, or compute in float64",
+        "raise --damping, remove less, or compute in float64",
+    ),
+    (", or use a solver for indefinite operators (minres, dense)", ", or take fewer --num-newton-steps"),
+    (", or solve with |H| (solvers.auto does where it must)", ", or take fewer --num-newton-steps"),
+)
+OF_DEMO: Options = (
+    ("lower the solver's tol, allow more steps, or raise the damping", "raise --damping"),
+    ("with a falling learning rate, until outer_gradient_norm is small", "with more --num-steps"),
+    (", or solve with |H| (solvers.auto does where it must)", ""),
+)
+EVERYWHERE: Options = (
+    ("raise the damping", "raise --damping"),
+    (
+        "lower their tol or allow more steps",
+        "lower --learner.inner-tol of metainfluence train, or, in a problem of yours, the tol of its minimizer",
+    ),
+    (
+        "with a falling learning rate, until outer_gradient_norm is small",
+        "with more --training.num-steps of metainfluence train, until the outer gradient norm is small",
+    ),
+    (
+        (
+            '; or take the Newton-corrected λ of edit(problem, damping="auto", num_newton_steps=…)(meta_params, tasks, '
+            "weights, weights), and ask there; steps that raise outer_gradient_norm are not taken"
+        ),
+        "",
+    ),
+    (
+        'compute in float64 (jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1)',
+        "compute in float64 (--float64 of metainfluence train; for a problem of yours, JAX_ENABLE_X64=1)",
+    ),
+    (", or let the solver find the scale (scale=None)", ""),
+    ("; called outside jit, the functions name the task and the leaf", ""),
+    ("metainfluence.coupling(problem)(meta_params, task) tells", "metainfluence.coupling, in Python, tells"),
+)
+
 
 def say(text: str) -> None:
     """Prints a line at once, also into a pipe."""
@@ -23,10 +78,13 @@ def progress_console() -> Console:
 
 def facts(info: mi.SolveInfo) -> list[tuple[str, str, str]]:
     """What a solve says of itself: name, value, and what that means."""
+    positive = "the smallest that was met along any direction, damping included; positive, as it has to be"
+    if not info.min_curvature > 0:
+        positive = "not positive: H has directions along which λ is no minimum"
     met = (
         ("products with the total Hessian", info.num_matvecs, "d", "what the solve took"),
         ("relative residual", info.relative_residual, ".1e", "‖b − Hx‖ / ‖b‖, recomputed at the end"),
-        ("smallest curvature", info.min_curvature, ".1e", "not positive: H has directions along which λ is no minimum"),
+        ("smallest curvature", info.min_curvature, ".1e", positive),
         ("damping", info.damping, ".1e", "added to every eigenvalue of H"),
         ("outer gradient norm", info.outer_gradient_norm, ".1e", "‖D_λF‖: how far λ is from the optimum presumed"),
         (
@@ -43,13 +101,21 @@ def facts(info: mi.SolveInfo) -> list[tuple[str, str, str]]:
     ]
 
 
-def say_budget(result: Any, meta_params: Any) -> None:
-    """Prints which error dominates, and what to do about it."""
-    say(f"Error budget (distance from stationarity relative to ‖λ‖): {mi.error_budget(result, meta_params).advice}")
+def in_options(text: str, options: Options) -> str:
+    """A cure that the library words for its Python functions, worded for a command."""
+    for phrase, option in (*options, *EVERYWHERE):
+        text = text.replace(phrase, option)
+    return text
 
 
-def check_solve(result: Any) -> None:
-    """As `metainfluence.check`, without the budget and its warnings, which `say_budget` has printed.
+def say_budget(result: Any, meta_params: Any, options: Options) -> None:
+    """Prints which error dominates, and which of the command's options do something about it."""
+    advice = in_options(mi.error_budget(result, meta_params).advice, options)
+    say(f"Error budget (distance from stationarity relative to ‖λ‖): {advice}")
+
+
+def check_solve(result: Any, options: Options) -> None:
+    """As `metainfluence.check`, without the budget and its warnings, which `say_budget` prints, and in options.
 
     Raises:
       SolveError: as `check`.
@@ -60,7 +126,7 @@ def check_solve(result: Any) -> None:
                 warnings.simplefilter("ignore", told)
             mi.check(result)
     except mi.SolveError as error:
-        raise mi.SolveError(str(error).partition(" Error budget: ")[0]) from error
+        raise mi.SolveError(in_options(str(error).partition(" Error budget: ")[0], options)) from error
 
 
 def say_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

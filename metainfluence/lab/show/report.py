@@ -13,6 +13,7 @@ from rich.table import Table
 import metainfluence as mi
 from metainfluence.evaluation import found_at, roc_auc
 from metainfluence.lab.data.fewshot import CLEAN, FLIPPED, SHORTCUT, FewShotTasks
+from metainfluence.lab.show.printing import OF_DEMO, in_options
 
 SHARES = (0.1, 0.2, 0.4)
 
@@ -73,7 +74,7 @@ def diagnostics(console: Console, info: mi.SolveInfo, rule: mi.damping.Damping, 
         ("damping", f"{float(info.damping):.1e}"),
     ]
     _table(console, "The solve", ("", ""), rows)
-    console.print(f"Error budget: {budget.advice}")
+    console.print(f"Error budget: {in_options(budget.advice, OF_DEMO)}")
 
 
 def most_harmful(console: Console, scores: mi.Scores, tasks: FewShotTasks, truth: np.ndarray, count: int = 10) -> None:

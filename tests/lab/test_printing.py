@@ -1,0 +1,86 @@
+"""What commands say of a solve: plain where it is good, and with cures that the command has."""
+
+import re
+
+import numpy as np
+import pytest
+
+import metainfluence as mi
+from metainfluence import diagnosis
+from metainfluence.lab.commands.edit import EditConfig
+from metainfluence.lab.commands.score import ScoreConfig
+from metainfluence.lab.experiments.demo import DemoConfig
+from metainfluence.lab.show import printing
+
+COMMANDS = {
+    "score": (printing.OF_SCORE, ScoreConfig),
+    "edit": (printing.OF_EDIT, EditConfig),
+    "demo": (printing.OF_DEMO, DemoConfig),
+}
+
+
+def info(**fields):
+    known = dict(zip(mi.SolveInfo._fields, map(np.asarray, (0, 9, 3e-7, 9e-3, 1e-9, 1e-9, 9e-3, 0, 0.1)), strict=True))
+    return mi.SolveInfo(**(known | {name: np.asarray(value) for name, value in fields.items()}))
+
+
+def test_a_positive_curvature_is_not_called_anything_else():
+    said = {name: meaning for name, _, meaning in printing.facts(info())}
+    assert said["smallest curvature"].endswith("positive, as it has to be")
+    assert "no minimum" not in said["smallest curvature"]
+    for bad in (0.0, -1e-3, np.nan):
+        said = {name: meaning for name, _, meaning in printing.facts(info(min_curvature=bad))}
+        assert said["smallest curvature"].startswith("not positive")
+
+
+# Each is a state of a result that has a cure.
+STATES = {
+    "unfinished": info(relative_residual=1e-2, choice=int(mi.solvers.Choice.CG)),
+    "rounding": info(relative_residual=np.float32(1e-2), choice=int(mi.solvers.Choice.DENSE)),
+    "single": info(relative_residual=np.float32(1e-2)),
+    "inner": info(inner_gradient_norm=0.1),
+    "far": info(outer_gradient_norm=0.1),
+    "indefinite": info(min_curvature=-0.1),
+    "nonfinite": info(status=int(mi.SolveStatus.NONFINITE), relative_residual=np.nan),
+    "without a minimum": info(inner_gradient_norm=np.inf),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("state", STATES)
+def test_cures_are_options_of_the_command(command, state):
+    options, config = COMMANDS[command]
+    check_words(printing.in_options(mi.error_budget(STATES[state]).advice, options), config)
+
+
+@pytest.mark.parametrize("command", ["score", "edit"])
+@pytest.mark.parametrize("status", [kind for kind in mi.SolveStatus if kind != mi.SolveStatus.CONVERGED])
+@pytest.mark.parametrize("curvature", [-0.1, 0.1])
+def test_failed_solves_name_options_of_the_command(command, status, curvature):
+    options, config = COMMANDS[command]
+    with pytest.raises(mi.SolveError) as caught:
+        printing.check_solve(info(status=int(status), min_curvature=curvature), options)
+    text = str(caught.value)
+    assert "Error budget" not in text
+    check_words(text, config)
+
+
+def check_words(text, config):
+    """No Python call, no name of a Python option; and every option is the command's, or said to be train's."""
+    python = r"\w\(\w*\)|[a-z]=[\w…]|jax\.config|outer_gradient_norm|num_newton_steps|the damping"
+    assert not re.search(python, text), text
+    for phrase in ("solver's tol", "allow more steps", "solvers.auto", "minres, dense"):
+        assert phrase not in text, text
+    for option in re.findall(r"(?<![\w.])--([\w-]+(?:\.[\w-]+)?)", text):
+        if option.startswith(("learner.", "training.", "float64")):
+            assert "metainfluence train" in text
+        else:
+            assert option.replace("-", "_") in config.__dataclass_fields__, (option, text)
+
+
+def test_every_phrase_is_one_of_the_librarys():
+    told = [*mi.solvers.REMEDIES.values(), *diagnosis._ADVICE.values(), diagnosis._ROUNDING, diagnosis._NO_SUPPORT]
+    told += [mi.error_budget(state).advice for state in STATES.values()]
+    for options in (printing.OF_SCORE, printing.OF_EDIT, printing.OF_DEMO, printing.EVERYWHERE):
+        for phrase, _ in options:
+            assert any(phrase in text for text in told), phrase
