@@ -25,13 +25,16 @@ def test_steps_are_those_of_a_hand_written_loop(size: int | None) -> None:
     run = mi.training(tiny.PROBLEM, ADAMW, 6, tasks_per_step=size, seed=3)
     table = run.batches(5)
     gradient = jax.jit(jax.grad(mi.total_objective(tiny.PROBLEM)))
-    meta_params, state = tiny.LAMBDA, ADAMW.init(tiny.LAMBDA)
+    # Compiled: one operation at a time, optax takes some of its rates in float32.
+    update = jax.jit(ADAMW.update)
+    start = {"scale": jnp.asarray(0.5, jnp.float64)}
+    meta_params, state = start, ADAMW.init(start)
     for k in range(6):
         row = np.arange(5) if table is None else np.asarray(table[k])
         tasks, weights = jax.tree.map(lambda leaf, row=row: leaf[row], (TASKS, WEIGHTS))
-        updates, state = ADAMW.update(gradient(meta_params, tasks, weights), state, meta_params)
+        updates, state = update(gradient(meta_params, tasks, weights), state, meta_params)
         meta_params = optax.apply_updates(meta_params, updates)
-    for trained in (run(tiny.LAMBDA, TASKS, WEIGHTS), mi.trajectory(run)(tiny.LAMBDA, TASKS, WEIGHTS).meta_params):
+    for trained in (run(start, TASKS, WEIGHTS), mi.trajectory(run)(start, TASKS, WEIGHTS).meta_params):
         np.testing.assert_allclose(trained["scale"], meta_params["scale"], rtol=1e-13)
 
 
@@ -44,13 +47,10 @@ def test_order_of_the_tasks() -> None:
     assert all(len(set(epoch.tolist())) == 4 for epoch in epochs)
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
     # Threefry gives the same on every machine.
-    assert table[:3].tolist() == FIRST_BATCHES
+    assert table[:3].tolist() == [[2, 3], [0, 1], [2, 4]]
     other = mi.training(tiny.PROBLEM, ADAMW, 7, tasks_per_step=2, seed=4)
     assert np.asarray(other.batches(5)).tolist() != table.tolist()
     assert mi.training(tiny.PROBLEM, ADAMW, 7).batches(5) is None
-
-
-FIRST_BATCHES: list[list[int]] = []
 
 
 def test_keys_of_a_loop_follow_from_seed_and_step() -> None:
@@ -88,7 +88,8 @@ def test_trainings_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"tasks_per_step: expected at most the 5 tasks, got 6"):
         run(tiny.LAMBDA, TASKS)
     line_search = mi.training(tiny.PROBLEM, optax.lbfgs(), 3)
-    with pytest.raises(TypeError, match=r"optimizer: expected one whose update takes .* training_loop"):
+    message = r"optimizer: expected one whose update takes .*training_loop"
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(TypeError, match=message):
         mi.trajectory(line_search)(tiny.LAMBDA, TASKS)
 
 

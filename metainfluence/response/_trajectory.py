@@ -109,9 +109,8 @@ class Trajectory:
         many = isinstance(direction, Weights) and jnp.ndim(direction.task) == 2
         if many:
             _check_lead("direction", direction)
-        for k in range(jnp.shape(direction.task)[0] if many else 1):
-            one = jax.tree.map(lambda leaf, k=k: leaf[k], direction) if many else direction
-            resolve_weights(one, self.tasks, name="direction")
+        resolve_weights(_first(direction) if many else direction, self.tasks, name="direction")
+        _check_finite("direction", direction)
         direction = jax.tree.map(lambda d, w: jnp.asarray(d, w.dtype), direction, self.weights)
         delta = self.programs.push(many, direction, self.start, self.steps, self.tasks, self.weights)
         return Influence(delta, cast(Any, self.info))
@@ -136,10 +135,9 @@ class Trajectory:
         many = len(leaves) == len(ranks) and all(jnp.ndim(x) == n + 1 for x, n in zip(leaves, ranks, strict=True))
         if many:
             _check_lead("slope", slope)
-        domain.check("slope", jax.tree.map(lambda leaf: leaf[0], slope) if many else slope)
+        domain.check("slope", _first(slope) if many else slope)
+        _check_finite("slope", slope)
         slope = jax.tree.map(lambda s, like: jnp.asarray(s, like.dtype), slope, self.meta_params)
-        if concrete(slope) and not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(slope)):
-            raise ValueError("slope: expected finite numbers, got NaN or infinity; the target's data may hold them")
         scores, norms, growth = self._pulled(many, slope)
         return scores, self.info._replace(cotangent_norms=norms, growth=growth)
 
@@ -259,6 +257,15 @@ def _through(
     info = RunInfo(run.num_steps, norm, None, jnp.asarray(nonfinite))
     reached = run.meta_params(last)
     return Trajectory(reached, info, state, last, kept, steps, tasks, weights, programs, place, progress)
+
+
+def _first(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _check_finite(name: str, tree: PyTree) -> None:
+    if concrete(tree) and not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(tree)):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
 
 
 def _check_lead(name: str, tree: PyTree) -> None:

@@ -264,7 +264,7 @@ def test_scores_are_summed_over_a_task_that_comes_twice_in_a_batch() -> None:
         del key
         return jax.tree.map(lambda p, g: p - 0.1 * g, state, gradient(state, tasks, weights))
 
-    run = mi.training_loop(step, 3, meta_params=lambda state: state, batch=lambda k: [0, 2, 2])
+    run = mi.training_loop(step, 3, meta_params=lambda state: state, batch=lambda k: [k, (k + 1) % 3, (k + 1) % 3])
     check_derivative(run, tiny.LAMBDA, TASKS, WEIGHTS)
 
 
@@ -322,6 +322,31 @@ def test_derivative_that_is_not_finite_is_named() -> None:
     assert info.first_nonfinite_step == -1
     (told,) = problems_of_run(info)
     assert "not finite at step 2 of 5" in told
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "num_steps", "dtype"),
+    [(optax.sgd(8.0), 200, jnp.float64), (optax.adam(0.02), 400, jnp.float32)],
+)
+def test_growth_that_leaves_no_digits_is_told(optimizer: Any, num_steps: int, dtype: Any) -> None:
+    """Unrolled MAML at too large a rate, and under Adam without an eps_root."""
+
+    def loss(params: Any, meta_params: Any, batch: Any) -> Any:
+        del meta_params
+        return (jnp.tanh(batch["x"] @ params["a"]) @ params["b"] - batch["y"]) ** 2
+
+    inner = mi.adaptation.unrolled(loss, lambda meta_params, support: meta_params, optax.sgd(0.3), 3)
+    rng = np.random.default_rng(0)
+    start = {"a": jnp.asarray(rng.normal(size=(2, 3)), dtype), "b": jnp.asarray(rng.normal(size=3), dtype)}
+    tasks = jax.tree.map(lambda leaf: leaf.astype(dtype), TASKS)
+    at = mi.trajectory(mi.training(mi.bilevel(loss, inner), lenient(optimizer), num_steps))(start, tasks)
+    scores, info = at.vjp(at.meta_params)
+    # All finite, and not a digit of it true.
+    assert bool(jnp.all(jnp.isfinite(scores.task)))
+    assert info.growth * jnp.finfo(dtype).eps > 1e-2
+    (told,) = problems_of(info)
+    assert f"cotangents grow by {float(info.growth):.1e}" in told
+    assert f"the most at step {int(jnp.argmax(info.cotangent_norms))} of {num_steps}" in told
 
 
 MANY_STEPS = (100, 1600)
