@@ -198,7 +198,7 @@ def test_how_far_from_stationary_is_told_in_units_of_the_meta_parameters():
     for scale in (1e-4, 1.0, 1e4):
         budget = mi.error_budget(scores(scale))
         np.testing.assert_allclose(budget.outer_stationarity, 0.5, rtol=1e-9)
-        with pytest.raises(mi.SolveError, match="outer_stationarity 5.0e-01"):
+        with pytest.raises(mi.SolveError, match=r"outer_stationarity 5.0e-01"):
             mi.check(scores(scale), tol=0.1)
 
 
