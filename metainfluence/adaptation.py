@@ -9,24 +9,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import _lapack, operators, solvers
-from metainfluence._calls import calling, check_function
-from metainfluence.minimum import gradient_norm
-from metainfluence.solvers._base import check_positive
-from metainfluence.tasks import described, is_array, leaf_name
+from metainfluence._checks import calling, check_floating, check_function, check_losses, check_scalar
+from metainfluence.data import weighted_sum
+from metainfluence.minimizers import (
+    Minimizer,
+    accurate_tol,
+    given,
+    gradient_norm,
+    newton_cg,
+    optax_minimizer,
+)
+
+__all__ = [
+    "Adaptation",
+    "Minimizer",
+    "closed_form",
+    "given",
+    "implicit",
+    "linear_solve",
+    "newton_cg",
+    "optax_minimizer",
+    "unrolled",
+]
 
 Loss = Callable[[PyTree, PyTree, PyTree], Float[Array, " n"]]
 Init = Callable[[PyTree, PyTree], PyTree]
 Regularizer = Callable[[PyTree, PyTree], Float[Array, ""]]
-Objective = Callable[[PyTree], Float[Array, ""]]
-Minimizer = Callable[[Objective, PyTree], PyTree]
 
 linear_solve = _lapack.linear_solve
 
@@ -39,48 +56,30 @@ class Adaptation:
       adapt: the map itself, differentiable in meta_params and coefficients.
       inner_gradient_norm: (params, meta_params, support, coefficients) -> ‖∂_θ L_in‖ where params are meant to be a
         minimum, infinity where they are seen to be near none; None where they are not meant to be one.
+      measure: (meta_params, support, coefficients) -> (params, that norm), by one linearisation for both; None for one
+        after the other.
     """
 
     adapt: Callable[[PyTree, PyTree, Array], PyTree]
     inner_gradient_norm: Callable[[PyTree, PyTree, PyTree, Array], Array] | None = None
+    measure: Callable[[PyTree, PyTree, Array], tuple[PyTree, Array]] | None = None
 
     def __call__(self, meta_params: PyTree, support: PyTree, coefficients: Float[Array, " n_support"]) -> PyTree:
         """Adapts."""
         return self.adapt(meta_params, support, coefficients)
 
+    def measured(self, meta_params: PyTree, support: PyTree, coefficients: Array) -> tuple[PyTree, Array | None]:
+        """Adapts, and says how far from a minimum of the inner objective the result is; None where that means nothing.
 
-def check_losses(losses: Any, count: int, name: str) -> Array:
-    """Raises ValueError unless `losses` is one number per example."""
-    if not is_array(losses) or jnp.shape(losses) != (count,):
-        raise ValueError(
-            f"{name}: expected one loss per example, shape ({count},), got {described(losses)}; "
-            "metainfluence.per_example turns a mean-reduced loss into one per example"
-        )
-    return losses
-
-
-def weighted_sum(losses: Array, coefficients: Array) -> Array:
-    """Σ_j c_j ℓ_j in the dtype of the losses."""
-    return jnp.sum(losses * coefficients.astype(losses.dtype))
-
-
-def check_scalar(value: Any, name: str) -> Array:
-    """Raises ValueError unless `value` is a real scalar."""
-    if not is_array(value) or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise ValueError(f"{name}: expected a real scalar, got {described(value)}")
-    return value
-
-
-def check_floating(tree: PyTree, name: str) -> None:
-    """Raises, naming the leaf, unless there are leaves and all of them are floating-point arrays."""
-    if not jax.tree.leaves(tree):
-        raise ValueError(f"{name}: expected at least one array, got a pytree without leaves")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"{leaf_name(name, path)}: expected floating-point numbers, got {jnp.result_type(leaf)}; leave what is "
-                "not differentiated out of this pytree"
-            )
+        No derivative runs through the norm.
+        """
+        if self.measure is not None:
+            return self.measure(meta_params, support, coefficients)
+        params = self.adapt(meta_params, support, coefficients)
+        if self.inner_gradient_norm is None:
+            return params, None
+        frozen = jax.lax.stop_gradient((params, meta_params))
+        return params, self.inner_gradient_norm(*frozen, support, jax.lax.stop_gradient(coefficients))
 
 
 def _check_functions(inner_loss: Loss, init: Init, regularizer: Regularizer | None) -> None:
@@ -99,7 +98,8 @@ def _inner_objective(inner_loss: Loss, regularizer: Regularizer | None) -> Calla
             return total
         return total + check_scalar(regularizer(params, meta_params), "regularizer")
 
-    return objective
+    # Compiled as a function of its own, so that JAX traces the user's losses once, however often they are called.
+    return jax.jit(objective)
 
 
 def unrolled(
@@ -183,7 +183,7 @@ def implicit(
     _check_functions(inner_loss, init, regularizer)
     minimize = newton_cg() if minimizer is None else minimizer
     objective = _inner_objective(inner_loss, regularizer)
-    gradient = jax.grad(objective)
+    gradient = jax.jit(jax.grad(objective))
 
     def inner_losses(params: PyTree, operands: tuple[PyTree, PyTree, Array]) -> operators.Losses:
         meta_params, support, coefficients = operands
@@ -195,35 +195,53 @@ def implicit(
             regularizer=None if regularizer is None else lambda params: regularizer(params, meta_params),
         )
 
-    @jax.custom_jvp
-    def minimum(params: PyTree, meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
-        return minimize(lambda params: objective(params, meta_params, support, coefficients), params)
+    @jax.jit
+    def linearised(params: PyTree, operands: Any) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+        """The gradient, and its derivative in params as a pytree: a fixed tool, through which no derivative runs."""
+        params, operands = jax.lax.stop_gradient((params, operands))
+        return jax.linearize(lambda params: gradient(params, *operands), params)
 
-    @minimum.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
-        operands, operand_tangents = primals[1:], tangents[1:]
-        params = minimum(*primals)
-        _, rate = jax.jvp(lambda *operands: gradient(params, *operands), operands, operand_tangents)
+    @jax.custom_jvp
+    def minimum(start: PyTree, *operands: Any) -> PyTree:
+        return minimize(lambda params: objective(params, *operands), start)
+
+    @jax.custom_jvp
+    def measured_minimum(start: PyTree, *operands: Any) -> tuple[PyTree, Array]:
+        params = minimum(start, *operands)
+        slope, product = linearised(params, operands)
+        return params, gradient_norm(slope, product, params)
+
+    def rate(params: PyTree, product: Callable[[PyTree], PyTree], operands: Any, tangents: Any) -> PyTree:
+        """The minimum's derivative along tangents of the operands."""
+        mixed = jax.jvp(lambda *operands: gradient(params, *operands), operands, tangents)[1]
 
         def matvec(vector: PyTree) -> PyTree:
             return jax.jvp(lambda params: gradient(params, *operands), (params,), (vector,))[1]
 
-        # The factorisation is a fixed tool of the solve: no derivative runs through it.
         fixed = jax.lax.stop_gradient((params, operands))
-        _, product = jax.linearize(lambda params: gradient(params, *fixed[1]), fixed[0])
-        operator = dataclasses.replace(
-            operators.from_matvec(product, params), losses=jax.tree_util.Partial(inner_losses, *fixed)
-        )
+        operator = operators.from_matvec(Partial(_apply, product), params)
+        operator = dataclasses.replace(operator, losses=Partial(inner_losses, *fixed))
         solver = solvers.cg(tol=accurate_tol(params)) if linear_solver is None else linear_solver
         state = solver.init(operator)
 
         def solve(_: Any, rhs: PyTree) -> PyTree:
-            return solver.solve(operator, state, rhs)[0]
+            return solvers.solution_of(solver, operator, state, rhs)
 
-        change = jax.lax.custom_linear_solve(matvec, jax.tree.map(jnp.negative, rate), solve, symmetric=True)
-        return params, change
+        return jax.lax.custom_linear_solve(matvec, jax.tree.map(jnp.negative, mixed), solve, symmetric=True)
 
-    def adapt(meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
+    @minimum.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
+        params, operands = minimum(*primals), primals[1:]
+        return params, rate(params, linearised(params, operands)[1], operands, tangents[1:])
+
+    @measured_minimum.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[tuple[PyTree, Array], tuple[PyTree, Array]]:
+        params, operands = minimum(*primals), primals[1:]
+        slope, product = linearised(params, operands)
+        norm = gradient_norm(slope, product, jax.lax.stop_gradient(params))
+        return (params, norm), (rate(params, product, operands, tangents[1:]), jnp.zeros_like(norm))
+
+    def start(meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
         params = init(meta_params, support)
         check_floating(params, "init(meta_params, support)")
         if _depends(lambda m: init(m, support), meta_params) and not _depends(
@@ -235,12 +253,26 @@ def implicit(
                 "the inner objective with meta_params (for a learned initialisation, a proximal regularizer as in "
                 "iMAML), or adaptation.unrolled"
             )
-        return minimum(jax.lax.stop_gradient(params), meta_params, support, coefficients)
+        return jax.lax.stop_gradient(params)
+
+    def adapt(meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
+        operands = (meta_params, support, coefficients)
+        return minimum(start(*operands), *operands)
+
+    def measure(meta_params: PyTree, support: PyTree, coefficients: Array) -> tuple[PyTree, Array]:
+        operands = (meta_params, support, coefficients)
+        return measured_minimum(start(*operands), *operands)
 
     def inner_gradient_norm(params: PyTree, meta_params: PyTree, support: PyTree, coefficients: Array) -> Array:
-        return gradient_norm(lambda params: gradient(params, meta_params, support, coefficients), params)
+        slope, product = linearised(params, (meta_params, support, coefficients))
+        return gradient_norm(slope, product, params)
 
-    return Adaptation(adapt, inner_gradient_norm)
+    return Adaptation(adapt, inner_gradient_norm, measure)
+
+
+# Partial(linear) of a linear map that is itself a Partial would take its arrays for constants.
+def _apply(linear: Callable[[PyTree], PyTree], vector: PyTree) -> PyTree:
+    return linear(vector)
 
 
 def closed_form(fn: Callable[[PyTree, PyTree, Array], PyTree]) -> Adaptation:
@@ -256,7 +288,7 @@ def closed_form(fn: Callable[[PyTree, PyTree, Array], PyTree]) -> Adaptation:
       TypeError: `fn` cannot be called so.
     """
     check_function("fn", fn, "(meta_params, support, coefficients) -> params", *"msc")
-    return Adaptation(fn)
+    return Adaptation(jax.jit(lambda *operands: fn(*operands)))
 
 
 def _depends(fn: Callable[[PyTree], PyTree], point: PyTree) -> bool:
@@ -271,136 +303,3 @@ def _depends(fn: Callable[[PyTree], PyTree], point: PyTree) -> bool:
         if any(not hasattr(atom, "val") and atom in reached for atom in equation.invars):
             reached.update(equation.outvars)
     return any(not hasattr(atom, "val") and atom in reached for atom in jaxpr.outvars)
-
-
-def accurate_tol(tree: PyTree) -> float:
-    """eps^(3/4) of the lowest precision in `tree`: what a well-conditioned solve can reach with room to spare."""
-    return max(float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(tree)) ** 0.75
-
-
-class _Newton(NamedTuple):
-    params: PyTree
-    value: Array
-    grad: PyTree
-    norm: Array
-    steps_left: Array
-    stalled: Array
-
-
-def newton_cg(*, tol: float | None = None, max_steps: int = 100) -> Minimizer:
-    """Truncated Newton: directions by conjugate gradients, lengths by backtracking (Nocedal and Wright, 2006, ch. 7).
-
-    Under vmap every task stops on its own.
-
-    Args:
-      tol: stops at ‖∇‖ ≤ tol · max(1, ‖∇ at the start‖); None for eps^(3/4), 1.8e-12 in float64.
-      max_steps: Newton steps allowed.
-
-    Raises:
-      ValueError: `tol` or `max_steps` not positive.
-    """
-    if tol is not None:
-        check_positive("tol", tol)
-    check_positive("max_steps", max_steps, integer=True)
-
-    def minimize(objective: Objective, params: PyTree) -> PyTree:
-        evaluate = jax.value_and_grad(objective)
-        domain = operators.Domain.of(params)
-        eps = jnp.finfo(domain.dtype).eps
-        goal = accurate_tol(params) if tol is None else tol
-
-        def start() -> _Newton:
-            value, grad = evaluate(params)
-            return _Newton(params, value, grad, optax.tree.norm(grad), jnp.int32(max_steps), jnp.bool_(False))
-
-        first = start()
-        stop = goal * jnp.maximum(1, first.norm)
-
-        def running(carry: _Newton) -> Array:
-            active = (carry.norm > stop) & jnp.isfinite(carry.norm) & jnp.isfinite(carry.value)
-            return active & (carry.steps_left > 0) & ~carry.stalled
-
-        def step(carry: _Newton) -> _Newton:
-            _, product = jax.linearize(jax.grad(objective), carry.params)
-            operator = operators.from_matvec(product, carry.params)
-            # The forcing term of Eisenstat and Walker makes the convergence superlinear.
-            forcing = jnp.clip(jnp.sqrt(carry.norm / jnp.maximum(1, first.norm)), 1e-4, 0.1)
-            downhill = jax.tree.map(jnp.negative, carry.grad)
-            direction, _ = solvers.cg(tol=forcing).solve(operator, None, downhill)
-            length = optax.tree.norm(direction)
-            unusable = ~jnp.isfinite(length) | (length == 0)
-            direction = optax.tree.where(unusable, downhill, direction)
-            slope = optax.tree.vdot(carry.grad, direction)
-            # Near the minimum differences of values drown in rounding, which must not stop the last steps.
-            rounding = 10 * eps * jnp.abs(carry.value)
-
-            def at(length: Array) -> PyTree:
-                return jax.tree.map(lambda p, d: p + length.astype(p.dtype) * d, carry.params, direction)
-
-            def too_long(length: Array) -> Array:
-                value = objective(at(length))
-                enough = value <= carry.value + 1e-4 * length * slope + rounding
-                return ~enough & (length > 1e-10)
-
-            length = jax.lax.while_loop(too_long, lambda length: length / 2, jnp.ones((), carry.value.dtype))
-            moved = at(length)
-            value, grad = evaluate(moved)
-            norm = optax.tree.norm(grad)
-            stalled = ~(norm < carry.norm) & (value >= carry.value - rounding)
-            kept, value, grad, norm = optax.tree.where(
-                stalled, (carry.params, carry.value, carry.grad, carry.norm), (moved, value, grad, norm)
-            )
-            return _Newton(kept, value, grad, norm, carry.steps_left - 1, stalled)
-
-        last = jax.lax.while_loop(running, step, first)
-        # Where the objective is NaN there is no minimum, and the start must not pass for one.
-        found = jnp.isfinite(last.value) & jnp.isfinite(last.norm)
-        return jax.tree.map(lambda leaf: jnp.where(found, leaf, jnp.nan), last.params)
-
-    return minimize
-
-
-def optax_minimizer(optimizer: optax.GradientTransformation, num_steps: int, *, tol: float | None = None) -> Minimizer:
-    """Up to `num_steps` steps of an optax optimiser, its L-BFGS included.
-
-    Args:
-      optimizer: an optax optimiser.
-      num_steps: steps allowed.
-      tol: stops earlier at ‖∇‖ ≤ tol; None runs all steps.
-
-    Raises:
-      ValueError: `num_steps` or `tol` not positive.
-    """
-    check_positive("num_steps", num_steps, integer=True)
-    if tol is not None:
-        check_positive("tol", tol)
-    transform = optax.with_extra_args_support(optimizer)
-
-    def minimize(objective: Objective, params: PyTree) -> PyTree:
-        evaluate = jax.value_and_grad(objective)
-
-        def running(carry: Any) -> Array:
-            _, _, (_, grad), steps_left = carry
-            # Not `>`, which NaN would end, with a start that passes for a minimum.
-            active = jnp.bool_(True) if tol is None else ~(optax.tree.norm(grad) <= tol)
-            return active & (steps_left > 0)
-
-        def step(carry: Any) -> Any:
-            params, state, (value, grad), steps_left = carry
-            updates, state = transform.update(grad, state, params, value=value, grad=grad, value_fn=objective)
-            params = optax.apply_updates(params, updates)
-            return params, state, evaluate(params), steps_left - 1
-
-        carry = (params, transform.init(params), evaluate(params), jnp.int32(num_steps))
-        return jax.lax.while_loop(running, step, carry)[0]
-
-    return minimize
-
-
-def given() -> Minimizer:
-    """Takes what `init` returns for the minimum: parameters that the user's own loop has already adapted.
-
-    How good a minimum they are is reported as `SolveInfo.inner_gradient_norm`. `init` sees no weights, so results at
-    weights other than 1 on the support set are not re-adapted.
-    """
-    return lambda objective, params: params

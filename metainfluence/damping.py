@@ -3,58 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import solvers, subspace
-from metainfluence._target import target_gradient
-from metainfluence.bilevel import Bilevel, check_meta_params
-from metainfluence.curvature import Curvature, check_curvature, exact, expand
-from metainfluence.operators import Operator
+from metainfluence._checks import check_positive, concrete, maker
+from metainfluence.curvature import Curvature
+from metainfluence.data import Task, Weights, name_not_finite
+from metainfluence.operators import flat_norm
+from metainfluence.problem import Bilevel
+from metainfluence.response import RANK, Damping, Options, checked, rule, target_gradient
 from metainfluence.solvers import SolveInfo
-from metainfluence.solvers._base import Preconditioner, check_positive, reachable
 from metainfluence.solvers._block_cg import grown
-from metainfluence.spectrum import of_operator
-from metainfluence.tasks import Task, Weights, check_batch_size, concrete, name_not_finite, resolve_weights
+from metainfluence.solvers._kit import Preconditioner, reachable
 
-RANK = 40
-_MARGIN = 2.0
-_SHIFT = 0.1
+__all__ = ["Damping", "Sweep", "auto", "sweep"]
 
 
-class Damping(NamedTuple):
-    """A damping, and what it was chosen by.
+class DampingAt(Protocol):
+    """What `auto` makes."""
 
-    Attributes:
-      value: the damping δ, the largest of the three below.
-      by_curvature: what negative curvature asks for.
-      by_stationarity: what the distance from a stationary point asks for.
-      by_precision: what the floating-point format asks for.
-      smallest: the smallest Ritz value of H.
-      residual: its residual.
-      largest: the largest Ritz value.
-      outer_gradient_norm: ‖D_λF‖.
-    """
-
-    value: Float[Array, ""]
-    by_curvature: Float[Array, ""]
-    by_stationarity: Float[Array, ""]
-    by_precision: Float[Array, ""]
-    smallest: Float[Array, ""]
-    residual: Float[Array, ""]
-    largest: Float[Array, ""]
-    outer_gradient_norm: Float[Array, ""]
+    def __call__(self, meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Damping:
+        """The damping at λ, and what it was chosen by."""
 
 
+class SweepAt(Protocol):
+    """What `sweep` makes."""
+
+    def __call__(self, meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Sweep:
+        """Scores at many dampings."""
+
+
+@maker
 def auto(
-    problem: Bilevel, *, curvature: Curvature | None = None, rank: int = RANK, batch_size: int | None = None
-) -> Callable[..., Damping]:
-    """Makes (meta_params, tasks, weights=None) -> Damping by the rule behind `damping="auto"`; `rank` products.
+    problem: Bilevel,
+    *,
+    curvature: Curvature | None = None,
+    rank: int = RANK,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    hvp: str | None = None,
+    precision: str | None = "highest",
+) -> DampingAt:
+    """Makes (meta_params, tasks, weights=None) -> Damping, by the rule behind `damping="auto"`; `rank` products.
 
     δ is the largest of three, each from what is not known about the quadratic model that influence rests on:
 
@@ -71,38 +67,31 @@ def auto(
       problem: the problem.
       curvature: one of `metainfluence.curvature`; None for `exact()`.
       rank: Lanczos steps; more find the smallest eigenvalue more sharply, and δ falls with r.
-      batch_size: tasks per chunk, which bounds the memory.
+      batch_size: as in `task_if`.
+      mesh: as in `task_if`.
+      hvp: as in `task_if`.
+      precision: as in `task_if`.
 
     Raises:
       ValueError: as `total_hessian`; `rank` no positive integer.
     """
-    curvature = exact() if curvature is None else curvature
-    check_curvature(problem, curvature)
     check_positive("rank", rank, integer=True)
-    check_batch_size(batch_size)
-    expansion = expand(problem, curvature, batch_size)
+    shared: dict[str, Any] = {
+        "curvature": curvature,
+        "batch_size": batch_size,
+        "mesh": mesh,
+        "hvp": hvp,
+        "precision": precision,
+    }
+    options = Options.of(problem, **shared)
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Damping:
-        check_meta_params(meta_params)
-        found = expansion(meta_params, tasks, resolve_weights(weights, tasks))
-        return rule(found.operator, found.gradient, meta_params, rank)
+        with options.traced():
+            point = checked(meta_params, tasks, weights)
+            found = options.expanded(*point, options.chunks(*point[:2]))
+            return rule(found.operator, found.gradient, point[0], rank)
 
     return run
-
-
-def rule(operator: Operator, gradient: PyTree, meta_params: PyTree, rank: int = RANK) -> Damping:
-    """The rule of `auto` at a point; arguments are the caller's to check."""
-    found = of_operator(operator, rank=rank)
-    gradient_norm, length = optax.tree.norm(gradient), optax.tree.norm(meta_params)
-    smallest, residual = found.values[0], found.residuals[0]
-    eps = float(jnp.finfo(smallest.dtype).eps)
-    needs = (
-        _MARGIN * jnp.maximum(residual - smallest, 0),
-        (gradient_norm / (_SHIFT * jnp.where(length > 0, length, 1))).astype(smallest.dtype),
-        100 * eps * jnp.abs(found.largest),
-    )
-    value = jnp.maximum(jnp.maximum(needs[0], needs[1]), needs[2])
-    return Damping(value, *needs, smallest, residual, found.largest, gradient_norm)
 
 
 class Sweep(NamedTuple):
@@ -126,6 +115,7 @@ class Sweep(NamedTuple):
     info: SolveInfo
 
 
+@maker
 def sweep(
     problem: Bilevel,
     target: Callable[..., Array],
@@ -136,7 +126,10 @@ def sweep(
     max_size: int | None = None,
     absolute: bool = True,
     batch_size: int | None = None,
-) -> Callable[..., Sweep]:
+    mesh: Mesh | None = None,
+    hvp: str | None = None,
+    precision: str | None = "highest",
+) -> SweepAt:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Sweep: scores at many dampings from one Krylov basis.
 
     Krylov spaces do not change when a multiple of the identity is added, so the basis that solves at the smallest
@@ -151,28 +144,38 @@ def sweep(
       max_size: vectors in the basis; None for 200, at most the operator's size.
       absolute: solve with |H| at dampings at which H + δI is not positive definite; if False they end INDEFINITE.
         The residual then falls less regularly with the damping, and `info` tells.
-      batch_size: tasks per chunk, which bounds the memory.
+      batch_size: as in `task_if`.
+      mesh: as in `task_if`.
+      hvp: as in `task_if`.
+      precision: as in `task_if`.
 
     Raises:
       ValueError: dampings that are not ascending and non-negative, and as `influence_scores`.
     """
-    curvature = exact() if curvature is None else curvature
-    check_curvature(problem, curvature)
+    shared: dict[str, Any] = {
+        "curvature": curvature,
+        "batch_size": batch_size,
+        "mesh": mesh,
+        "hvp": hvp,
+        "precision": precision,
+    }
+    options = Options.of(problem, **shared)
     check_positive("tol", tol)
-    check_batch_size(batch_size)
     shape = jnp.shape(jnp.asarray(dampings))
     if len(shape) != 1 or shape[0] < 1:
         raise ValueError(f"dampings: expected at least one number, got shape {shape}")
     if concrete(dampings) and not (np.all(np.diff(dampings) > 0) and np.asarray(dampings)[0] >= 0):
         raise ValueError(f"dampings: expected non-negative numbers in ascending order, got {dampings!r}")
-    expansion = expand(problem, curvature, batch_size)
 
     def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Sweep:
-        check_meta_params(meta_params)
-        resolved = resolve_weights(weights, tasks)
+        with options.traced():
+            return swept(checked(meta_params, tasks, weights), target_args)
+
+    def swept(given: tuple[PyTree, Task, Weights], target_args: tuple[Any, ...]) -> Sweep:
+        meta_params, tasks, resolved = given
         # What is wrong with the target is told before the longer part.
         slope = target_gradient(target, meta_params, target_args)
-        point = expansion(meta_params, tasks, resolved)
+        point = options.expanded(*given, options.chunks(meta_params, tasks))
         name_not_finite(point.gradient, tasks, "tasks")
         operator = point.operator
         grid = jnp.asarray(dampings, operator.shift.dtype)
@@ -212,10 +215,11 @@ def sweep(
                 num_matvecs=info.num_matvecs[0],
                 relative_residual=relative,
                 min_curvature=smallest + damping,
-                outer_gradient_norm=optax.tree.norm(point.gradient),
+                outer_gradient_norm=flat_norm(point.gradient),
                 inner_gradient_norm=point.inner_gradient_norm,
                 effective_curvature=scale / jnp.where(length > 0, length, 1),
                 damping=damping,
+                meta_params_norm=flat_norm(meta_params),
             )
             direction = operator.domain.unravel(solution)
             return jax.tree.map(jnp.multiply, resolved, point.mixed_transposed(direction)), report

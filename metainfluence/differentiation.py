@@ -95,10 +95,12 @@ def hessian_map(
     return jax.linearize(gradient, at, has_aux=True)
 
 
-def taylor(fn: Callable[[PyTree], PyTree], at: PyTree, hvp: str) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """The value of `fn` at a point, and its first-order Taylor polynomial there."""
+def taylor(
+    fn: Callable[[PyTree], tuple[PyTree, Any]], at: PyTree, hvp: str
+) -> tuple[PyTree, Callable[[PyTree], PyTree], Any]:
+    """The value of `fn` -> (value, aux) at a point, its first-order Taylor polynomial there, and aux."""
     if hvp == REVERSE:
-        value, pullback = jax.vjp(fn, at)
+        value, pullback, aux = jax.vjp(fn, at, has_aux=True)
         # A linear map's own pullback is its transpose, wherever it is taken.
         transposed = jax.vjp(pullback, jax.tree.map(jnp.zeros_like, value))[1]
 
@@ -106,12 +108,12 @@ def taylor(fn: Callable[[PyTree], PyTree], at: PyTree, hvp: str) -> tuple[PyTree
             return transposed((change,))[0]
 
     else:
-        value, rate = jax.linearize(fn, at)
+        value, rate, aux = jax.linearize(fn, at, has_aux=True)
 
     def polynomial(point: PyTree) -> PyTree:
         return jax.tree.map(jnp.add, value, rate(jax.tree.map(jnp.subtract, point, at)))
 
-    return value, polynomial
+    return value, polynomial, aux
 
 
 def _first(pullback: Callable[[PyTree], Any], vector: PyTree) -> PyTree:

@@ -1,9 +1,7 @@
-"""Influence: the derivative of the meta-parameters' optimum λ*(w) with respect to the data weights w.
+"""Influence: questions to the response of a stationary point, a few lines each.
 
-    dλ*/dw = − H⁻¹ · ∂_w D_λ F
-
-Forward mode (a direction in w) gives the change of λ: `task_if`, `instance_if`, `group_influence`, `edit`. Reverse mode
-(a target φ(λ)) solves H s = ∇φ once and gives the scores of all data together: `influence_scores`.
+Forward (a direction in the data weights w) gives the change of λ: `task_if`, `instance_if`, `group_influence`, `edit`.
+Reverse (a target φ(λ)) gives the scores of all data together: `influence_scores`.
 
 Signs: `delta` is dλ*/dw, the change on up-weighting, so removal is λ − delta. A score is the predicted change of the
 target on removal, − w · dφ/dw: positive, the datum helps (removing it raises the target loss); negative, it harms.
@@ -11,68 +9,45 @@ target on removal, − w · dφ/dw: positive, the datum helps (removing it raise
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from metainfluence import solvers
-from metainfluence._calls import maker
-from metainfluence._target import target_gradient
-from metainfluence.bilevel import Bilevel, check_meta_params, task_loss, with_hvp
-from metainfluence.curvature import Curvature, Expansion, check_curvature, exact, expand, gradient_map
-from metainfluence.damping import RANK as DAMPING_RANK
-from metainfluence.damping import rule as damping_rule
+from metainfluence._checks import concrete, described, is_array, maker
+from metainfluence._chunks import reduce_tasks
+from metainfluence.curvature import Curvature
+from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
 from metainfluence.differentiation import REVERSE
-from metainfluence.operators import Operator, check_damping
-from metainfluence.preflight import Chunks, fitting_chunks
-from metainfluence.solvers import SolveInfo, Solver
-from metainfluence.tasks import (
-    Task,
-    Weights,
-    check_batch_size,
-    check_mesh,
-    concrete,
-    described,
-    is_array,
-    name_not_finite,
-    reduce_tasks,
-    resolve_weights,
-    sizes,
+from metainfluence.operators import flat_norm
+from metainfluence.problem import Bilevel, evaluate, task_loss
+from metainfluence.response import (
+    Influence,
+    Options,
+    Scores,
+    check_target,
+    checked,
+    optimum_at,
+    solve_once,
+    target_gradient,
 )
+from metainfluence.solvers import SolveInfo, Solver
 
-
-class Influence(NamedTuple):
-    """Derivatives of λ*.
-
-    Attributes:
-      delta: pytree like meta_params; with a leading axis for the data where there are several.
-      info: report on the solves, one entry per right-hand side.
-    """
-
-    delta: PyTree
-    info: SolveInfo
-
-
-class Scores(NamedTuple):
-    """Predicted change of the target when a datum is removed; positive helps, negative harms, padding has 0.
-
-    Attributes:
-      task: `[T]`.
-      support: `[T, n_support]`.
-      query: `[T, n_query]`.
-      info: report on the solves.
-    """
-
-    task: Float[Array, " T"]
-    support: Float[Array, "T n_support"]
-    query: Float[Array, "T n_query"]
-    info: SolveInfo
+__all__ = [
+    "Edit",
+    "Influence",
+    "Scores",
+    "edit",
+    "group_influence",
+    "influence_scores",
+    "instance_if",
+    "self_influence",
+    "task_if",
+]
 
 
 class Edit(NamedTuple):
@@ -88,130 +63,51 @@ class Edit(NamedTuple):
     info: SolveInfo
 
 
-class _Point(NamedTuple):
-    """λ with all that its solves share; `matvecs` are those that chose the damping, `chunks` what fits in memory."""
+class InfluenceOfTasks(Protocol):
+    """What `task_if` makes."""
 
-    meta_params: PyTree
-    tasks: Task
-    weights: Weights
-    expansion: Expansion
-    gradient_norm: Array
-    operator: Operator
-    state: Any
-    damping: Array
-    matvecs: int
-    chunks: Chunks
+    def __call__(self, meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Influence:
+        """Influence of every task."""
 
 
-class _Method(NamedTuple):
-    """The strategies that all makers take."""
+class InfluenceOfExamples(Protocol):
+    """What `instance_if` makes."""
 
-    problem: Bilevel
-    solver: Solver
-    damping: Any
-    curvature: Curvature
-    batch_size: int | None
-    mesh: Mesh | None
-
-    @staticmethod
-    def of(
-        problem: Bilevel,
-        solver: Solver | None,
-        curvature: Curvature | None,
-        damping: Any,
-        batch_size: int | None,
-        mesh: Mesh | None,
-    ) -> _Method:
-        curvature = exact() if curvature is None else curvature
-        solver = solvers.auto() if solver is None else solver
-        if not isinstance(solver, Solver):
-            raise TypeError(f"solver: expected one of metainfluence.solvers, as cg(), got {solver!r}")
-        check_curvature(problem, curvature)
-        if isinstance(damping, str) and damping != "auto":
-            raise ValueError(f'damping: expected a non-negative number or "auto", got {damping!r}')
-        if not isinstance(damping, str):
-            check_damping(damping)
-        check_batch_size(batch_size)
-        check_mesh(mesh)
-        return _Method(problem, solver, damping, curvature, batch_size, mesh)
-
-    def at(self, meta_params: PyTree, tasks: Task, weights: Weights | None, vectors: int = 1) -> _Point:
-        """λ with what its solves for some right-hand sides share."""
-        check_meta_params(meta_params)
-        weights = resolve_weights(weights, tasks)
-        chunks = Chunks(self.batch_size, None)
-        if self.batch_size is None:
-            chunks = fitting_chunks(self.problem, self.curvature, meta_params, tasks, vectors, self.mesh)
-        expansion = expand(self.problem, self.curvature, chunks.tasks, self.mesh)(meta_params, tasks, weights)
-        norm = optax.tree.norm(expansion.gradient)
-        name_not_finite(norm, tasks, "tasks")
-        damping, matvecs = self.damping, 0
-        if isinstance(damping, str):
-            fixed = jax.lax.stop_gradient((expansion.operator, expansion.gradient, meta_params))
-            damping, matvecs = damping_rule(*fixed).value, DAMPING_RANK
-        damping = jnp.asarray(damping, expansion.operator.shift.dtype)
-        operator = expansion.operator.damped(damping)
-        state = jax.lax.stop_gradient(self.solver.init(jax.lax.stop_gradient(operator)))
-        return _Point(meta_params, tasks, weights, expansion, norm, operator, state, damping, matvecs, chunks)
-
-    def solve(self, point: _Point, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
-        return self._solve(point, rhs, point.operator.matvec, self.solver.solve)
-
-    def solve_all(self, point: _Point, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
-        """Solves for right-hand sides on a leading axis, in step: one batched product per step."""
-        solve_many = self.solver.solve_many
-        if solve_many is None:
-            if point.chunks.vectors is None:
-                return jax.vmap(lambda rhs: self.solve(point, rhs))(rhs)
-            return jax.lax.map(lambda rhs: self.solve(point, rhs), rhs, batch_size=point.chunks.vectors)
-        return self._solve(point, rhs, jax.vmap(point.operator.matvec), solve_many)
-
-    @staticmethod
-    def _solve(
-        point: _Point, rhs: PyTree, matvec: Callable[[PyTree], PyTree], solve: Callable[..., Any]
-    ) -> tuple[PyTree, SolveInfo]:
-        fixed = jax.lax.stop_gradient(point.operator)
-        # Differentiated as the solution that it is, and not through the solver's steps.
-        solution, info = jax.lax.custom_linear_solve(
-            matvec, rhs, lambda _, rhs: solve(fixed, point.state, rhs), symmetric=True, has_aux=True
-        )
-        shape = info.status.shape
-        info = info._replace(
-            num_matvecs=info.num_matvecs + point.matvecs,
-            outer_gradient_norm=jnp.broadcast_to(point.gradient_norm, shape),
-            inner_gradient_norm=jnp.broadcast_to(point.expansion.inner_gradient_norm, shape),
-            damping=jnp.broadcast_to(point.damping, shape),
-        )
-        return solution, info
-
-    def solve_direction(self, point: _Point, direction: Weights) -> tuple[PyTree, SolveInfo]:
-        """dλ*/dw along a direction in w."""
-        direction = jax.tree.map(lambda d, w: d.astype(w.dtype), direction, point.weights)
-        mixed = point.expansion.mixed(direction)
-        return self.solve(point, jax.tree.map(jnp.negative, mixed))
+    def __call__(self, meta_params: PyTree, tasks: Task, index: Any, weights: Weights | None = None) -> Influence:
+        """Influence of every example on one side of task `index`."""
 
 
-def _term(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> Array:
-    """One task's term of F, w_k L_k / T."""
-    value = task_loss(problem)(meta_params, task, weights)
-    return value * weights.task.astype(value.dtype) / count
+class InfluenceOfGroup(Protocol):
+    """What `group_influence` makes."""
+
+    def __call__(
+        self, meta_params: PyTree, tasks: Task, direction: Weights, weights: Weights | None = None
+    ) -> Influence:
+        """Influence along a direction in the data weights."""
 
 
-def _columns(problem: Bilevel, term: Callable[[PyTree, PyTree], Array], meta_params: PyTree, weights: PyTree) -> PyTree:
-    """∂_w D_λ of a term: a pytree like the weights, of pytrees like λ with the weights' axes leading."""
-    if problem.hvp == REVERSE:
-        return jax.jacrev(lambda m: jax.grad(term, argnums=1)(m, weights))(meta_params)
-    columns = jax.jacfwd(lambda w: jax.grad(term)(meta_params, w))(weights)
-    # jacfwd nests the weights inside the leaves of λ, with their axes last.
-    columns = jax.tree.transpose(jax.tree.structure(meta_params), jax.tree.structure(weights), columns)
-    return jax.tree.map(
-        lambda w, column: jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0) if w.ndim else leaf, column),
-        weights,
-        columns,
-    )
+class ScoresForTarget(Protocol):
+    """What `influence_scores` makes."""
+
+    def __call__(self, meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
+        """Scores of all tasks and examples for the target at these arguments."""
 
 
-@maker("(meta_params, tasks)")
+class ScoresOfData(Protocol):
+    """What `self_influence` makes."""
+
+    def __call__(self, meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Scores:
+        """Scores of all tasks and examples on their own terms."""
+
+
+class EditOfWeights(Protocol):
+    """What `edit` makes."""
+
+    def __call__(self, meta_params: PyTree, tasks: Task, new_weights: Weights, weights: Weights | None = None) -> Edit:
+        """λ at the new weights."""
+
+
+@maker
 def task_if(
     problem: Bilevel,
     *,
@@ -221,7 +117,8 @@ def task_if(
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     hvp: str | None = None,
-) -> Callable[..., Influence]:
+    precision: str | None = "highest",
+) -> InfluenceOfTasks:
     """Makes (meta_params, tasks, weights=None) -> Influence of every task: task-IF.
 
     delta[k] = dλ*/dw_k = − H⁻¹ D_λ L_k / T, so that λ − delta[k] predicts λ without task k (arXiv 2501.15963, §4). All
@@ -232,11 +129,12 @@ def task_if(
       solver: one of `metainfluence.solvers`; None for `auto()`.
       curvature: one of `metainfluence.curvature`; None for `exact()`.
       damping: non-negative number added to every eigenvalue of H, or "auto" for the rule of `damping.auto`.
-      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once where they fit in what memory
-        is free, and else as many tasks, and right-hand sides, as do: see `preflight`.
+      batch_size: tasks per chunk, which bounds the memory; None for a choice by shapes alone: a chunk that stays in the
+        cache of a CPU, all tasks that fit an accelerator.
       mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
       hvp: how derivatives of gradients are taken, "forward_over_reverse" or "reverse_over_reverse", see `bilevel`; None
         for the problem's own, which is the first unless it was told otherwise.
+      precision: of matrix products, the problem's own included, see `jax.default_matmul_precision`; None for JAX's.
 
     Returns:
       Function whose delta has leaves `[T, ...]`, and info `[T]`.
@@ -244,25 +142,26 @@ def task_if(
     Raises:
       ValueError: as `total_hessian`; and for tasks, weights or meta_params that are malformed or not finite.
     """
-    problem = with_hvp(problem, hvp)
-    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
-    loss = task_loss(problem)
+    options = Options.of(**locals())
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Influence:
-        point = method.at(meta_params, tasks, weights, sizes(tasks).lead[0])
-        count = point.weights.task.shape[0]
+        with options.traced():
+            point = checked(meta_params, tasks, weights)
+            count = sizes(tasks).lead[0]
+            at = optimum_at(options, *point, vectors=count)
+            loss = task_loss(options.problem, precision=precision)
 
-        def chunk(data: tuple[Task, Weights]) -> tuple[tuple[()], PyTree]:
-            gradients = jax.vmap(lambda task, w: jax.grad(loss)(meta_params, task, w))(*data)
-            return (), jax.tree.map(lambda g: -g / count, gradients)
+            def chunk(data: tuple[Task, Weights]) -> tuple[tuple[()], PyTree]:
+                gradients = jax.vmap(lambda task, w: jax.grad(loss)(at.meta_params, task, w))(*data)
+                return (), jax.tree.map(lambda g: -g / count, gradients)
 
-        _, rhs = reduce_tasks(chunk, (tasks, point.weights), point.chunks.tasks, mesh)
-        return Influence(*method.solve_all(point, rhs))
+            _, rhs = reduce_tasks(chunk, (tasks, at.weights), at.expansion.chunks.tasks, mesh)
+            return Influence(*at.solve_many(rhs))
 
     return run
 
 
-@maker("(meta_params, tasks, index)")
+@maker
 def instance_if(
     problem: Bilevel,
     side: str,
@@ -273,7 +172,8 @@ def instance_if(
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     hvp: str | None = None,
-) -> Callable[..., Influence]:
+    precision: str | None = "highest",
+) -> InfluenceOfExamples:
     """Makes (meta_params, tasks, index, weights=None) -> Influence of every example on one side of task `index`.
 
     delta[j] = dλ*/dw of example j. For a query example − H⁻¹ (w_k b_kj/T) D_λ ℓ_out; for a support example − H⁻¹ ∂_u
@@ -289,6 +189,7 @@ def instance_if(
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
       hvp: as in `task_if`.
+      precision: as in `task_if`.
 
     Returns:
       Function whose delta has leaves `[n, ...]`, and info `[n]`; 0 for padding.
@@ -296,10 +197,10 @@ def instance_if(
     Raises:
       ValueError: an unknown side, an index out of range, and as `task_if`.
     """
+    given = {name: value for name, value in locals().items() if name != "side"}
     if side not in ("support", "query"):
         raise ValueError(f"side: expected 'support' or 'query', got {side!r}")
-    problem = with_hvp(problem, hvp)
-    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
+    options = Options.of(**given)
 
     def run(meta_params: PyTree, tasks: Task, index: Any, weights: Weights | None = None) -> Influence:
         count = sizes(tasks).lead[0]
@@ -307,19 +208,20 @@ def instance_if(
             raise TypeError(f"index: expected one integer, got {described(index)}")
         if concrete(index) and not 0 <= int(index) < count:
             raise ValueError(f"index: expected a task from 0 to {count - 1}, got {int(index)}")
-        point = method.at(meta_params, tasks, weights, getattr(sizes(tasks), side))
-        task, own = jax.tree.map(lambda leaf: leaf[index], (tasks, point.weights))
+        with options.traced():
+            at = optimum_at(options, *checked(meta_params, tasks, weights), vectors=getattr(sizes(tasks), side))
+            task, own = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], (tasks, at.weights))
 
-        def term(meta_params: PyTree, values: Array) -> Array:
-            return _term(problem, meta_params, task, own._replace(**{side: values}), count)
+            def term(meta_params: PyTree, values: Array) -> Array:
+                return _term(options.problem, meta_params, task, own._replace(**{side: values}), count)
 
-        rhs = jax.tree.map(jnp.negative, _columns(problem, term, meta_params, getattr(own, side)))
-        return Influence(*method.solve_all(point, rhs))
+            rhs = _columns(options.problem, term, at.meta_params, getattr(own, side))
+            return Influence(*at.solve_many(jax.tree.map(jnp.negative, rhs)))
 
     return run
 
 
-@maker("(meta_params, tasks, direction)")
+@maker
 def group_influence(
     problem: Bilevel,
     *,
@@ -329,7 +231,8 @@ def group_influence(
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     hvp: str | None = None,
-) -> Callable[..., Influence]:
+    precision: str | None = "highest",
+) -> InfluenceOfGroup:
     """Makes (meta_params, tasks, direction, weights=None) -> Influence along a direction in the data weights.
 
     delta = (dλ*/dw) · direction, by one solve. λ + delta predicts λ at the weights w + direction; to remove a group,
@@ -343,22 +246,25 @@ def group_influence(
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
       hvp: as in `task_if`.
+      precision: as in `task_if`.
 
     Raises:
       ValueError: a direction of the wrong shape or not finite, and as `task_if`.
     """
-    problem = with_hvp(problem, hvp)
-    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
+    options = Options.of(**locals())
 
     def run(meta_params: PyTree, tasks: Task, direction: Weights, weights: Weights | None = None) -> Influence:
         direction = resolve_weights(direction, tasks, name="direction")
-        point = method.at(meta_params, tasks, weights)
-        return Influence(*method.solve_direction(point, direction))
+        with options.traced():
+            point = checked(meta_params, tasks, weights)
+            at = options.expanded(*point, options.chunks(*point[:2]))
+            direction = jax.tree.map(lambda d, w: d.astype(w.dtype), direction, at.weights)
+            return Influence(*solve_once(options, at, jax.tree.map(jnp.negative, at.mixed(direction))))
 
     return run
 
 
-@maker("(meta_params, tasks, *target_args)")
+@maker
 def influence_scores(
     problem: Bilevel,
     target: Callable[..., Array],
@@ -369,10 +275,12 @@ def influence_scores(
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     hvp: str | None = None,
-) -> Callable[..., Scores]:
+    precision: str | None = "highest",
+) -> ScoresForTarget:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores of all tasks and all examples, by one solve.
 
-    Solves H s = ∇φ, then − dφ/dw = ∂_w ⟨D_λF, s⟩ by one transposed product with the mixed derivative ∂_w D_λF.
+    Solves H s = ∇φ, then − dφ/dw = ∂_w ⟨D_λF, s⟩ by one transposed product with the mixed derivative ∂_w D_λF. The
+    same as `scores(optimum(problem, …)(meta_params, tasks), target)(*target_args)`.
 
     Args:
       problem: the problem.
@@ -384,6 +292,7 @@ def influence_scores(
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
       hvp: as in `task_if`.
+      precision: as in `task_if`.
 
     Returns:
       Function whose scores are − w · dφ/dw at the current weights: the predicted change of φ on removal, in its units.
@@ -391,27 +300,24 @@ def influence_scores(
     Raises:
       ValueError: a target that is no scalar, and as `task_if`.
     """
-    if not callable(target):
-        expected = "a function (meta_params, *target_args) -> scalar"
-        raise TypeError(f"target: expected {expected}, got {reprlib.repr(target)}")
-    problem = with_hvp(problem, hvp)
-    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
+    given = {name: value for name, value in locals().items() if name != "target"}
+    check_target(target)
+    options = Options.of(**given)
 
     def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
-        # What is wrong with the target is told before the longer part.
-        check_meta_params(meta_params)
-        weights = resolve_weights(weights, tasks)
-        slope = target_gradient(target, meta_params, target_args)
-        point = method.at(meta_params, tasks, weights)
-        direction, info = method.solve(point, slope)
-        sensitivity = point.expansion.mixed_transposed(direction)
-        task, support, query = jax.tree.map(jnp.multiply, point.weights, sensitivity)
-        return Scores(task, support, query, info)
+        with options.traced():
+            point = checked(meta_params, tasks, weights)
+            # What is wrong with the target is told before the longer part.
+            slope = target_gradient(target, point[0], target_args)
+            at = options.expanded(*point, options.chunks(*point[:2]))
+            solution, info = solve_once(options, at, slope)
+            task, support, query = jax.tree.map(jnp.multiply, at.weights, at.mixed_transposed(solution))
+            return Scores(task, support, query, info)
 
     return run
 
 
-@maker("(meta_params, tasks)")
+@maker
 def self_influence(
     problem: Bilevel,
     *,
@@ -421,7 +327,8 @@ def self_influence(
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     hvp: str | None = None,
-) -> Callable[..., Scores]:
+    precision: str | None = "highest",
+) -> ScoresOfData:
     """Makes (meta_params, tasks, weights=None) -> Scores of every datum on its own term of F.
 
     With g = ∂_w D_λF of a datum, its score is w · gᵀ H⁻¹ g: the predicted change of ∂F/∂w, the datum's own term of F,
@@ -436,36 +343,40 @@ def self_influence(
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
       hvp: as in `task_if`.
+      precision: as in `task_if`.
 
     Returns:
       Function whose info has leaves `[T, 1 + n_support + n_query]`: the task, its support and its query examples.
     """
-    problem = with_hvp(problem, hvp)
-    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
+    options = Options.of(**locals())
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Scores:
         size = sizes(tasks)
-        point = method.at(meta_params, tasks, weights, 1 + size.support + size.query)
-        count = point.weights.task.shape[0]
+        with options.traced():
+            at = optimum_at(options, *checked(meta_params, tasks, weights), vectors=1 + size.support + size.query)
 
-        def single(data: tuple[Task, Weights]) -> tuple[Weights, SolveInfo]:
-            task, own = data
-            columns = _columns(problem, lambda m, w: _term(problem, m, task, w, count), meta_params, own)
-            task_column = jax.tree.map(lambda leaf: leaf[None], columns.task)
-            rhs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), task_column, columns.support, columns.query)
-            solution, info = method.solve_all(point, rhs)
-            products = jax.vmap(optax.tree.vdot)(rhs, solution)
-            split = 1 + own.support.shape[0]
-            parts = Weights(products[0], products[1:split], products[split:])
-            return jax.tree.map(lambda w, p: w * p.astype(w.dtype), own, parts), info
+            def single(data: tuple[Task, Weights]) -> tuple[Weights, SolveInfo]:
+                task, own = data
 
-        (task, support, query), info = jax.lax.map(single, (tasks, point.weights))
-        return Scores(task, support, query, info)
+                def term(meta_params: PyTree, weights: Weights) -> Array:
+                    return _term(options.problem, meta_params, task, weights, size.lead[0])
+
+                columns = _columns(options.problem, term, at.meta_params, own)
+                task_column = jax.tree.map(lambda leaf: leaf[None], columns.task)
+                rhs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), task_column, columns.support, columns.query)
+                solution, info = at.solve_many(rhs)
+                products = jax.vmap(optax.tree.vdot)(rhs, solution)
+                split = 1 + own.support.shape[0]
+                parts = Weights(products[0], products[1:split], products[split:])
+                return jax.tree.map(lambda w, p: w * p.astype(w.dtype), own, parts), info
+
+            (task, support, query), info = jax.lax.map(single, (tasks, at.weights))
+            return Scores(task, support, query, info)
 
     return run
 
 
-@maker("(meta_params, tasks, new_weights)")
+@maker
 def edit(
     problem: Bilevel,
     *,
@@ -475,8 +386,9 @@ def edit(
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     hvp: str | None = None,
+    precision: str | None = "highest",
     num_newton_steps: int = 1,
-) -> Callable[..., Edit]:
+) -> EditOfWeights:
     """Makes (meta_params, tasks, new_weights, weights=None) -> Edit: λ at new data weights, without retraining.
 
     First order: λ + (dλ*/dw) · (new_weights − weights). Then `num_newton_steps` Newton steps on F at the new weights,
@@ -493,49 +405,74 @@ def edit(
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
       hvp: as in `task_if`.
+      precision: as in `task_if`.
       num_newton_steps: steps after the first-order one, at least 0.
 
     Raises:
       ValueError: `num_newton_steps` negative, new weights of the wrong shape or not finite, and as `task_if`.
     """
+    given = {name: value for name, value in locals().items() if name != "num_newton_steps"}
     if isinstance(num_newton_steps, bool) or not isinstance(num_newton_steps, int) or num_newton_steps < 0:
         raise ValueError(f"num_newton_steps: expected a non-negative integer, got {num_newton_steps!r}")
-    problem = with_hvp(problem, hvp)
-    method = _Method.of(problem, solver, curvature, damping, batch_size, mesh)
-    gradient = gradient_map(problem, batch_size, mesh)
+    options = Options.of(**given)
 
     def run(meta_params: PyTree, tasks: Task, new_weights: Weights, weights: Weights | None = None) -> Edit:
-        check_meta_params(meta_params)
-        old = resolve_weights(weights, tasks)
+        meta_params, _, old = checked(meta_params, tasks, weights)
         new = jax.tree.map(
             lambda w, like: w.astype(like.dtype), resolve_weights(new_weights, tasks, name="new_weights"), old
         )
         direction = jax.tree.map(jnp.subtract, new, old)
+        with options.traced():
+            chunks = options.chunks(meta_params, tasks)
 
-        # The first-order step and Newton's differ in the right-hand side and the weights, and share one compiled body.
-        def step(
+        # One compiled body serves the first-order step, Newton's, and the last turn, which only looks at the end.
+        def turn(
             carry: tuple[PyTree, PyTree, Array], number: Array
         ) -> tuple[tuple[PyTree, PyTree, Array], tuple[SolveInfo, Array, Array]]:
             current, best, least = carry
             first = number == 0
-            here = method.at(current, tasks, optax.tree.where(first, old, new))
-            nearer = (number == 1) | (~first & (here.gradient_norm < least))
-            best, least = optax.tree.where(nearer, current, best), jnp.where(nearer, here.gradient_norm, least)
-            expansion = here.expansion
-            rhs = jax.lax.cond(first, lambda: expansion.mixed(direction), lambda: expansion.gradient)
-            change, info = method.solve(here, rhs)
-            moved = jax.tree.map(jnp.subtract, current, change)
-            return (moved, best, least), (info, here.gradient_norm, expansion.inner_gradient_norm)
+            at = options.expanded(current, tasks, optax.tree.where(first, old, new), chunks)
+            norm = flat_norm(at.gradient)
+            nearer = (number == 1) | (~first & (norm < least))
+            best, least = optax.tree.where(nearer, current, best), jnp.where(nearer, norm, least)
 
-        start = (meta_params, meta_params, jnp.zeros_like(optax.tree.norm(meta_params)))
-        (edited, best, least), (info, norms, inner_norms) = jax.lax.scan(step, start, jnp.arange(1 + num_newton_steps))
-        final, final_inner = gradient(exact(), edited, tasks, edited, new)
-        name_not_finite(final, tasks, "tasks")
-        norm = optax.tree.norm(final)
-        info = info._replace(
-            outer_gradient_norm=jnp.append(norms[1:], norm),
-            inner_gradient_norm=jnp.append(inner_norms[1:], final_inner),
-        )
-        return Edit(optax.tree.where(norm < least, edited, best) if num_newton_steps else edited, info)
+            def solved() -> tuple[PyTree, SolveInfo]:
+                rhs = jax.lax.cond(first, lambda: at.mixed(direction), lambda: at.gradient)
+                return solve_once(options, at, rhs)
+
+            def unsolved() -> tuple[PyTree, SolveInfo]:
+                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(solved))
+
+            change, info = jax.lax.cond(number <= num_newton_steps, solved, unsolved)
+            moved = jax.tree.map(jnp.subtract, current, change)
+            return (moved, best, least), (info, norm, at.inner_gradient_norm)
+
+        with options.traced():
+            start = (meta_params, meta_params, jnp.zeros_like(flat_norm(meta_params)))
+            turns = jnp.arange(2 + num_newton_steps)
+            (_, edited, least), (info, norms, inner_norms) = jax.lax.scan(turn, start, turns)
+        name_not_finite((least, norms[-1]), tasks, "tasks")
+        info = jax.tree.map(lambda leaf: leaf[:-1], info)
+        return Edit(edited, info._replace(outer_gradient_norm=norms[1:], inner_gradient_norm=inner_norms[1:]))
 
     return run
+
+
+def _term(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> Array:
+    """One task's term of F, w_k L_k / T."""
+    value = evaluate(problem, meta_params, task, weights)[0]
+    return value * weights.task.astype(value.dtype) / count
+
+
+def _columns(problem: Bilevel, term: Callable[[PyTree, PyTree], Array], meta_params: PyTree, weights: PyTree) -> PyTree:
+    """∂_w D_λ of a term: a pytree like the weights, of pytrees like λ with the weights' axes leading."""
+    if problem.hvp == REVERSE:
+        return jax.jacrev(lambda m: jax.grad(term, argnums=1)(m, weights))(meta_params)
+    columns = jax.jacfwd(lambda w: jax.grad(term)(meta_params, w))(weights)
+    # jacfwd nests the weights inside the leaves of λ, with their axes last.
+    columns = jax.tree.transpose(jax.tree.structure(meta_params), jax.tree.structure(weights), columns)
+    return jax.tree.map(
+        lambda w, column: jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0) if w.ndim else leaf, column),
+        weights,
+        columns,
+    )

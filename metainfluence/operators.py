@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence.tasks import concrete, leaf_name
+from metainfluence._checks import leaf_name
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """Structure, shapes and dtypes of the vectors on which an operator acts; hashable, so static under jit."""
+    """Structure, shapes and dtypes of the vectors on which an operator acts; a pytree without leaves."""
 
     structure: Any
     leaves: tuple[jax.ShapeDtypeStruct, ...]
@@ -47,7 +49,12 @@ class Domain:
 
     def unravel(self, vector: Float[Array, " size"]) -> PyTree:
         """Inverse of `ravel`."""
-        return ravel_pytree(self.zeros())[1](vector)
+        ends = itertools.accumulate(leaf.size for leaf in self.leaves)
+        parts = [
+            vector[end - leaf.size : end].reshape(leaf.shape).astype(leaf.dtype)
+            for end, leaf in zip(ends, self.leaves, strict=True)
+        ]
+        return jax.tree.unflatten(self.structure, parts)
 
     def check(self, name: str, tree: PyTree) -> None:
         """Raises ValueError, naming the argument and the leaf, unless `tree` belongs to this domain."""
@@ -79,6 +86,30 @@ class Losses(NamedTuple):
     regularizer: Callable[[PyTree], Float[Array, ""]] | None
 
 
+def flat_norm(tree: PyTree) -> Float[Array, ""]:
+    """Euclidean norm of all of a pytree's leaves, by a shorter program than one sum for each."""
+    vector = ravel_pytree(tree)[0]
+    return jnp.sqrt(jnp.vdot(vector, vector, precision=jax.lax.Precision.HIGHEST))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlatProduct:
+    """A product that is made in flat coordinates, for an operator that is asked for it there; a pytree.
+
+    Attributes:
+      flat: v ↦ A v, both flat.
+      domain: of the vectors.
+    """
+
+    flat: Callable[[Float[Array, " size"]], Float[Array, " size"]]
+    domain: Domain = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        """The product with a pytree of the domain."""
+        return self.domain.unravel(self.flat(self.domain.ravel(vector)))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operator:
@@ -108,7 +139,17 @@ class Operator:
 
     def flat_matvec(self, vector: Float[Array, " size"]) -> Float[Array, " size"]:
         """Product with a vector in the flat coordinates of `domain.ravel`."""
-        return self.domain.ravel(self.matvec(self.domain.unravel(vector)))
+        if isinstance(self.product, FlatProduct):
+            product = self.product.flat(vector)
+        else:
+            product = self.domain.ravel(self.product(self.domain.unravel(vector)))
+        return product + self.shift.astype(product.dtype) * vector
+
+    def flat_matvecs(self, vectors: Float[Array, "k size"]) -> Float[Array, "k size"]:
+        """Products with vectors on a leading axis, in one batch; a single one as such, in a smaller program."""
+        if len(vectors) == 1:
+            return self.flat_matvec(vectors[0])[None]
+        return jax.vmap(self.flat_matvec)(vectors)
 
     def damped(self, damping: Any) -> Operator:
         """The operator plus `damping` times the identity."""
@@ -121,34 +162,42 @@ class Operator:
 
     def dense(self, batch_size: int = 64) -> Float[Array, "size size"]:
         """The matrix, symmetrised, in the flat coordinates of `domain.ravel`; `size` products."""
-        basis = jnp.eye(self.size, dtype=self.domain.dtype)
-        if self.size <= batch_size:
-            matrix = jax.vmap(self.flat_matvec)(basis)
-        else:
-            matrix = jax.lax.map(self.flat_matvec, basis, batch_size=batch_size)
-        return 0.5 * (matrix + matrix.T)
+        rows = self.rows(batch_size)
+        return 0.5 * (rows + rows.T)
+
+    def rows(self, batch_size: int = 64) -> Float[Array, "size size"]:
+        """The matrix as its products with the unit vectors, one a row, symmetric but for rounding; `size` products."""
+        chunks = -(-self.size // batch_size)
+        each = -(-self.size // chunks)
+        # Chunks of equal size: a remainder would be compiled apart.
+        basis = jnp.eye(chunks * each, self.size, dtype=self.domain.dtype).reshape(chunks, each, self.size)
+        if chunks == 1:
+            return jax.vmap(self.flat_matvec)(basis[0])
+        return jax.lax.map(jax.vmap(self.flat_matvec), basis).reshape(-1, self.size)[: self.size]
 
 
 def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
     """Makes an operator of a symmetric linear function.
 
     Args:
-      matvec: v ↦ A v. Pass a `jax.tree_util.Partial` whose arguments are the arrays that A depends on to have them
-        travel as data through jit; arrays that a plain function closes over are compiled in as constants.
+      matvec: v ↦ A v. Pass a `jax.tree_util.Partial` whose arguments are the arrays that A depends on, or a
+        `FlatProduct`, to have them travel as data through jit; arrays that a plain function closes over are
+        compiled in as constants.
       like: pytree with the structure, shapes and dtypes of v.
 
     Returns:
       Operator without damping.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> scale = jnp.asarray([1.0, 2.0])
+      >>> operator = mi.operators.from_matvec(jax.tree_util.Partial(jnp.multiply, scale), jnp.zeros(2))
+      >>> operator.damped(0.5).matvec(jnp.ones(2)).tolist()
+      [1.5, 2.5]
     """
-    if not isinstance(matvec, jax.tree_util.Partial):
+    if not isinstance(matvec, (jax.tree_util.Partial, FlatProduct)):
         matvec = jax.tree_util.Partial(matvec)
     domain = Domain.of(like)
     return Operator(matvec, jnp.zeros((), domain.dtype), domain)
-
-
-def check_damping(damping: Any) -> None:
-    """Raises unless `damping` is a non-negative scalar; traced values cannot be checked."""
-    if isinstance(damping, str) or jnp.ndim(damping) != 0:
-        raise ValueError(f"damping: expected a non-negative number, got {damping!r}")
-    if concrete(damping) and not float(damping) >= 0.0:
-        raise ValueError(f"damping: expected a non-negative number, got {damping!r}")

@@ -1,19 +1,14 @@
 """What a run will take, and chunks that follow from it."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import metainfluence as mi
-from metainfluence.preflight import Chunks, fitting_chunks
+from metainfluence.trust import free_memory
 from scoring import setting
 
 COUNT = 40
-# The function of this name hides the module.
-preflight = importlib.import_module("metainfluence.preflight")
 
 
 @pytest.fixture(scope="module")
@@ -84,50 +79,8 @@ def test_bad_options(options):
         mi.preflight(setting.PROBLEM, **options)
 
 
-@pytest.fixture
-def little_memory(monkeypatch, plan):
-    """As if there was room for some tasks."""
-
-    def leave(tasks):
-        monkeypatch.setattr(preflight, "free_memory", lambda: tasks * plan.chunk_bytes / COUNT / preflight.FREE_SHARE)
-
-    return leave
-
-
-def test_a_small_problem_is_taken_at_once_without_a_look_at_it(tasks, meta_params, monkeypatch):
-    monkeypatch.setattr(preflight, "_linearised_bytes", lambda *args: pytest.fail("traced"))
-    assert fitting_chunks(setting.PROBLEM, mi.curvature.exact(), meta_params, tasks, COUNT, None) == Chunks(None, None)
-
-
-def test_functions_that_are_given_all_tasks_take_as_many_as_fit(tasks, meta_params, little_memory, monkeypatch):
-    chosen = []
-    real = preflight.fitting_chunks
-
-    def watched(*args):
-        chosen.append(real(*args))
-        return chosen[-1]
-
-    monkeypatch.setattr("metainfluence.influence.fitting_chunks", watched)
-    cg = mi.solvers.cg(tol=1e-13)
-    scores = mi.influence_scores(setting.PROBLEM, setting.target, solver=cg, damping=1.0)
-    deltas = mi.task_if(setting.PROBLEM, solver=cg, damping=1.0)
-
-    def run(meta_params, tasks):
-        return scores(meta_params, tasks, *setting.TARGET_ARGS)[:3], deltas(meta_params, tasks).delta
-
-    whole = jax.jit(run)(meta_params, tasks)
-    little_memory(60)
-    parts = jax.jit(lambda *args: run(*args))(meta_params, tasks)
-    assert chosen[:2] == [Chunks(None, None)] * 2
-    assert chosen[2].tasks < COUNT
-    assert chosen[3].tasks < COUNT
-    assert chosen[3].vectors == 16
-    for got, wanted in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-11, atol=1e-14)
-
-
 def test_free_memory_is_what_the_system_says():
-    assert 1e8 < preflight.free_memory() < 1e13
+    assert 1e8 < free_memory() < 1e13
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

@@ -8,7 +8,7 @@ import pytest
 import metainfluence as mi
 from metainfluence import subspace
 from metainfluence.solvers import _auto
-from metainfluence.spectrum import of_operator
+from metainfluence.spectra import of_operator
 from oracles.problems import spec
 from oracles.reference import relative_error, solved
 from runs import problem
@@ -22,9 +22,8 @@ INDEFINITE = np.concatenate([[-0.5, -0.2], np.geomspace(1e-3, 10.0, SIZE - 2)])
 
 
 def lanczos(built, rank, seed=0):
-    keys = jax.random.split(jax.random.key(seed))
-    start = jax.random.normal(keys[0], (len(built.matrix),))
-    return jax.jit(lambda operator: subspace.lanczos(operator, rank, start, keys[1]))(built.operator)
+    start = jax.random.normal(jax.random.key(seed), (len(built.matrix),))
+    return jax.jit(lambda operator: subspace.lanczos(operator, rank, start))(built.operator)
 
 
 @pytest.mark.parametrize("eigenvalues", [LOW_RANK, DECAYING, INDEFINITE, np.ones(SIZE)], ids=range(4))
@@ -284,3 +283,101 @@ def test_anytime_refuses_a_solver_without_steps():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+EXPLORERS = {
+    "block_cg": lambda: mi.solvers.block_cg(tol=1e-9),
+    "block_cg_absolute": lambda: mi.solvers.block_cg(tol=1e-9, absolute=True),
+    "auto_krylov": lambda: mi.solvers.auto(tol=1e-9, dense_size=0),
+    "auto": lambda: mi.solvers.auto(tol=1e-9),
+    "dense": lambda: mi.solvers.dense(),
+}
+
+
+def rule(found):
+    """Something like the rule of `damping.auto`, which looks at both ends of the spectrum."""
+    return 2 * jnp.maximum(found.residuals[0] - found.smallest, 0) + 1e-3 * found.largest
+
+
+@pytest.mark.parametrize("eigenvalues", [DECAYING, INDEFINITE], ids=["decaying", "indefinite"])
+@pytest.mark.parametrize("kind", EXPLORERS)
+def test_a_solve_starts_from_the_vectors_that_its_damping_was_chosen_by(kind, eigenvalues, rng):
+    solver, built, rank = EXPLORERS[kind](), flat(eigenvalues), 20
+    operator, rhs = built.operator.damped(0.01), jnp.asarray(rng.normal(size=SIZE))
+
+    @jax.jit
+    def apart(operator, rhs):
+        state, found = solver.explore(operator, rank)
+        damping = rule(found)
+        damped = operator.damped(damping)
+        alone = solver.solve(damped, solver.init(damped), rhs)
+        return found, damping, solver.init_matvecs(state), solver.solve(damped, state, rhs), alone
+
+    found, damping, shared, (solution, info), (plain, alone) = apart(operator, rhs)
+    spectrum = jax.jit(lambda operator: of_operator(operator, rank=rank))(operator)
+    np.testing.assert_allclose(found.values, spectrum.values, atol=1e-12)
+    np.testing.assert_allclose(found.residuals, spectrum.residuals, atol=1e-11)
+    # The signs that |H| turns round are those that a basis knows of.
+    assert relative_error(solution, plain) <= (1e-3 if kind == "block_cg_absolute" else 1e-7)
+    assert info.status == alone.status == mi.SolveStatus.CONVERGED
+    np.testing.assert_allclose(info.min_curvature, alone.min_curvature, atol=0.3)
+    if kind in ("dense", "auto"):
+        assert int(shared) == SIZE
+        assert int(info.num_matvecs) == int(alone.num_matvecs) == SIZE + 1
+    else:
+        assert int(shared) == rank
+        # A basis takes fewer new products where vectors are in it already. To turn signs round that it knows no better
+        # than these vectors do takes more.
+        assert kind == "block_cg_absolute" or int(info.num_matvecs) < rank + int(alone.num_matvecs)
+    if info.choice is not None:
+        assert info.choice == alone.choice
+
+    together = jax.jit(lambda operator, rhs: solver.explore_and_solve(operator, rank, rule, rhs))
+    joint, told, chosen = together(operator, rhs)
+    np.testing.assert_allclose(chosen, damping, rtol=1e-12)
+    assert relative_error(joint, solution) <= 1e-10
+    assert (told.status, told.num_matvecs) == (info.status, info.num_matvecs)
+    np.testing.assert_allclose(told.min_curvature, info.min_curvature, atol=1e-10)
+
+
+def test_an_exploration_that_holds_the_solution_needs_no_product_for_it(rng):
+    """Low rank: what 20 vectors hold is all that there is."""
+    solver, built = mi.solvers.block_cg(tol=1e-9), flat(np.geomspace(0.1, 10.0, 12))
+    operator, rhs = built.operator, jnp.asarray(rng.normal(size=12))
+    for solution, info, _ in (
+        solver.explore_and_solve(operator, 12, lambda found: 0.5 * found.smallest, rhs),
+        (*solver.solve(operator.damped(0.05), solver.explore(operator, 12)[0], rhs), None),
+    ):
+        assert info.num_matvecs == 12
+        assert info.status == mi.SolveStatus.CONVERGED
+        expected = np.linalg.solve(built.matrix + 0.05 * np.eye(12), rhs)
+        assert relative_error(solution, expected) <= 1e-7
+
+
+def test_an_exploration_of_what_is_not_finite_ends():
+    operator = mi.operators.from_matvec(lambda v: v * jnp.nan, jnp.zeros(5))
+    solver = mi.solvers.auto(dense_size=0)
+    _, info, _ = jax.jit(lambda b: solver.explore_and_solve(operator, 4, rule, b))(jnp.ones(5))
+    assert info.status == mi.SolveStatus.NONFINITE
+
+
+def test_zero_has_the_zero_solution_whatever_was_explored():
+    built = flat(DECAYING)
+    solution, info, damping = mi.solvers.auto(dense_size=0).explore_and_solve(built.operator, 5, rule, jnp.zeros(SIZE))
+    assert np.all(np.asarray(solution) == 0)
+    assert info.status == mi.SolveStatus.CONVERGED
+    assert damping > 0
+
+
+@pytest.mark.parametrize("kind", ["cg", "minres", "neumann", "block_cg", "auto", "dense"])
+def test_a_solve_holds_one_copy_of_the_product(kind):
+    """The guess, the directions and the residual are multiplied at one place of the program."""
+    options = {"neumann": {"num_terms": 5, "scale": 0.1}, "auto": {"dense_size": 0}}.get(kind, {})
+    solver = getattr(mi.solvers, kind)(**options)
+
+    def run(x, guess):
+        operator = mi.operators.from_matvec(lambda v: v + jnp.tan(1e-9 * v), x)
+        return solver.solve(operator, solver.init(operator), x, guess)
+
+    for guess in (None, jnp.ones(70)):
+        assert jax.jit(run).lower(jnp.ones(70), guess).as_text().count("stablehlo.tan") == 1

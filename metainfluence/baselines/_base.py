@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from metainfluence.bilevel import check_meta_params
+from metainfluence._checks import leaf_name
 from metainfluence.operators import Operator
+from metainfluence.problem import check_meta_params
 from metainfluence.solvers import SolveInfo, Solver, SolveStatus
-from metainfluence.tasks import leaf_name
 
 
 def unsolved(dtype: Any, shape: tuple[int, ...] = ()) -> SolveInfo:

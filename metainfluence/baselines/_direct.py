@@ -8,10 +8,10 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
-from metainfluence.bilevel import Bilevel
+from metainfluence.data import Task, Weights
 from metainfluence.influence import Scores, influence_scores
+from metainfluence.problem import Bilevel
 from metainfluence.solvers import Solver, ekfac
-from metainfluence.tasks import Task, Weights
 
 
 def direct_if(

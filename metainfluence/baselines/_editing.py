@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from metainfluence._checks import check_batch_size, check_positive
+from metainfluence._chunks import Chunks
 from metainfluence.baselines._base import dtype_of, unsolved
-from metainfluence.bilevel import Bilevel, check_meta_params
-from metainfluence.curvature import exact, gradient_map
+from metainfluence.curvature import exact
+from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.influence import Edit
-from metainfluence.solvers._base import check_positive
-from metainfluence.tasks import Task, Weights, check_batch_size, resolve_weights
+from metainfluence.problem import Bilevel, check_meta_params
+from metainfluence.response import gradient_map
 
 
 def gradient_ascent(
@@ -84,7 +86,7 @@ def _steps(
     """Steps along `descent`, made of D_λF at the new weights and, where it is called, at the old ones."""
     check_positive("num_steps", num_steps, integer=True)
     check_batch_size(batch_size)
-    gradient = gradient_map(problem, batch_size)
+    gradient = gradient_map(problem, Chunks(batch_size, keep=False))
 
     def run(meta_params: PyTree, tasks: Task, new_weights: Weights, weights: Weights | None = None) -> Edit:
         check_meta_params(meta_params)

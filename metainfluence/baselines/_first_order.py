@@ -11,11 +11,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from metainfluence._checks import concrete, is_array
 from metainfluence.baselines._base import no_solve, stacked_length, weighted_total
-from metainfluence.bilevel import Bilevel
+from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.influence import Scores, influence_scores, self_influence
+from metainfluence.problem import Bilevel
 from metainfluence.solvers import identity
-from metainfluence.tasks import Task, Weights, concrete, is_array, resolve_weights
 
 
 def tracin(

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import _lapack, solvers
+from metainfluence._checks import check_batch_size, check_damping, check_positive
+from metainfluence._chunks import reduce_tasks
 from metainfluence.baselines._base import stacked_length
-from metainfluence.bilevel import Bilevel, check_meta_params, total_gradient
 from metainfluence.curvature import gauss_newton
+from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.influence import Scores, influence_scores
-from metainfluence.operators import Domain, Operator, check_damping
-from metainfluence.solvers import Solver
-from metainfluence.solvers._base import Outcome, check_positive, direct
+from metainfluence.operators import Domain, Operator
+from metainfluence.problem import Bilevel, check_meta_params, total_gradient
+from metainfluence.solvers import Outcome, Solver, from_map
 from metainfluence.subspace import Ritz
-from metainfluence.tasks import Task, Weights, check_batch_size, reduce_tasks, resolve_weights
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -168,4 +169,4 @@ def tlxml(
 
 def _approximate(init: Callable[[Operator], Any], apply: Callable[..., Outcome]) -> Solver:
     """A solver that is not expected to leave no residual, and reports the one that it leaves."""
-    return direct(init, apply, lambda dtype: jnp.finfo(dtype).eps ** 0.5)
+    return from_map(init, apply, tol=lambda dtype: jnp.finfo(dtype).eps ** 0.5)

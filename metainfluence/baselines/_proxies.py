@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from metainfluence._checks import check_batch_size
+from metainfluence._chunks import reduce_tasks
 from metainfluence.baselines._base import dtype_of, unsolved
-from metainfluence.bilevel import Bilevel, check_meta_params
+from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.influence import Scores
-from metainfluence.tasks import Task, Weights, check_batch_size, reduce_tasks, resolve_weights
+from metainfluence.problem import Bilevel, check_meta_params
 
 
 def plain_loss(

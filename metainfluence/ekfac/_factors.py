@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import _lapack
+from metainfluence._chunks import reduce_tasks
 from metainfluence.ekfac._layers import Layer, size
 from metainfluence.ekfac._program import Program, run, trace
 from metainfluence.operators import Domain, Losses
-from metainfluence.tasks import reduce_tasks
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

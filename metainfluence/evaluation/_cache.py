@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from metainfluence.files import replacing, write_atomically
+from metainfluence._disk import read_manifest, replacing, write_manifest
 
 MANIFEST = "manifest.json"
 
@@ -40,10 +39,10 @@ class Cache:
         if not path.exists():
             if any(folder.glob("chunk-*.npz")):
                 raise ValueError(f"cache: expected a folder with {MANIFEST}, got {folder} with results but without it")
-            write_atomically(path, json.dumps(dict(parts), indent=1).encode())
+            write_manifest(path, parts)
             return Cache(folder)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_manifest(path)
         except ValueError:
             found = None
         if not isinstance(found, dict):

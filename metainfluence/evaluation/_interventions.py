@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from metainfluence.data import Weights, drop
 from metainfluence.evaluation._bootstrap import check_share, numbers
-from metainfluence.tasks import Weights, drop
 
 _FIELDS = (("tasks", "task"), ("support", "support"), ("query", "query"))  # drop's argument, and the weights it clears
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from metainfluence._checks import check_batch_size, concrete, is_array, leaf_name
+from metainfluence._disk import of_arrays, of_texts
+from metainfluence.data import Weights
 from metainfluence.evaluation._cache import Cache
-from metainfluence.tasks import Weights, check_batch_size, concrete, is_array, leaf_name
 
 
 def retrain(
@@ -94,11 +95,11 @@ def _cached(
     lowered = compiled.lower(rows(0), args)
     parts = {
         # The program's text holds what training is made of: rates, numbers of steps, arrays that it closes over.
-        "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        "program": of_texts([lowered.as_text()]),
         "batch_size": str(len(rows(0)[0].task)),
-        "interventions": _fingerprint(interventions),
-        **{f"args[{k}]": _fingerprint(arg) for k, arg in enumerate(args)},
-        "keys": _fingerprint(keys),
+        "interventions": of_arrays(interventions),
+        **{f"args[{k}]": of_arrays(arg) for k, arg in enumerate(args)},
+        "keys": of_arrays(keys),
     }
     stored = Cache.open(folder, parts)
     program = None
@@ -126,17 +127,3 @@ def _leading(name: str, tree: PyTree) -> int:
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"{name}: expected one leading axis that is not empty, got lengths {sorted(lengths)}")
     return int(lengths.pop())
-
-
-def _fingerprint(tree: PyTree) -> str:
-    """SHA-256 of a pytree: its structure, and of each leaf dtype, shape and bytes."""
-    leaves, structure = jax.tree.flatten(tree)
-    digest = hashlib.sha256(str(structure).encode())
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            digest.update(str(leaf.dtype).encode())
-            leaf = jax.random.key_data(leaf)
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

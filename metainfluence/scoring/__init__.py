@@ -1,8 +1,8 @@
 """Scores for runs that outgrow one call: streamed, sharded, resumable, written to a file."""
 
+from metainfluence._progress import Progress as Progress
 from metainfluence.scoring._engine import Result as Result
 from metainfluence.scoring._engine import score as score
-from metainfluence.scoring._progress import Progress as Progress
 from metainfluence.scoring._source import Source as Source
 from metainfluence.scoring._source import SourceError as SourceError
 from metainfluence.scoring._table import ScoreTable as ScoreTable

@@ -13,33 +13,38 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from metainfluence import damping as damping_rules
-from metainfluence import solvers
-from metainfluence._target import name_target_not_finite, target_gradient
-from metainfluence.bilevel import Bilevel, check_meta_params, meta_regularization
-from metainfluence.curvature import Curvature, check_curvature, check_derivatives, exact, summed_product
-from metainfluence.operators import Domain, Operator, check_damping
-from metainfluence.preflight import FREE_SHARE, free_memory, preflight
-from metainfluence.scoring import _manifest, _table
+from metainfluence import _disk
+from metainfluence._checks import check_positive
+from metainfluence._disk import Store
+from metainfluence._progress import Progress, Reporter, reporter
+from metainfluence.curvature import Curvature, exact
+from metainfluence.data import sizes
+from metainfluence.operators import Domain, Operator, flat_norm
+from metainfluence.problem import Bilevel, check_meta_params, meta_regularization
+from metainfluence.response import (
+    RANK,
+    Options,
+    batch_pull,
+    check_derivatives,
+    check_target,
+    name_target_not_finite,
+    rule,
+    solve_alone,
+    target_gradient,
+)
+from metainfluence.scoring import _table
 from metainfluence.scoring._passes import BatchScores, Passes, Slope, reader_of
 from metainfluence.scoring._processes import agree, first, meet, share
 from metainfluence.scoring._programs import holds_nan, programs_of
-from metainfluence.scoring._progress import Progress, Reporter, reporter
 from metainfluence.scoring._source import Reader, Source, ids_of, stack, widened
-from metainfluence.scoring._store import Store
 from metainfluence.solvers import SolveInfo, Solver
-from metainfluence.solvers._base import check_positive, norm
-from metainfluence.tasks import check_batch_size, check_mesh, sizes
+from metainfluence.trust import FREE_SHARE, free_memory, preflight
 
 # One for all runs, since programs are known by it.
 _EXACT = exact()
-
-# Fewer make `sampled(64, rank=50)` dearer than a product.
-_MANY_TASKS = 3200
 
 _ROWS_PER_SHARD = 1 << 14
 
@@ -79,7 +84,8 @@ def score(
     memory: float | None = None,
     resume: bool = True,
     on_error: str = "raise",
-    precision: str = "highest",
+    hvp: str | None = None,
+    precision: str | None = "highest",
     progress: bool | Callable[[Progress], None] = True,
     metadata: Mapping[str, Any] | None = None,
 ) -> Result:
@@ -102,9 +108,9 @@ def score(
       source: the tasks, see `scoring.Source`.
       *target_args: passed on to the target.
       out: the score file, Parquet; see `read_scores`. With several processes, on a file system that all of them see.
-      solver: one of `metainfluence.solvers`; None for `cg()`, from 3200 tasks on preconditioned by `sampled`. `cg`,
-        `minres` and `neumann` save their state after each step, all others each product. Preconditioners that need no
-        layers work: `sampled`, `nystrom`, `lanczos`.
+      solver: one of `metainfluence.solvers`; None for `auto()`, as in `influence_scores`. `cg`, `minres` and `neumann`
+        save their state after each step, all others each product. Preconditioners that need no layers work: `sampled`,
+        `nystrom`, `lanczos`.
       curvature: one of `metainfluence.curvature`; None for `exact()`.
       damping: non-negative number, or "auto" for the rule of `damping.auto`.
       mesh: devices over which each batch is sharded, over all axes of the mesh; it may span processes, each of which
@@ -115,7 +121,8 @@ def score(
       resume: False starts anew, and replaces what is at `out`.
       on_error: what to do with a task that cannot be read: "raise", or "skip", which leaves it out of F and of the
         file; `Result.skipped` and the file's metadata name it.
-      precision: of matrix products: "highest", "high", "default", … see `jax.default_matmul_precision`.
+      hvp: as in `influence_scores`.
+      precision: of matrix products, see `jax.default_matmul_precision`; None for JAX's.
       progress: True shows a bar; or a function of `scoring.Progress`.
       metadata: anything JSON can hold, which the file is to keep beside what the run says of itself.
 
@@ -136,42 +143,23 @@ def score(
     _table.arrow()
     # Now rather than when all is computed.
     json.dumps(metadata)
-    curvature = _EXACT if curvature is None else curvature
-    if not isinstance(solver, Solver | None):
-        raise TypeError(f"solver: expected one of metainfluence.solvers, as cg(), got {solver!r}")
-    if not callable(target):
-        raise TypeError(f"target: expected a function (meta_params, *target_args) -> scalar, got {target!r}")
-    check_curvature(problem, curvature)
-    if not (isinstance(damping, str) and damping == "auto"):
-        check_damping(damping)
-        damping = float(damping)
-    check_batch_size(batch_size)
-    check_mesh(mesh)
+    shared: dict[str, Any] = {"curvature": _EXACT if curvature is None else curvature, "mesh": mesh}
+    options = Options.of(
+        problem, solver=solver, damping=damping, batch_size=batch_size, hvp=hvp, precision=precision, **shared
+    )
+    check_target(target)
+    if not isinstance(damping, str):
+        options = options._replace(damping=float(damping))
     if memory is not None:
         check_positive("memory", memory)
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
     meta_params = widened(jax.tree.map(jnp.asarray, meta_params))
     check_meta_params(meta_params)
-    count = len(ids_of(source))
-    if solver is None:
-        solver = default_solver(count)
-    run = _Run(
-        problem,
-        target,
-        meta_params,
-        source,
-        target_args,
-        solver,
-        curvature,
-        damping,
-        mesh,
-        batch_size,
-        memory,
-        on_error,
-    )
-    with jax.default_matmul_precision(precision), reporter(progress) as report, _out_of_memory():
-        return run(Path(out), precision, resume, report, metadata or {})
+    ids_of(source)
+    run = _Run(options, target, meta_params, source, target_args, memory, on_error)
+    with options.traced(), reporter(progress) as report, _out_of_memory():
+        return run(Path(out), resume, report, metadata or {})
 
 
 @contextlib.contextmanager
@@ -186,39 +174,25 @@ def _out_of_memory() -> Iterator[None]:
         raise MemoryError(f"{error}; {advice}; resume=False starts anew, with a smaller batch_size") from error
 
 
-def default_solver(count: int, **options: Any) -> Solver:
-    """`cg` with options, preconditioned where there are enough tasks."""
-    # A basis that costs less than a product, and was seen to save half of them.
-    preconditioner = solvers.sampled(64, rank=50) if count >= _MANY_TASKS else None
-    return solvers.cg(preconditioner=preconditioner, **options)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """The arguments of `score` that decide on its result, and where it is computed."""
 
-    problem: Bilevel
+    options: Options
     target: Callable[..., Array]
     meta_params: PyTree
     source: Source
     target_args: tuple[Any, ...]
-    solver: Solver
-    curvature: Curvature
-    damping: float | str
-    mesh: Mesh | None
-    batch_size: int | None
     memory: float | None
     on_error: str
 
-    def __call__(
-        self, out: Path, precision: str, resume: bool, report: Reporter, metadata: Mapping[str, Any]
-    ) -> Result:
+    def __call__(self, out: Path, resume: bool, report: Reporter, metadata: Mapping[str, Any]) -> Result:
         with _store(out) as store:
             if not resume:
                 store.clear()
                 if first():
                     out.unlink(missing_ok=True)
-            ours = self.manifest(precision)
+            ours = self.manifest()
             finished = store.shared(lambda: _table.metadata_of(out)["manifest"] if out.exists() else None)
             theirs = store.manifest if finished is None else finished
             agreed = self.agreed(ours, theirs, out)
@@ -233,39 +207,39 @@ class _Run:
             store.remove()
             return result
 
-    def manifest(self, precision: str) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
         """What this run is about; a batch size that is to be chosen is None."""
         reader = Reader(self.source, 1, self.on_error)
         batch = stack([reader.template()], reader.template())
         self.check_columns(reader)
-        check_derivatives(self.problem, self.meta_params, *batch, twice=False)
+        check_derivatives(self.options.problem, self.meta_params, *batch)
 
         def product(meta_params: PyTree, vector: PyTree, batch: Any) -> PyTree:
-            return summed_product(self.problem, self.curvature, meta_params, vector, *batch)
+            return batch_pull(self.options.problem, self.options.curvature, meta_params, *batch)(vector)[0]
 
         def regularizer(meta_params: PyTree) -> Array:
-            return meta_regularization(self.problem, meta_params)
+            return meta_regularization(self.options.problem, meta_params)
 
         return {
-            "library": _manifest.library(),
+            "library": _disk.library(),
             "jax": jax.__version__,
             "dtype": str(jnp.result_type(*jax.tree.leaves(self.meta_params))),
             "default dtype": str(jnp.result_type(float)),
-            "precision": precision,
-            "meta_params": _manifest.of_arrays(self.meta_params),
-            "problem and curvature": _manifest.of_function(product, self.meta_params, self.meta_params, batch),
-            "meta_regularizer": _manifest.of_function(regularizer, self.meta_params),
-            "target": _manifest.of_function(self.slope_of_target, self.meta_params, *self.target_args),
-            "target_args": _manifest.of_arrays(self.target_args),
-            "solver": _manifest.of_closure(self.solver),
-            "damping": self.damping,
+            "precision": self.options.precision,
+            "meta_params": _disk.of_arrays(self.meta_params),
+            "problem and curvature": _disk.of_function(product, self.meta_params, self.meta_params, batch),
+            "meta_regularizer": _disk.of_function(regularizer, self.meta_params),
+            "target": _disk.of_function(self.slope_of_target, self.meta_params, *self.target_args),
+            "target_args": _disk.of_arrays(self.target_args),
+            "solver": _disk.of_strategy(self.options.solver),
+            "damping": self.options.damping,
             "on_error": self.on_error,
             "source": {
                 "length": len(reader.ids),
-                "ids": _manifest.of_texts(map(str, reader.ids)),
+                "ids": _disk.of_texts(map(str, reader.ids)),
                 "content": reader.fingerprint(),
             },
-            "batch_size": None if self.batch_size is None else self.rounded(self.batch_size),
+            "batch_size": None if self.options.batch_size is None else self.rounded(self.options.batch_size),
         }
 
     def check_columns(self, reader: Reader) -> None:
@@ -284,9 +258,9 @@ class _Run:
         """The manifest to go by: that of an earlier run, unless it is about something else."""
         if theirs is None:
             return {**ours, "batch_size": self.chosen_batch_size(), "kept_bytes": self.usable_memory() / 2}
-        if self.batch_size is None:
+        if self.options.batch_size is None:
             ours = {**ours, "batch_size": theirs["batch_size"]}
-        found = _manifest.difference({**ours, "kept_bytes": theirs["kept_bytes"]}, theirs)
+        found = _disk.difference({**ours, "kept_bytes": theirs["kept_bytes"]}, theirs)
         if found is not None:
             raise ValueError(
                 f"out: expected a new file or one of this run, got {out}, which differs in {found}; resume=False "
@@ -306,20 +280,26 @@ class _Run:
 
     def usable_memory(self) -> float:
         """Bytes that may be used."""
-        devices = 1 if self.mesh is None else self.mesh.size
+        devices = 1 if self.options.mesh is None else self.options.mesh.size
         return devices * FREE_SHARE * free_memory() if self.memory is None else float(self.memory)
 
     def rounded(self, batch_size: int) -> int:
         """The batch size as a multiple of the mesh's size."""
-        return batch_size if self.mesh is None else -(-batch_size // self.mesh.size) * self.mesh.size
+        return (
+            batch_size
+            if self.options.mesh is None
+            else -(-batch_size // self.options.mesh.size) * self.options.mesh.size
+        )
 
     def chosen_batch_size(self) -> int:
         """The batch size asked for, or one that fits."""
-        if self.batch_size is not None:
-            return self.rounded(self.batch_size)
+        if self.options.batch_size is not None:
+            return self.rounded(self.options.batch_size)
         template = Reader(self.source, 1, self.on_error).template()
         tasks = stack([template] * min(len(self.source), 32), template).tasks
-        plan = preflight(self.problem, curvature=self.curvature, memory=self.usable_memory(), mesh=self.mesh)
+        plan = preflight(
+            self.options.problem, curvature=self.options.curvature, memory=self.usable_memory(), mesh=self.options.mesh
+        )
         # Batches of equal size, so that little is filled up.
         batches = -(-len(self.source) // plan(self.meta_params, tasks).most_tasks)
         return self.rounded(-(-len(self.source) // batches))
@@ -330,12 +310,12 @@ class _Run:
         """Solves, scores, and writes the file, as far as that is not done yet."""
         batch_size = manifest["batch_size"]
         if batch_size != self.rounded(batch_size):
-            assert self.mesh is not None
+            assert self.options.mesh is not None
             raise ValueError(
-                f"mesh: expected a size that divides the run's batch_size {batch_size}, got {self.mesh.size}"
+                f"mesh: expected a size that divides the run's batch_size {batch_size}, got {self.options.mesh.size}"
             )
-        reader = reader_of(self.source, batch_size, self.on_error, self.mesh)
-        programs = programs_of(self.problem, self.curvature, self.mesh)
+        reader = reader_of(self.source, batch_size, self.on_error, self.options.mesh)
+        programs = programs_of(self.options.problem, self.options.curvature, self.options.mesh)
         passes = Passes(programs, self.meta_params, reader, memory=manifest["kept_bytes"], on_batch=report.batch)
         slope = _slope(passes, store)
         memo = _Memo(Domain.of(self.meta_params), store)
@@ -373,29 +353,43 @@ class _Run:
         if saved is not None:
             known = {name: jnp.asarray(value) for name, value in _unpacked(saved, "info").items()}
             return domain.unravel(jnp.asarray(saved["solution"])), SolveInfo(**known)
-        damping, matvecs = self.damping, 0
-        if isinstance(damping, str):
-            report.phase("damping")
-            with jax.disable_jit():
-                rule = damping_rules.rule(memorised, slope.gradient, self.meta_params)
-            damping, matvecs = float(rule.value), damping_rules.RANK
         rhs = self.compiled_slope_of_target()
         if holds_nan(rhs):
             rhs = self.compiled_slope_of_target()
         name_target_not_finite(rhs, self.target_args)
-        report.phase("solve")
-        solution, info = _solve(self.solver, operator.damped(damping), memorised.damped(damping), rhs, store, report)
+        solution, info = self.solved(operator, memorised, slope, rhs, store, report)
         info = info._replace(
-            num_matvecs=info.num_matvecs + matvecs,
-            outer_gradient_norm=optax.tree.norm(slope.gradient),
+            outer_gradient_norm=flat_norm(slope.gradient),
             inner_gradient_norm=slope.inner_gradient_norm,
-            damping=jnp.asarray(damping, rhs.dtype),
+            meta_params_norm=flat_norm(self.meta_params),
         )
         given = {name: np.asarray(value) for name, value in info._asdict().items() if value is not None}
         store.write("solution", 0, {"solution": np.asarray(solution), **_packed("info", given)})
         store.forget("product")
         store.forget("solve")
         return domain.unravel(solution), info
+
+    def solved(
+        self, operator: Operator, memorised: Operator, slope: Slope, rhs: Array, store: Store, report: Reporter
+    ) -> tuple[Array, SolveInfo]:
+        """The flat solution: by the solver's steps, whose state is kept, or else with its products kept."""
+        solver, damping, about = self.options.solver, self.options.damping, (slope.gradient, self.meta_params)
+        if solver.iteration is None or solver.report is None:
+            report.phase("solve")
+            # Loops around products then run in Python.
+            with jax.disable_jit():
+                unraveled = operator.domain.unravel(rhs)
+                solution, info, value, matvecs = solve_alone(solver, damping, memorised, about, unraveled)
+            info = info._replace(num_matvecs=info.num_matvecs + matvecs, damping=value)
+            return operator.domain.ravel(solution), info
+        matvecs = 0
+        if isinstance(damping, str):
+            report.phase("damping")
+            with jax.disable_jit():
+                damping, matvecs = float(rule(memorised, *about).value), RANK
+        report.phase("solve")
+        flat, info = _stepped(solver, operator.damped(damping), memorised.damped(damping), rhs, store, report)
+        return flat, info._replace(num_matvecs=info.num_matvecs + matvecs, damping=jnp.asarray(damping, rhs.dtype))
 
 
 class _Memo:
@@ -424,18 +418,16 @@ class _Memo:
         return remembered
 
 
-def _solve(
+def _stepped(
     solver: Solver, operator: Operator, memorised: Operator, rhs: Array, store: Store, report: Reporter
 ) -> tuple[Array, SolveInfo]:
-    """Solves H x = b: by the solver's steps, whose state is kept, or else by `solve` with its products kept."""
+    """Solves H x = b by the solver's steps, whose state is kept."""
+    iteration = solver.iteration
+    assert iteration is not None
+    assert solver.report is not None
     # Loops around products then run in Python.
     with jax.disable_jit():
         state = solver.init(memorised)
-    iteration = solver.iteration
-    if iteration is None or solver.report is None:
-        with jax.disable_jit():
-            solution, info = solver.solve(memorised, state, operator.domain.unravel(rhs))
-        return operator.domain.ravel(solution), info
     carry = iteration.start(operator, state, rhs, None)
     number, saved = store.latest("solve") or (0, None)
     if saved is not None:
@@ -455,8 +447,8 @@ def _relative_residual(carry: Any, rhs: Array) -> float | None:
     """What the solver's own recursion says, where it has one."""
     residual = getattr(carry, "residual_norm", None)
     if residual is None and hasattr(carry, "residual"):
-        residual = norm(carry.residual)
-    scale = float(norm(rhs))
+        residual = flat_norm(carry.residual)
+    scale = float(flat_norm(rhs))
     return None if residual is None or scale == 0 else abs(float(residual)) / scale
 
 

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from metainfluence._chunks import task_sharding
 from metainfluence.operators import Domain, Operator
+from metainfluence.response import mean
 from metainfluence.scoring._host import host_operator
 from metainfluence.scoring._programs import Part, Programs, holds_nan
 from metainfluence.scoring._source import Batch, Reader, Source, Subset, stack, total_bytes
-from metainfluence.tasks import task_sharding
 
 # Batches that are worked on at once: a batch that stays in a core's cache keeps one core busy.
 _WORKERS = 2
@@ -134,7 +135,7 @@ class Passes:
         if not count > 0:
             raise ValueError(f"source: expected a task that can be read, got none in {len(self.reader.ids)}")
         regularizer = self._programs.local(self._programs.regularizer(self._at))
-        gradient = jax.tree.map(lambda g, r: g / count.astype(g.dtype) + r, gradient, regularizer)
+        gradient = mean(gradient, count, regularizer)
         return Slope(gradient, shift / count.astype(shift.dtype), count, norm)
 
     def operator(
@@ -185,10 +186,7 @@ class Passes:
         self._linearise()
         sums = self._programs.local(self._sum(prepare, lambda number: number not in self._linear).sums)
         regularizers = self._programs.local([self._programs.regularizer_product(self._at, group) for group in groups])
-        parts = [
-            jax.tree.map(lambda h, r: h / count.astype(h.dtype) + r, found, regularizer)
-            for found, regularizer in zip(sums, regularizers, strict=True)
-        ]
+        parts = [mean(found, count, regularizer) for found, regularizer in zip(sums, regularizers, strict=True)]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
     def _linearise(self) -> None:

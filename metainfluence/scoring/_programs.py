@@ -12,18 +12,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
-from metainfluence.bilevel import Bilevel, meta_regularization
-from metainfluence.curvature import (
-    Curvature,
-    exact,
-    summed_gradient,
-    summed_linear,
-    summed_product,
-    summed_sensitivities,
-    summed_shift,
+from metainfluence._chunks import task_sharding
+from metainfluence.curvature import Curvature, exact
+from metainfluence.problem import Bilevel
+from metainfluence.response import (
+    Pull,
+    batch_gradient,
+    batch_pull,
+    batch_sensitivities,
+    batch_shift,
+    regularizer_gradient,
+    regularizer_product,
 )
 from metainfluence.scoring._source import Batch
-from metainfluence.tasks import task_sharding
 
 
 class Part(NamedTuple):
@@ -93,12 +94,12 @@ class Programs:
         whole = None if mesh is None else task_sharding(mesh, replicated=True)
 
         def gradient(at: PyTree, batch: Batch) -> Part:
-            total, norms = summed_gradient(problem, exact(), at, at, *batch)
-            shift = summed_shift(problem, curvature, at, *batch)
+            total, norms = batch_gradient(problem, exact(), at, at, *batch)
+            shift = batch_shift(problem, curvature, at, *batch)
             return Part((total, shift, jnp.sum(batch.weights.task)), jnp.max(norms))
 
         def scores(at: PyTree, direction: PyTree, count: Array, batch: Batch) -> tuple[Array, ...]:
-            sensitivities = summed_sensitivities(problem, at, direction, *batch)
+            sensitivities = batch_sensitivities(problem, at, direction, *batch)
             found = jax.tree.map(lambda w, s: w * s / count.astype(s.dtype), batch.weights, sensitivities)
             masks = [
                 jnp.ones(weights.shape, bool) if mask is None else jnp.asarray(mask)
@@ -113,20 +114,20 @@ class Programs:
             peaks = jax.tree.map(jnp.maximum, total.peaks, part.peaks)
             return Part(jax.tree.map(jnp.add, total.sums, part.sums), peaks)
 
-        regularizer = jax.grad(functools.partial(meta_regularization, problem))
         self.gradient = Program(gradient, whole)
         self.product = Program(
-            lambda at, vectors, batch: _lanes(lambda v: summed_product(problem, curvature, at, v, *batch), vectors),
+            lambda at, vectors, batch: _products(batch_pull(problem, curvature, at, *batch), vectors),
             whole,
         )
         # A linearisation stays on the devices where its tasks are.
-        self.linearise = Program(lambda at, batch: summed_linear(problem, curvature, at, *batch), None)
-        self.apply = Program(_lanes, whole)
+        self.linearise = Program(lambda at, batch: batch_pull(problem, curvature, at, *batch), None)
+        self.apply = Program(_products, whole)
         self.scores = Program(scores, whole)
         self.merge = jax.jit(merge, out_shardings=whole)
-        self.regularizer = jax.jit(regularizer, out_shardings=whole)
+        self.regularizer = jax.jit(functools.partial(regularizer_gradient, problem), out_shardings=whole)
         self.regularizer_product = jax.jit(
-            lambda at, vectors: _lanes(lambda v: jax.jvp(regularizer, (at,), (v,))[1], vectors), out_shardings=whole
+            lambda at, vectors: _lanes(functools.partial(regularizer_product, problem, at), vectors),
+            out_shardings=whole,
         )
 
     def put(self, batch: Batch) -> Batch:
@@ -155,6 +156,10 @@ class Programs:
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), tree)
+
+
+def _products(pull: Pull, vectors: PyTree) -> PyTree:
+    return _lanes(lambda vector: pull(vector)[0], vectors)
 
 
 def _lanes(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int, PyTree, UInt32
 
-from metainfluence.tasks import Task, Weights, is_half, leaf_name, sizes
+from metainfluence._checks import is_half, leaf_name
+from metainfluence.data import Task, Weights, sizes
 
 _AHEAD = 2
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +14,12 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from metainfluence.files import replacing
+from metainfluence import _memory
+from metainfluence._disk import replacing
+from metainfluence.data import Task, sizes
 from metainfluence.influence import Scores
 from metainfluence.scoring._source import Source, ids_of
 from metainfluence.solvers import SolveInfo, SolveStatus
-from metainfluence.tasks import Task, sizes
 
 ROLES = ("task", "support", "query")
 _METADATA = b"metainfluence"
@@ -116,9 +116,9 @@ def _refused(path: Path | str) -> Iterator[None]:
         raise ValueError(f"path: expected a score file of metainfluence, got {path}: {error}") from error
 
 
-def _physical_memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _physical_memory() -> float:
+    """Bytes of memory that the machine, or the job that this runs in, has."""
+    return _memory.most()
 
 
 def write_scores(

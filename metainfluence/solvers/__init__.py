@@ -1,4 +1,4 @@
-"""Strategies for H x = b, all of the shape `Solver(init, solve)`; write that NamedTuple to add one."""
+"""Strategies for H x = b, all of the shape `Solver(init, solve)`; `from_map` and `from_steps` make more of them."""
 
 from metainfluence.solvers._anytime import Trace as Trace
 from metainfluence.solvers._anytime import anytime as anytime
@@ -6,6 +6,7 @@ from metainfluence.solvers._auto import auto as auto
 from metainfluence.solvers._base import REMEDIES as REMEDIES
 from metainfluence.solvers._base import Choice as Choice
 from metainfluence.solvers._base import Iteration as Iteration
+from metainfluence.solvers._base import Outcome as Outcome
 from metainfluence.solvers._base import SolveInfo as SolveInfo
 from metainfluence.solvers._base import Solver as Solver
 from metainfluence.solvers._base import SolveStatus as SolveStatus
@@ -14,6 +15,9 @@ from metainfluence.solvers._cg import cg as cg
 from metainfluence.solvers._dense import dense as dense
 from metainfluence.solvers._ekfac import ekfac as ekfac
 from metainfluence.solvers._identity import identity as identity
+from metainfluence.solvers._kit import from_map as from_map
+from metainfluence.solvers._kit import from_steps as from_steps
+from metainfluence.solvers._kit import solution_of as solution_of
 from metainfluence.solvers._low_rank import lanczos as lanczos
 from metainfluence.solvers._low_rank import nystrom as nystrom
 from metainfluence.solvers._minres import minres as minres

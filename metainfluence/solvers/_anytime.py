@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Solver, check_positive, norm
+from metainfluence.solvers._base import Solver, norm
 
 
 class Trace(NamedTuple):
@@ -39,6 +40,14 @@ def anytime(
 
     Raises:
       ValueError: a solver without steps, or `num_steps` no positive integer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> trace = mi.solvers.anytime(mi.solvers.cg(), 3)(operator, jnp.ones(3))
+      >>> trace.num_matvecs.tolist(), trace.relative_residual.round(3).tolist()
+      ([1, 2, 3], [0.535, 0.185, 0.0])
     """
     check_positive("num_steps", num_steps, integer=True)
     if solver.iteration is None:

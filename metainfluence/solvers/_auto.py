@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from metainfluence import subspace
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import (
-    Choice,
-    Preconditioner,
-    SolveInfo,
-    Solver,
-    SolveStatus,
-    check_positive,
-    preconditioner_of,
-)
+from metainfluence.solvers._base import Choice, SolveInfo, Solver, SolveStatus
 from metainfluence.solvers._block_cg import default_max_size, grown, of_block
+from metainfluence.solvers._called import called
 from metainfluence.solvers._cg import cg
 from metainfluence.solvers._dense import by_eigenvalues
+from metainfluence.solvers._kit import Preconditioner, preconditioner_of
 from metainfluence.solvers._minres import minres
 from metainfluence.solvers._sampled import sampled
 
@@ -31,6 +27,15 @@ _LEAST_TASKS = 64
 _QUICK = 1e8
 
 
+class _State(NamedTuple):
+    """What the chosen parts have prepared, the products that all took, and a subspace to grow from, if there is one."""
+
+    parts: Any
+    matvecs: Array
+    known: subspace.Subspace | None
+
+
+@called
 def auto(
     *, tol: Any = 1e-6, max_size: int | None = None, dense_size: int = 200, absolute: bool = True, memory: float = 2e9
 ) -> Solver:
@@ -52,6 +57,15 @@ def auto(
 
     Raises:
       ValueError: `tol`, `max_size` or `memory` not positive, or `dense_size` negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.auto()
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> x.round(3).tolist(), mi.solvers.Choice(int(info.choice)).name
+      ([1.0, 0.5, 0.25], 'DENSE')
     """
     check_positive("tol", tol)
     check_positive("memory", memory)
@@ -75,25 +89,53 @@ def auto(
     def parts(operator: Operator) -> Solver | None:
         return {"dense": exact, "sampled": sampled()}.get(rule(operator))
 
-    def init(operator: Operator) -> Any:
+    def init(operator: Operator) -> _State:
         solver = parts(operator)
         # The number of products is kept beside the state, since `init_matvecs` sees no operator to choose by.
         state = None if solver is None else solver.init(operator)
-        return state, jnp.int32(0 if solver is None else solver.init_matvecs(state))
+        return _State(state, jnp.int32(0 if solver is None else solver.init_matvecs(state)), None)
 
-    def run(operator: Operator, state: Any, rhs: Array, guesses: Array | None) -> tuple[Array, SolveInfo]:
+    def explore(operator: Operator, rank: int) -> tuple[_State, subspace.RitzValues]:
+        if rule(operator) == "dense":
+            assert exact.explore is not None
+            pairs, values = exact.explore(operator, rank)
+            return _State(pairs, jnp.int32(exact.init_matvecs(pairs)), None), values
+        # The sample's basis does not hang on the damping.
+        state = init(operator)
+        known, values = subspace.explore(operator, rank)
+        return state._replace(matvecs=state.matvecs + len(known.basis), known=known), values
+
+    def run(
+        operator: Operator,
+        state: Any,
+        rhs: Array,
+        guesses: Array | None,
+        exploration: subspace.Exploration | None = None,
+    ) -> tuple[Array, SolveInfo, Array]:
         chosen, solver = rule(operator), parts(operator)
+        if exploration is not None and chosen in ("dense", "large"):
+            state, values = explore(operator, exploration.rank)
+            damping = jnp.asarray(exploration.choose(values), operator.shift.dtype)
+            return *run(operator.damped(damping), state, rhs, guesses)[:2], damping
+        undamped = jnp.zeros_like(operator.shift)
         if chosen == "dense":
-            solutions, info = jax.vmap(lambda b: flat(exact, operator, state[0], b))(rhs)
+            solutions, info = jax.vmap(lambda b: flat(exact, operator, state.parts, b))(rhs)
             turned = absolute & (info.min_curvature <= 0)
-            return solutions, info._replace(choice=choice(Choice.DENSE, Choice.DENSE_ABSOLUTE, turned))
+            info = info._replace(choice=choice(Choice.DENSE, Choice.DENSE_ABSOLUTE, turned))
+            return solutions, info, undamped
         if chosen == "large":
-            return large(operator, rhs, guesses)
-        return in_basis(operator, rhs, guesses, preconditioner_of(solver, operator, state[0]))
+            return *large(operator, state, rhs, guesses), undamped
+        return in_basis(operator, state, rhs, guesses, preconditioner_of(solver, operator, state.parts), 0, exploration)
 
     def in_basis(
-        operator: Operator, rhs: Array, guesses: Array | None, linear: Preconditioner, before: Any = 0
-    ) -> tuple[Array, SolveInfo]:
+        operator: Operator,
+        state: _State,
+        rhs: Array,
+        guesses: Array | None,
+        linear: Preconditioner,
+        before: Any = 0,
+        exploration: subspace.Exploration | None = None,
+    ) -> tuple[Array, SolveInfo, Array]:
         solutions, info, growth = grown(
             operator,
             rhs,
@@ -104,33 +146,38 @@ def auto(
             turn=absolute,
             guesses=guesses,
             linear=linear,
+            known=state.known,
+            exploration=exploration,
         )
         turned = jnp.broadcast_to(growth.turned, info.status.shape)
         info = info._replace(
             num_matvecs=info.num_matvecs + before, choice=choice(Choice.KRYLOV, Choice.KRYLOV_ABSOLUTE, turned)
         )
-        if absolute:
-            return solutions, info
-        return jax.lax.cond(
-            growth.indefinite, lambda: by_minres(operator, rhs, info.num_matvecs[0]), lambda: (solutions, info)
-        )
+        if not absolute:
+            damped = operator.damped(growth.damping)
+            solutions, info = jax.lax.cond(
+                growth.indefinite, lambda: by_minres(damped, rhs, info.num_matvecs[0]), lambda: (solutions, info)
+            )
+        return solutions, info, growth.damping
 
     def by_minres(operator: Operator, rhs: Array, before: Any) -> tuple[Array, SolveInfo]:
         return jax.vmap(lambda b: flat(minres(tol=tol), operator, None, b, before, Choice.MINRES))(rhs)
 
-    def large(operator: Operator, rhs: Array, guesses: Array | None) -> tuple[Array, SolveInfo]:
-        solutions, info = jax.vmap(lambda b: flat(cg(tol=tol), operator, None, b, 0, Choice.CG))(rhs)
+    def large(operator: Operator, state: _State, rhs: Array, guesses: Array | None) -> tuple[Array, SolveInfo]:
+        explored = 0 if state.known is None else len(state.known.basis)
+        solutions, info = jax.vmap(lambda b: flat(cg(tol=tol), operator, None, b, explored, Choice.CG))(rhs)
         spent = jnp.max(info.num_matvecs)
 
         def otherwise() -> tuple[Array, SolveInfo]:
             if not absolute or bytes_of_basis(operator) > memory:
                 return by_minres(operator, rhs, spent)
-            return in_basis(operator, rhs, guesses, preconditioner_of(None, operator, None), spent)
+            linear = preconditioner_of(None, operator, None)
+            return in_basis(operator, state, rhs, guesses, linear, spent - explored)[:2]
 
         indefinite = jnp.any(info.status == SolveStatus.INDEFINITE)
         return jax.lax.cond(indefinite, otherwise, lambda: (solutions, info))
 
-    return of_block(init, run, lambda state: state[1])
+    return of_block(init, run, lambda state: state.matvecs, explore, False)
 
 
 def choice(plain: Choice, absolute: Choice, turned: Array) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from metainfluence.operators import Operator
+from metainfluence.solvers._called import Called, shown
+from metainfluence.subspace import RitzValues
 
 
 class SolveStatus(enum.IntEnum):
@@ -67,6 +68,9 @@ class SolveInfo(NamedTuple):
         it bounds the solution's error.
       choice: what `auto` chose, see `Choice`; None from other solvers.
       damping: what was added to every eigenvalue of H; None from a solver alone.
+      meta_params_norm: ‖λ‖, to which distances in λ compare; None from a solver alone.
+      flat_directions: dimensions along which H is zero to working precision. The solution is the one of least norm, and
+        a right-hand side with a part along them leaves a residual. None where a solver does not look for them.
     """
 
     status: Int[Array, "..."]
@@ -78,6 +82,8 @@ class SolveInfo(NamedTuple):
     effective_curvature: Float[Array, "..."] | None = None
     choice: Int[Array, "..."] | None = None
     damping: Float[Array, "..."] | None = None
+    meta_params_norm: Float[Array, "..."] | None = None
+    flat_directions: Int[Array, "..."] | None = None
 
     def __repr__(self) -> str:
         """The fields, with the names of codes."""
@@ -101,22 +107,6 @@ def _names(value: Any, codes: type[enum.IntEnum]) -> str:
     return f"[{', '.join(f'{name} × {count}' for name, count in zip(names, counts, strict=True))}]"
 
 
-class Iteration(NamedTuple):
-    """An iterative solver as pure functions, so that the same step runs in `lax.while_loop` and in a Python loop.
-
-    Attributes:
-      start: (operator, state, rhs, x0) -> carry, all vectors flat; x0 may be None.
-      step: (operator, state, carry) -> carry.
-      running: (carry) -> boolean scalar.
-      finish: (carry) -> Outcome.
-    """
-
-    start: Callable[..., Any]
-    step: Callable[..., Any]
-    running: Callable[..., Any]
-    finish: Callable[..., Any]
-
-
 class Outcome(NamedTuple):
     """What a solver says of its own run; the residual is judged by `report`.
 
@@ -125,12 +115,42 @@ class Outcome(NamedTuple):
       num_matvecs: products used so far.
       min_curvature: smallest Rayleigh quotient or eigenvalue seen.
       failure: the status if the solve did not converge.
+      flat_directions: dimensions along which H is zero to working precision and the solution therefore 0; None where
+        the solver does not look for them.
     """
 
     solution: Float[Array, " size"]
     num_matvecs: Any
     min_curvature: Any
     failure: Any = SolveStatus.MAX_STEPS
+    flat_directions: Any = None
+
+
+class Iteration(NamedTuple):
+    """An iterative solver as pure functions, so that the same turn runs in `lax.while_loop` and in a Python loop.
+
+    Each turn multiplies one vector: `aim` says which, `take` uses the product. They know nothing of first guesses, nor
+    of the residual that is recomputed in the end: see `from_steps`.
+
+    Attributes:
+      start: (operator, state, residual, scale) -> carry at x = 0, all vectors flat: what is to be solved for, and the
+        norm ‖b‖ that tolerances are relative to; None for that of `residual`.
+      aim: (operator, state, carry) -> (carry, vector to be multiplied).
+      take: (operator, state, carry, product) -> carry.
+      running: (carry) -> boolean scalar.
+      finish: (carry) -> Outcome.
+    """
+
+    start: Callable[..., Any]
+    aim: Callable[..., tuple[Any, Array]]
+    take: Callable[..., Any]
+    running: Callable[..., Any]
+    finish: Callable[..., Outcome]
+
+    def step(self, operator: Operator, state: Any, carry: Any) -> Any:
+        """One turn, its product included."""
+        carry, vector = self.aim(operator, state, carry)
+        return self.take(operator, state, carry, operator.flat_matvec(vector))
 
 
 class Solver(NamedTuple):
@@ -141,10 +161,17 @@ class Solver(NamedTuple):
       solve: (operator, state, rhs, x0=None) -> (solution, SolveInfo); rhs and solution are pytrees of the operator's
         domain. `vmap` it over rhs.
       iteration: for iterative solvers, the pure step behind `solve`; else None.
-      solve_many: (operator, state, rhs) -> (solutions, SolveInfo) for right-hand sides on a leading axis, where they
-        gain from each other; None for `solve` under vmap.
+      solve_many: (operator, state, rhs) -> (solutions, SolveInfo) for right-hand sides on a leading axis; None for
+        `solve` under vmap. See `shares`.
       init_matvecs: (state) -> products that `init` took.
       report: for iterative solvers, (operator, flat rhs, Outcome of `iteration.finish`) -> SolveInfo; else None.
+      solve_matvecs: (state) -> products that one solve takes besides, that of the recomputed residual not counted,
+        where that is known beforehand: what it costs as a preconditioner.
+      explore: (operator, rank) -> (state, RitzValues): `rank` Lanczos vectors, from which a damping can be chosen, and
+        a state that holds them, for solves with the operator damped thereafter; None where they would be of no use.
+      explore_and_solve: (operator, rank, choose, rhs) -> (solution, SolveInfo, damping): both as turns of one loop,
+        with the damping `choose` makes of the RitzValues.
+      called: the call that made it, by which it is shown and told from others.
     """
 
     init: Callable[[Operator], Any]
@@ -153,122 +180,19 @@ class Solver(NamedTuple):
     solve_many: Callable[..., tuple[PyTree, SolveInfo]] | None = None
     init_matvecs: Callable[[Any], Any] = lambda state: 0
     report: Callable[[Operator, Array, Outcome], SolveInfo] | None = None
+    solve_matvecs: Callable[[Any], Any] = lambda state: 0
+    explore: Callable[[Operator, int], tuple[Any, RitzValues]] | None = None
+    explore_and_solve: Callable[..., tuple[PyTree, SolveInfo, Array]] | None = None
+    called: Called | None = None
 
+    @property
+    def shares(self) -> bool:
+        """Whether right-hand sides that come together gain from each other in `solve_many`."""
+        return self.solve_many is not None and not getattr(self.solve_many, "mapped", False)
 
-class Preconditioner(NamedTuple):
-    """A solver put to work as a linear map on flat vectors.
-
-    Attributes:
-      apply: (vector) -> vector.
-      init_matvecs: products that its `init` took.
-      matvecs: products that each application takes.
-    """
-
-    apply: Callable[[Float[Array, " size"]], Float[Array, " size"]]
-    init_matvecs: Any
-    matvecs: Any
-
-
-def preconditioner_of(solver: Solver | None, operator: Operator, state: Any) -> Preconditioner:
-    """The solver's map for one operator; the identity for None."""
-    if solver is None:
-        return Preconditioner(lambda vector: vector, 0, 0)
-
-    def apply(vector: Array) -> tuple[PyTree, SolveInfo]:
-        return solver.solve(operator, state, operator.domain.unravel(vector))
-
-    init_matvecs = jnp.asarray(solver.init_matvecs(state), jnp.int32)
-    zero = jnp.zeros(operator.size, operator.domain.dtype)
-    # Kept at `solve` itself, so that a solver whose `solve` was replaced is not asked for what it did before.
-    unreported = getattr(solver.solve, "outcome", None)
-    if unreported is not None:
-        outcome = functools.partial(unreported, operator, state)
-        own = jnp.asarray(outcome(zero).num_matvecs, jnp.int32) - init_matvecs
-        return Preconditioner(lambda vector: outcome(vector).solution, init_matvecs, own)
-    # What `report` adds for its residual is not run here, where nobody asks for it.
-    info = apply(zero)[1]
-    own = info.num_matvecs - init_matvecs - 1
-    return Preconditioner(lambda vector: operator.domain.ravel(apply(vector)[0]), init_matvecs, own)
-
-
-def reachable(tol: Any, dtype: Any) -> Any:
-    """`tol`, but no less than what rounding lets a recomputed residual reach: 100 eps, 1.2e-5 in float32."""
-    return jnp.maximum(jnp.asarray(tol, dtype), 100 * jnp.finfo(dtype).eps)
-
-
-def report(operator: Operator, rhs: Array, outcome: Outcome, tol: Any) -> SolveInfo:
-    """Recomputes the residual (one product) and decides the status from it."""
-    product = operator.flat_matvec(outcome.solution)
-    residual = norm(rhs - product)
-    square = dot(outcome.solution, outcome.solution)
-    quotient = jnp.where(square > 0, dot(outcome.solution, product) / jnp.where(square > 0, square, 1), jnp.inf)
-    scale = norm(rhs)
-    relative = jnp.where(scale > 0, residual / jnp.where(scale > 0, scale, 1), residual)
-    finite = jnp.isfinite(relative) & jnp.all(jnp.isfinite(outcome.solution))
-    failure = jnp.asarray(outcome.failure, jnp.int32)
-    status = jnp.where(relative <= reachable(tol, relative.dtype), jnp.int32(SolveStatus.CONVERGED), failure)
-    # A solver that has seen why there is no finite answer knows more than the answer tells.
-    unexplained = ~finite & (failure != jnp.int32(SolveStatus.INDEFINITE))
-    return SolveInfo(
-        status=jnp.where(unexplained, jnp.int32(SolveStatus.NONFINITE), status),
-        num_matvecs=jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(1),
-        relative_residual=relative,
-        min_curvature=jnp.minimum(jnp.asarray(outcome.min_curvature, relative.dtype), quotient),
-        effective_curvature=scale / jnp.where(square > 0, jnp.sqrt(square), 1),
-    )
-
-
-def direct(
-    init: Callable[[Operator], Any],
-    apply: Callable[..., Outcome],
-    tol: Callable[[Any], Any],
-    init_matvecs: Callable[[Any], Any] = lambda state: 0,
-    system: Callable[[Operator, Any], Operator] = lambda operator, state: operator,
-) -> Solver:
-    """A solver of a flat `apply(operator, state, rhs) -> Outcome`.
-
-    `tol` maps the dtype to a relative residual, and `system` tells which operator's residual that is.
-    """
-
-    def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
-        del x0  # No use for a first guess; accepted so that solvers can be exchanged.
-        operator.domain.check("rhs", rhs)
-        vector = operator.domain.ravel(rhs)
-        outcome = apply(operator, state, vector)
-        info = report(system(operator, state), vector, outcome, tol(vector.dtype))
-        return operator.domain.unravel(outcome.solution), info
-
-    # The solution without the product that a report on it takes, for `preconditioner_of`.
-    solve.outcome = apply  # type: ignore[attr-defined]
-    return Solver(init, solve, init_matvecs=init_matvecs)
-
-
-def iterative(
-    init: Callable[[Operator], Any],
-    iteration: Iteration,
-    tol: Any,
-    init_matvecs: Callable[[Any], Any] = lambda state: 0,
-) -> Solver:
-    """A solver that runs `iteration` in `lax.while_loop`."""
-
-    def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
-        operator.domain.check("rhs", rhs)
-        vector = operator.domain.ravel(rhs)
-        if x0 is not None:
-            operator.domain.check("x0", x0)
-            x0 = operator.domain.ravel(x0)
-        carry = jax.lax.while_loop(
-            iteration.running,
-            lambda carry: iteration.step(operator, state, carry),
-            iteration.start(operator, state, vector, x0),
-        )
-        outcome = iteration.finish(carry)
-        return operator.domain.unravel(outcome.solution), report(operator, vector, outcome, tol)
-
-    def judge(operator: Operator, rhs: Array, outcome: Outcome) -> SolveInfo:
-        return report(operator, rhs, outcome, tol)
-
-    return Solver(init, solve, iteration, init_matvecs=init_matvecs, report=judge)
+    def __repr__(self) -> str:
+        """The call that made it, as `cg(tol=0.001)`."""
+        return shown(self, "Solver", self.called)
 
 
 def norm(vector: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,18 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from metainfluence import subspace
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import (
-    Preconditioner,
-    SolveInfo,
-    Solver,
-    SolveStatus,
-    check_positive,
-    preconditioner_of,
-    reachable,
-)
+from metainfluence.solvers._base import SolveInfo, Solver, SolveStatus
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import Preconditioner, preconditioner_of, reachable
+from metainfluence.subspace import Exploration
 
 
+@called
 def block_cg(
     *,
     tol: Any = 1e-6,
@@ -48,6 +46,15 @@ def block_cg(
 
     Raises:
       ValueError: `tol`, `max_size` or `block_size` not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.block_cg()
+      >>> x, info = solver.solve_many(operator, solver.init(operator), jnp.eye(3)[:2])
+      >>> x.round(3).tolist(), info.num_matvecs.tolist()
+      ([[1.0, 0.0, 0.0], [0.0, 0.5, 0.0]], [2, 2])
     """
     check_positive("tol", tol)
     check_positive("block_size", block_size, integer=True)
@@ -60,8 +67,11 @@ def block_cg(
     def init_matvecs(state: Any) -> Any:
         return 0 if preconditioner is None else preconditioner.init_matvecs(state)
 
-    def run(operator: Operator, state: Any, rhs: Array, guesses: Array | None) -> tuple[Array, SolveInfo]:
-        solutions, info, _ = grown(
+    def run(
+        operator: Operator, state: Any, rhs: Array, guesses: Array | None, exploration: Exploration | None = None
+    ) -> tuple[Array, SolveInfo, Array]:
+        known = state if isinstance(state, subspace.Subspace) else None
+        solutions, info, growth = grown(
             operator,
             rhs,
             tol=tol,
@@ -70,10 +80,16 @@ def block_cg(
             absolute=absolute,
             guesses=guesses,
             linear=preconditioner_of(preconditioner, operator, state),
+            known=known,
+            exploration=exploration,
         )
-        return solutions, info
+        return solutions, info, growth.damping
 
-    return of_block(init, run, init_matvecs)
+    def counted(state: Any) -> Any:
+        return len(state.basis) if isinstance(state, subspace.Subspace) else init_matvecs(state)
+
+    # What a preconditioner is made of may hang on the damping.
+    return of_block(init, run, counted, None if preconditioner is not None else subspace.explore, absolute)
 
 
 def default_max_size(operator: Operator, count: int) -> int:
@@ -81,11 +97,14 @@ def default_max_size(operator: Operator, count: int) -> int:
     return min(operator.size, 200 + 4 * count)
 
 
-def of_block(init: Any, run: Any, init_matvecs: Any) -> Solver:
-    """A solver of a flat `run(operator, state, rhs [k, n], guesses) -> (solutions, SolveInfo)`."""
+def of_block(init: Any, run: Any, init_matvecs: Any, explore: Any, apart: bool) -> Solver:
+    """A solver of a flat `run(operator, state, rhs [k, n], guesses, exploration) -> (solutions, SolveInfo, damping)`.
+
+    `apart` says that it explores in a loop of its own.
+    """
 
     def solve_many(operator: Operator, state: Any, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
-        solutions, info = run(operator, state, jax.vmap(operator.domain.ravel)(rhs), None)
+        solutions, info, _ = run(operator, state, jax.vmap(operator.domain.ravel)(rhs), None)
         return jax.vmap(operator.domain.unravel)(solutions), info
 
     def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
@@ -93,10 +112,35 @@ def of_block(init: Any, run: Any, init_matvecs: Any) -> Solver:
         if x0 is not None:
             operator.domain.check("x0", x0)
             x0 = operator.domain.ravel(x0)[None]
-        solutions, info = run(operator, state, operator.domain.ravel(rhs)[None], x0)
+        solutions, info, _ = run(operator, state, operator.domain.ravel(rhs)[None], x0)
         return operator.domain.unravel(solutions[0]), jax.tree.map(lambda leaf: leaf[0], info)
 
-    return Solver(init, solve, solve_many=solve_many, init_matvecs=init_matvecs)
+    def explore_and_solve(
+        operator: Operator, rank: int, choose: Callable[[subspace.RitzValues], Array], rhs: PyTree
+    ) -> tuple[PyTree, SolveInfo, Array]:
+        operator.domain.check("rhs", rhs)
+        exploration = Exploration(min(rank, operator.size), choose)
+        solutions, info, damping = run(operator, init(operator), operator.domain.ravel(rhs)[None], None, exploration)
+        return operator.domain.unravel(solutions[0]), jax.tree.map(lambda leaf: leaf[0], info), damping
+
+    found = Solver(init, solve, solve_many=solve_many, init_matvecs=init_matvecs, explore=explore)
+    if explore is None:
+        return found
+    return found._replace(explore_and_solve=in_turn(found) if apart else explore_and_solve)
+
+
+def in_turn(solver: Solver) -> Callable[..., tuple[PyTree, SolveInfo, Array]]:
+    """`explore_and_solve` of a solver by one after the other."""
+
+    def explore_and_solve(
+        operator: Operator, rank: int, choose: Callable[[subspace.RitzValues], Array], rhs: PyTree
+    ) -> tuple[PyTree, SolveInfo, Array]:
+        assert solver.explore is not None
+        state, values = solver.explore(operator, rank)
+        damping = jnp.asarray(choose(values), operator.shift.dtype)
+        return *solver.solve(operator.damped(damping), state, rhs), damping
+
+    return explore_and_solve
 
 
 def grown(
@@ -110,6 +154,8 @@ def grown(
     linear: Preconditioner,
     guesses: Array | None = None,
     turn: bool = False,
+    known: subspace.Subspace | None = None,
+    exploration: Exploration | None = None,
 ) -> tuple[Array, SolveInfo, subspace.Growth]:
     """Solutions for flat right-hand sides, the report on them, and the subspace in which they lie."""
     count = len(rhs)
@@ -129,18 +175,23 @@ def grown(
         turn=turn,
         guesses=guesses,
         precondition=linear.apply,
+        known=known,
+        exploration=exploration,
     )
+    explored = 0 if exploration is None else exploration.rank
+    shared: Any = explored if known is None else jnp.sum(known.filled, dtype=jnp.int32)
     scale = jnp.linalg.norm(usable, axis=1)
     residual = jnp.linalg.norm(growth.residuals, axis=1) / jnp.where(scale > 0, scale, 1)
     failure = jnp.where(growth.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))
     status = jnp.where(residual <= goal, jnp.int32(SolveStatus.CONVERGED), failure)
     broken = ~finite | ~jnp.isfinite(residual) | ~growth.finite
-    ritz = subspace.ritz(growth.subspace)
+    smallest = subspace.smallest_value(growth.subspace) + operator.shift + growth.damping
+    products = linear.init_matvecs + shared + (growth.num_products - shared) * (1 + linear.matvecs)
     info = SolveInfo(
         status=jnp.where(broken, jnp.int32(SolveStatus.NONFINITE), status),
-        num_matvecs=jnp.full(count, linear.init_matvecs + growth.num_products * (1 + linear.matvecs), jnp.int32),
+        num_matvecs=jnp.full(count, products, jnp.int32),
         relative_residual=jnp.where(finite, residual, jnp.nan),
-        min_curvature=jnp.full(count, jnp.min(jnp.where(ritz.valid, ritz.values, jnp.inf)) + operator.shift),
+        min_curvature=jnp.full(count, smallest),
     )
     solutions = subspace.combine(growth.subspace, growth.coordinates)
     length = jnp.linalg.norm(solutions, axis=1)

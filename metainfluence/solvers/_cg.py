@@ -7,20 +7,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
 from metainfluence.solvers._base import (
     Iteration,
     Outcome,
     Solver,
     SolveStatus,
-    check_positive,
     default_max_steps,
     dot,
-    iterative,
     norm,
-    preconditioner_of,
-    reachable,
 )
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_steps, preconditioner_of, reachable
 
 
 class _Carry(NamedTuple):
@@ -36,6 +35,7 @@ class _Carry(NamedTuple):
     indefinite: Array
 
 
+@called
 def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver | None = None) -> Solver:
     """Preconditioned conjugate gradients for positive definite operators (Hestenes and Stiefel, 1952).
 
@@ -51,6 +51,15 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
 
     Raises:
       ValueError: `tol` or `max_steps` not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.cg()
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> x.round(3).tolist(), mi.SolveStatus(int(info.status)).name, int(info.num_matvecs)
+      ([1.0, 0.5, 0.25], 'CONVERGED', 4)
     """
     check_positive("tol", tol)
     if max_steps is not None:
@@ -59,22 +68,20 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
     def init(operator: Operator) -> Any:
         return None if preconditioner is None else preconditioner.init(operator)
 
-    def start(operator: Operator, state: Any, rhs: Array, x0: Array | None) -> _Carry:
-        solution = jnp.zeros_like(rhs) if x0 is None else x0
-        residual = rhs if x0 is None else rhs - operator.flat_matvec(x0)
+    def start(operator: Operator, state: Any, residual: Array, scale: Array | None) -> _Carry:
         linear = preconditioner_of(preconditioner, operator, state)
-        direction = linear.apply(residual)
+        zero, length = jnp.zeros_like(residual), norm(residual)
         return _Carry(
-            solution=solution,
+            solution=zero,
             residual=residual,
-            direction=direction,
-            inner=dot(residual, direction),
-            residual_norm=norm(residual),
+            direction=zero,
+            inner=jnp.ones((), residual.dtype),
+            residual_norm=length,
             # The recursion's residual drifts from the true one, by which convergence is judged in the end.
-            stop_norm=0.9 * reachable(tol, rhs.dtype) * norm(rhs),
+            stop_norm=0.9 * reachable(tol, residual.dtype) * (length if scale is None else scale),
             steps_left=jnp.int32(default_max_steps(operator.size, max_steps)),
-            matvecs=jnp.int32(x0 is not None) + linear.init_matvecs + linear.matvecs,
-            min_curvature=jnp.full((), jnp.inf, rhs.dtype),
+            matvecs=jnp.asarray(linear.init_matvecs, jnp.int32),
+            min_curvature=jnp.full((), jnp.inf, residual.dtype),
             indefinite=jnp.bool_(False),
         )
 
@@ -82,24 +89,23 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
         active = (carry.residual_norm > carry.stop_norm) & jnp.isfinite(carry.residual_norm)
         return active & (carry.steps_left > 0) & ~carry.indefinite
 
-    def step(operator: Operator, state: Any, carry: _Carry) -> _Carry:
-        product = operator.flat_matvec(carry.direction)
+    def aim(operator: Operator, state: Any, carry: _Carry) -> tuple[_Carry, Array]:
+        preconditioned = preconditioner_of(preconditioner, operator, state).apply(carry.residual)
+        inner = dot(carry.residual, preconditioned)
+        direction = preconditioned + inner / carry.inner * carry.direction
+        return carry._replace(direction=direction, inner=inner), direction
+
+    def take(operator: Operator, state: Any, carry: _Carry, product: Array) -> _Carry:
         curvature = dot(carry.direction, product)
         indefinite = curvature <= 0
         length = jnp.where(indefinite, 0, carry.inner / jnp.where(indefinite, 1, curvature))
         residual = carry.residual - length * product
-        linear = preconditioner_of(preconditioner, operator, state)
-        preconditioned = linear.apply(residual)
-        inner = dot(residual, preconditioned)
-        return _Carry(
+        return carry._replace(
             solution=carry.solution + length * carry.direction,
             residual=residual,
-            direction=preconditioned + inner / carry.inner * carry.direction,
-            inner=inner,
             residual_norm=norm(residual),
-            stop_norm=carry.stop_norm,
             steps_left=carry.steps_left - 1,
-            matvecs=carry.matvecs + 1 + linear.matvecs,
+            matvecs=carry.matvecs + 1 + preconditioner_of(preconditioner, operator, state).matvecs,
             min_curvature=jnp.minimum(carry.min_curvature, curvature / dot(carry.direction, carry.direction)),
             indefinite=indefinite,
         )
@@ -111,4 +117,4 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
     def init_matvecs(state: Any) -> Any:
         return 0 if preconditioner is None else preconditioner.init_matvecs(state)
 
-    return iterative(init, Iteration(start, step, running, finish), tol, init_matvecs)
+    return from_steps(init, Iteration(start, aim, take, running, finish), tol=tol, init_matvecs=init_matvecs)

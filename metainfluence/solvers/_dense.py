@@ -9,13 +9,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from metainfluence import _lapack
-from metainfluence.operators import Operator
-from metainfluence.solvers._base import Outcome, Solver, SolveStatus, direct
-from metainfluence.subspace import Ritz, turned
+from metainfluence import _lapack, subspace
+from metainfluence.operators import Operator, from_matvec
+from metainfluence.solvers._base import Outcome, Solver, SolveStatus
+from metainfluence.solvers._block_cg import in_turn
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_map
+from metainfluence.subspace import RitzValues, unshifted
+
+
+class _Eigen(NamedTuple):
+    """Eigenpairs as `subspace.Ritz` has them, and the products that they were made of, both without the shift."""
+
+    values: Array
+    vectors: Array
+    residuals: Array
+    valid: Array
+    rows: Array
 
 
 class _Cholesky(NamedTuple):
+    rows: Array
     factor: Array
     positive: Array
     smallest_diagonal: Array
@@ -29,6 +43,7 @@ def _residual_tol(dtype: Any) -> Any:
     return jnp.finfo(dtype).eps ** 0.5
 
 
+@called
 def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
     """Forms the matrix (`size` products) and factorises it once.
 
@@ -43,6 +58,15 @@ def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
 
     Raises:
       ValueError: another `method`, or "cholesky" with `absolute`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.dense()
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> x.round(3).tolist(), mi.SolveStatus(int(info.status)).name, int(info.num_matvecs)
+      ([1.0, 0.5, 0.25], 'CONVERGED', 4)
     """
     if method == "eigh":
         return by_eigenvalues(lambda smallest: jnp.full_like(smallest, absolute, bool))
@@ -50,43 +74,76 @@ def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
         raise ValueError(f"method: expected 'eigh' or 'cholesky', got {method!r}")
     if absolute:
         raise ValueError("absolute: expected False with method 'cholesky', which knows no eigenvalues, got True")
-    return direct(_cholesky_init, _cholesky_solve, _residual_tol, lambda state: len(state.factor))
+    return from_map(
+        _cholesky_init,
+        _cholesky_solve,
+        tol=_residual_tol,
+        init_matvecs=lambda state: len(state.factor),
+        multiply=_by_rows,
+    )
 
 
 def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
     """A solver by all eigenvalues, with |H| in place of H where `turn(smallest eigenvalue)`, damping included."""
 
-    def init(operator: Operator) -> Ritz:
-        values, vectors = _lapack.eigh(operator.dense())
-        unshifted = values - operator.shift
-        return Ritz(unshifted, vectors.T, jnp.zeros_like(values), jnp.ones_like(values, bool))
+    def init(operator: Operator) -> _Eigen:
+        rows = unshifted(operator).rows()
+        values, vectors = _lapack.eigh(0.5 * (rows + rows.T))
+        return _Eigen(values, vectors.T, jnp.zeros_like(values), jnp.ones_like(values, bool), rows)
 
-    def solve(operator: Operator, state: Ritz, rhs: Array) -> Outcome:
-        smallest = state.values[0] + operator.shift
-        values = jnp.where(turn(smallest), jnp.abs(state.values), state.values) + operator.shift
+    def flat(values: Array) -> Array:
+        """Which eigenvalues rounding cannot tell from zero."""
         size = jnp.abs(values)
-        zero = size <= _rounding(operator.size, rhs.dtype) * jnp.max(size)
+        return size <= _rounding(len(values), values.dtype) * jnp.max(size)
+
+    def smallest_of(operator: Operator, state: _Eigen) -> Array:
+        """The smallest eigenvalue that is not zero; 0 where all are."""
+        values = state.values + operator.shift
+        least = jnp.min(jnp.where(flat(values), jnp.inf, values))
+        return jnp.where(jnp.isfinite(least), least, values[0])
+
+    def solve(operator: Operator, state: _Eigen, rhs: Array) -> Outcome:
+        smallest = smallest_of(operator, state)
+        values = jnp.where(turn(smallest), jnp.abs(state.values), state.values) + operator.shift
+        zero = flat(values)
         inverse = jnp.where(zero, 0, 1 / jnp.where(zero, 1, values))
-        precision = jax.lax.Precision.HIGHEST
-        components = jnp.matmul(state.vectors, rhs, precision=precision)
-        solution = jnp.matmul(inverse * components, state.vectors, precision=precision)
+        solution = _matmul(inverse * _matmul(state.vectors, rhs), state.vectors)
         finite = jnp.all(jnp.isfinite(solution))
         failure = jnp.where(finite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.NONFINITE))
-        return Outcome(solution, operator.size, smallest, failure)
+        return Outcome(solution, operator.size, smallest, failure, jnp.sum(zero, dtype=jnp.int32))
 
-    def system(operator: Operator, state: Ritz) -> Operator:
-        return turned(operator, state._replace(valid=state.valid & turn(state.values[0] + operator.shift)))
+    def multiply(operator: Operator, state: _Eigen, vector: Array) -> Array:
+        extra = jnp.where(turn(smallest_of(operator, state)), jnp.maximum(-2 * state.values, 0), 0)
+        return _by_rows(operator, state, vector) + _matmul(extra * _matmul(state.vectors, vector), state.vectors)
 
-    return direct(init, solve, _residual_tol, lambda state: len(state.values), system)
+    def explore(operator: Operator, rank: int) -> tuple[_Eigen, RitzValues]:
+        state = init(operator)
+        rows = from_matvec(jax.tree_util.Partial(_matmul, state.rows), jnp.zeros(operator.size, state.rows.dtype))
+        return state, subspace.explore(rows.damped(operator.shift), rank)[1]
+
+    found = from_map(
+        init, solve, tol=_residual_tol, init_matvecs=lambda state: len(state.values), multiply=multiply
+    )._replace(explore=explore)
+    return found._replace(explore_and_solve=in_turn(found))
+
+
+def _by_rows(operator: Operator, state: Any, vector: Array) -> Array:
+    """The operator's product as the combination of those that its matrix was formed of."""
+    return _matmul(vector, state.rows) + operator.shift.astype(vector.dtype) * vector
+
+
+def _matmul(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def _cholesky_init(operator: Operator) -> _Cholesky:
-    matrix = operator.dense()
+    rows = unshifted(operator).rows()
+    matrix = 0.5 * (rows + rows.T) + operator.shift * jnp.eye(operator.size, dtype=rows.dtype)
     factor = _lapack.cholesky(matrix)
     pivots = jnp.diagonal(factor) ** 2
     # A pivot that rounding alone could have made positive would give finite nonsense.
     positive = jnp.min(pivots) > _rounding(operator.size, factor.dtype) * jnp.max(pivots)
-    return _Cholesky(factor, positive, jnp.min(jnp.diagonal(matrix)))
+    return _Cholesky(rows, factor, positive, jnp.min(jnp.diagonal(matrix)))
 
 
 def _cholesky_solve(operator: Operator, state: _Cholesky, rhs: Array) -> Outcome:

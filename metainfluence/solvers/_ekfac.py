@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from metainfluence import ekfac as factors
+from metainfluence._checks import check_batch_size, check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Outcome, Solver, SolveStatus, check_positive, direct
-from metainfluence.tasks import check_batch_size
+from metainfluence.solvers._base import Outcome, Solver, SolveStatus
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_map
 
 
 class _State(NamedTuple):
@@ -19,6 +21,7 @@ class _State(NamedTuple):
     positive: Array
 
 
+@called
 def ekfac(*, reestimate: bool = True, tol: Any = 1e-6, batch_size: int | None = None) -> Solver:
     """Solves with the Kronecker-factored Gauss–Newton matrix in the operator's place (arXiv 2501.15963, section 5).
 
@@ -41,6 +44,11 @@ def ekfac(*, reestimate: bool = True, tol: Any = 1e-6, batch_size: int | None = 
     Raises:
       ValueError: `tol` or `batch_size` not positive; at trace time, an operator without losses, a parameter that no
         layer covers, and what else EK-FAC cannot treat.
+
+    Example:
+      >>> import metainfluence as mi
+      >>> mi.solvers.cg(preconditioner=mi.solvers.ekfac(reestimate=False))
+      cg(preconditioner=ekfac(reestimate=False))
     """
     check_positive("tol", tol)
     check_batch_size(batch_size)
@@ -71,4 +79,4 @@ def ekfac(*, reestimate: bool = True, tol: Any = 1e-6, batch_size: int | None = 
         # Eigenvalues of the approximation are not curvatures of the operator: `report` has the solution's own.
         return Outcome(solution, 0, jnp.inf, failure)
 
-    return direct(init, apply, lambda dtype: tol)
+    return from_map(init, apply, tol=tol)

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from metainfluence import subspace
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Outcome, Solver, check_positive, direct, reachable
+from metainfluence.solvers._base import Outcome, Solver
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_map
 
 
+@called
 def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6) -> Solver:
     """Solves in the Ritz space of `rank` Lanczos vectors, with the damping alone on its complement.
 
@@ -30,17 +34,27 @@ def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6
 
     Raises:
       ValueError: `rank` is no positive integer, or `tol` not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.lanczos(3)
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> x.round(3).tolist(), mi.SolveStatus(int(info.status)).name, int(info.num_matvecs)
+      ([1.0, 0.5, 0.25], 'CONVERGED', 4)
     """
     check_positive("rank", rank, integer=True)
 
     def init(operator: Operator) -> subspace.Ritz:
-        first, rest = jax.random.split(jax.random.key(seed))
+        first, _ = jax.random.split(jax.random.key(seed))
         start = jax.random.normal(first, (operator.size,), operator.domain.dtype)
-        return subspace.ritz(subspace.lanczos(operator, min(rank, operator.size), start, rest))
+        return subspace.ritz(subspace.lanczos(operator, min(rank, operator.size), start))
 
     return _low_rank(init, absolute, tol)
 
 
+@called
 def nystrom(rank: int, *, seed: int = 0, tol: Any = 1e-6) -> Solver:
     """Solves with a randomised Nyström approximation, (Â + δI)⁻¹, mostly to precondition `cg`.
 
@@ -55,6 +69,11 @@ def nystrom(rank: int, *, seed: int = 0, tol: Any = 1e-6) -> Solver:
 
     Raises:
       ValueError: `rank` is no positive integer, or `tol` not positive.
+
+    Example:
+      >>> import metainfluence as mi
+      >>> mi.solvers.cg(preconditioner=mi.solvers.nystrom(50))
+      cg(preconditioner=nystrom(50))
     """
     check_positive("rank", rank, integer=True)
 
@@ -72,7 +91,7 @@ def _low_rank(init: Any, absolute: bool, tol: Any) -> Solver:
         smallest = jnp.min(jnp.where(state.valid, state.values, jnp.inf)) + operator.shift
         return Outcome(solution, len(state.values), smallest)
 
-    def system(operator: Operator, state: subspace.Ritz) -> Operator:
-        return subspace.turned(operator, state) if absolute else operator
+    def multiply(operator: Operator, state: subspace.Ritz, vector: Array) -> Array:
+        return (subspace.turned(operator, state) if absolute else operator).flat_matvec(vector)
 
-    return direct(init, solve, lambda dtype: reachable(tol, dtype), lambda state: len(state.values), system)
+    return from_map(init, solve, tol=tol, init_matvecs=lambda state: len(state.values), multiply=multiply)

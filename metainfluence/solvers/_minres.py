@@ -7,18 +7,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import (
-    Iteration,
-    Outcome,
-    Solver,
-    check_positive,
-    default_max_steps,
-    dot,
-    iterative,
-    norm,
-    reachable,
-)
+from metainfluence.solvers._base import Iteration, Outcome, Solver, default_max_steps, dot, norm
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_steps, reachable
 
 
 class _Carry(NamedTuple):
@@ -41,6 +34,7 @@ class _Carry(NamedTuple):
     min_curvature: Array
 
 
+@called
 def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
     """MINRES for symmetric operators, indefinite ones included (Paige and Saunders, SIAM J. Numer. Anal. 12, 1975).
 
@@ -55,18 +49,26 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
 
     Raises:
       ValueError: `tol` or `max_steps` not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([-1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.minres()
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> x.round(3).tolist(), mi.SolveStatus(int(info.status)).name, int(info.num_matvecs)
+      ([-1.0, 0.5, 0.25], 'CONVERGED', 4)
     """
     check_positive("tol", tol)
     if max_steps is not None:
         check_positive("max_steps", max_steps, integer=True)
 
-    def start(operator: Operator, state: Any, rhs: Array, x0: Array | None) -> _Carry:
+    def start(operator: Operator, state: Any, residual: Array, scale: Array | None) -> _Carry:
         del state
-        residual = rhs if x0 is None else rhs - operator.flat_matvec(x0)
-        beta, zero = norm(residual), jnp.zeros_like(rhs)
-        one, nought = jnp.ones((), rhs.dtype), jnp.zeros((), rhs.dtype)
+        beta, zero = norm(residual), jnp.zeros_like(residual)
+        one, nought = jnp.ones((), residual.dtype), jnp.zeros((), residual.dtype)
         return _Carry(
-            solution=zero if x0 is None else x0,
+            solution=zero,
             vector=residual / jnp.where(beta > 0, beta, 1),
             previous_vector=zero,
             update=zero,
@@ -78,21 +80,24 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
             previous_sine=nought,
             residual_norm=beta,
             # The recursion's residual drifts from the true one, by which convergence is judged in the end.
-            stop_norm=0.9 * reachable(tol, rhs.dtype) * norm(rhs),
+            stop_norm=0.9 * reachable(tol, residual.dtype) * (beta if scale is None else scale),
             steps_left=jnp.int32(default_max_steps(operator.size, max_steps)),
-            matvecs=jnp.int32(0 if x0 is None else 1),
+            matvecs=jnp.int32(0),
             pivot=one,
             direction_square=nought,
-            min_curvature=jnp.full((), jnp.inf, rhs.dtype),
+            min_curvature=jnp.full((), jnp.inf, residual.dtype),
         )
 
     def running(carry: _Carry) -> Array:
         size = jnp.abs(carry.residual_norm)
         return (size > carry.stop_norm) & jnp.isfinite(size) & (carry.steps_left > 0)
 
-    def step(operator: Operator, state: Any, carry: _Carry) -> _Carry:
-        del state
-        product = operator.flat_matvec(carry.vector)
+    def aim(operator: Operator, state: Any, carry: _Carry) -> tuple[_Carry, Array]:
+        del operator, state
+        return carry, carry.vector
+
+    def take(operator: Operator, state: Any, carry: _Carry, product: Array) -> _Carry:
+        del operator, state
         alpha = dot(carry.vector, product)
         remainder = product - alpha * carry.vector - carry.beta * carry.previous_vector
         beta = norm(remainder)
@@ -135,4 +140,4 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
     def finish(carry: _Carry) -> Outcome:
         return Outcome(carry.solution, carry.matvecs, carry.min_curvature)
 
-    return iterative(lambda operator: None, Iteration(start, step, running, finish), tol)
+    return from_steps(None, Iteration(start, aim, take, running, finish), tol=tol)

@@ -9,18 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import (
-    Iteration,
-    Outcome,
-    Solver,
-    SolveStatus,
-    check_positive,
-    dot,
-    iterative,
-    norm,
-    preconditioner_of,
-)
+from metainfluence.solvers._base import Iteration, Outcome, Solver, SolveStatus, dot, norm
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_steps, preconditioner_of
 
 _POWER_STEPS = 20
 
@@ -56,6 +49,7 @@ def largest_eigenvalue(
     return jax.lax.scan(step, vector, length=num_steps)[1][-1]
 
 
+@called
 def neumann(
     num_terms: int, *, scale: float | None = None, preconditioner: Solver | None = None, tol: Any = 1e-6
 ) -> Solver:
@@ -75,6 +69,16 @@ def neumann(
 
     Raises:
       ValueError: `num_terms` < 1, or `scale` or `tol` not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
+      >>> solver = mi.solvers.neumann(3, scale=0.25)
+      >>> x, info = solver.solve(operator, solver.init(operator), jnp.ones(3))
+      >>> # 0.25 Σ_j (1 − 0.25 h)ʲ, and the residual that is left of it.
+      >>> x.round(3).tolist(), mi.SolveStatus(int(info.status)).name, round(float(info.relative_residual), 3)
+      ([0.578, 0.438, 0.25], 'MAX_STEPS', 0.254)
     """
     check_positive("num_terms", num_terms, integer=True)
     check_positive("tol", tol)
@@ -90,26 +94,29 @@ def neumann(
         matvecs = linear.init_matvecs + _POWER_STEPS * (1 + linear.matvecs)
         return _State(1.0 / largest, jnp.asarray(matvecs, jnp.int32), state)
 
-    def start(operator: Operator, state: _State, rhs: Array, x0: Array | None) -> _Carry:
+    def start(operator: Operator, state: _State, residual: Array, scale: Array | None) -> _Carry:
+        del scale
         linear = preconditioner_of(preconditioner, operator, state.preconditioner)
-        residual = rhs if x0 is None else rhs - operator.flat_matvec(x0)
         return _Carry(
-            solution=x0 if x0 is not None else jnp.zeros_like(rhs),
+            solution=jnp.zeros_like(residual),
             residual=residual,
             term=linear.apply(residual),
             scale=state.scale,
             terms_left=jnp.int32(num_terms),
-            matvecs=state.matvecs + jnp.int32(x0 is not None) + linear.matvecs,
-            min_curvature=jnp.full((), jnp.inf, rhs.dtype),
+            matvecs=state.matvecs + jnp.asarray(linear.matvecs, jnp.int32),
+            min_curvature=jnp.full((), jnp.inf, residual.dtype),
             diverged=jnp.bool_(False),
         )
 
     def running(carry: _Carry) -> Array:
         return (carry.terms_left > 0) & ~carry.diverged & jnp.all(jnp.isfinite(carry.term))
 
-    def step(operator: Operator, state: _State, carry: _Carry) -> _Carry:
+    def aim(operator: Operator, state: _State, carry: _Carry) -> tuple[_Carry, Array]:
+        del operator, state
+        return carry, carry.term
+
+    def take(operator: Operator, state: _State, carry: _Carry, product: Array) -> _Carry:
         linear = preconditioner_of(preconditioner, operator, state.preconditioner)
-        product = operator.flat_matvec(carry.term)
         residual = carry.residual - carry.scale * product
         term = linear.apply(residual)
         # In the preconditioner's inner product the iteration is symmetric, and no term may grow.
@@ -132,4 +139,14 @@ def neumann(
         failure = jnp.where(carry.diverged, jnp.int32(SolveStatus.DIVERGED), jnp.int32(SolveStatus.MAX_STEPS))
         return Outcome(carry.solution, carry.matvecs, carry.min_curvature, failure)
 
-    return iterative(init, Iteration(start, step, running, finish), tol, lambda state: state.matvecs)
+    def solve_matvecs(state: _State) -> Any:
+        own = 0 if preconditioner is None else preconditioner.solve_matvecs(state.preconditioner)
+        return own + num_terms * (1 + own)
+
+    return from_steps(
+        init,
+        Iteration(start, aim, take, running, finish),
+        tol=tol,
+        init_matvecs=lambda state: state.matvecs,
+        solve_matvecs=solve_matvecs,
+    )

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from metainfluence import subspace
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Outcome, Solver, check_positive, direct, reachable
+from metainfluence.solvers._base import Outcome, Solver
+from metainfluence.solvers._called import called
+from metainfluence.solvers._kit import from_map
 
 # Eigenvalues that the basis leaves out lie above the damping alone; measured, not derived.
 _COMPLEMENT = 3.0
@@ -22,6 +25,7 @@ class _State(NamedTuple):
     matvecs: Array
 
 
+@called
 def sampled(number: int | None = None, *, rank: int = 100, seed: int = 0, tol: Any = 1e-6) -> Solver:
     """Preconditions with the total Hessian of few tasks, chosen at random, in place of that of all of them.
 
@@ -37,6 +41,11 @@ def sampled(number: int | None = None, *, rank: int = 100, seed: int = 0, tol: A
 
     Raises:
       ValueError: `number` or `rank` is no positive integer; at `init`, an operator that is no mean over tasks.
+
+    Example:
+      >>> import metainfluence as mi
+      >>> mi.solvers.cg(preconditioner=mi.solvers.sampled(64, rank=50))
+      cg(preconditioner=sampled(64, rank=50))
     """
     if number is not None:
         check_positive("number", number, integer=True)
@@ -51,14 +60,14 @@ def sampled(number: int | None = None, *, rank: int = 100, seed: int = 0, tol: A
         wanted = max(4, operator.num_groups // 16) if number is None else number
         count, size = min(wanted, operator.num_groups), min(rank, operator.size)
         part = dataclasses.replace(operator.sample(count), shift=jnp.zeros_like(operator.shift))
-        first, rest = jax.random.split(jax.random.key(seed))
+        first, _ = jax.random.split(jax.random.key(seed))
         start = jax.random.normal(first, (operator.size,), operator.domain.dtype)
         # What the curvature itself adds to the diagonal is in the whole operator's shift, and not taken twice.
-        ritz = subspace.ritz(subspace.lanczos(part, size, start, rest))
+        ritz = subspace.ritz(subspace.lanczos(part, size, start))
         return _State(ritz, jnp.int32(-(-size * count // operator.num_groups)))
 
     def solve(operator: Operator, state: _State, rhs: Array) -> Outcome:
         solution = subspace.low_rank_inverse(state.ritz, rhs, operator.shift, True, _COMPLEMENT)
         return Outcome(solution, state.matvecs, jnp.inf)
 
-    return direct(init, solve, lambda dtype: reachable(tol, dtype), lambda state: state.matvecs)
+    return from_map(init, solve, tol=tol, init_matvecs=lambda state: state.matvecs)

@@ -14,24 +14,20 @@ import jax
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 import metainfluence as mi
+from lab.calls import TRAIN, called, done
+from metainfluence._disk import of_arrays
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import cli, edit, evaluate, score
 from metainfluence.lab.commands.job import tolerance
 from metainfluence.lab.data import fewshot
 from metainfluence.lab.data.places import Place, locator
-from metainfluence.lab.learn.checkpoints import Checkpoints, fingerprint
+from metainfluence.lab.learn.checkpoints import Checkpoints
 from metainfluence.lab.show import printing
 from metainfluence.scoring._passes import Passes
-
-TRAIN = [
-    *("--data.num-tasks", "12", "--data.num-held-out", "6", "--data.num-test", "5", "--data.ways", "3"),
-    *("--data.shots", "2", "--data.queries", "4", "--harm.flipped", "0.25", "--harm.flip-share", "1.0"),
-    *("--learner.kind", "protonet", "--learner.widths", "6", "--learner.meta-l2", "0.05"),
-    *("--training.num-steps", "30", "--training.learning-rate", "0.1"),
-]
 
 # A ridge head on learned features; a delay makes reading slow enough to be stopped.
 MODULE = """
@@ -91,27 +87,29 @@ def single():
     made = make()
     return {**made, "meta_params": made["meta_params"].astype("float32")}
 
+def half():
+    made = make()
+    source = [jax.tree.map(lambda leaf: leaf.astype("float16"), task(k)) for k in range(8)]
+    args = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), made["target_args"])
+    return {**made, "meta_params": made["meta_params"].astype("bfloat16"), "source": source, "target_args": args,
+            "test": source[:3]}
+
+def no_target():
+    made = make()
+    return {name: made[name] for name in ("problem", "meta_params", "source", "test")}
+
+def own_target():
+    return {**no_target(), "target": lambda meta_params: jnp.sum(meta_params**2)}
+
+def wrong_target():
+    return {**make(), "target": lambda meta_params: jnp.sum(meta_params)}
+
+def with_functions():
+    return {**make(), "meta_params": {"kernel": jnp.ones((3, 2)), "activation": jax.nn.relu}}
+
 def no_tuple():
     return {**make(), "target_args": 1}
 """
-
-
-def called(*args):
-    """The exit status, and what was printed on both streams."""
-    out, err = io.StringIO(), io.StringIO()
-    status = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.entry([str(arg) for arg in args])
-        except SystemExit as stop:
-            status = stop.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def done(*args):
-    status, out, err = called(*args)
-    assert status == 0, err
-    return out
 
 
 def assert_same_change(before, found, expected):
@@ -281,12 +279,12 @@ def test_an_edit_of_other_meta_parameters_is_refused(folder, job, tmp_path):
     parameters.save(edited, job.meta_params)
     change = edited.with_name("edited.json")
     evaluate.refuse_others(edited, job)
-    change.write_text(json.dumps({"meta_params": fingerprint(job.meta_params)}))
+    change.write_text(json.dumps({"meta_params": of_arrays(job.meta_params)}))
     evaluate.refuse_others(edited, job)
     other = job._replace(meta_params=jax.tree.map(lambda leaf: 2 * leaf, job.meta_params))
     with pytest.raises(ValueError, match="edited: expected an edit of these meta-parameters"):
         evaluate.refuse_others(edited, other)
-    change.write_text(json.dumps({"meta_params": fingerprint(other.meta_params)}))
+    change.write_text(json.dumps({"meta_params": of_arrays(other.meta_params)}))
     with pytest.raises(ValueError, match="edited: expected an edit of these meta-parameters"):
         evaluate.run(evaluate.EvaluateConfig(run=folder, edited=edited))
     change.write_text("[]")
@@ -397,6 +395,10 @@ def test_what_a_dry_run_shows_is_a_configuration(tmp_path):
         (["score", "--problem", "theirs:misspelt"], 1, "with 'metrik'; nearest is 'metric'"),
         (["score", "--problem", "theirs:no_problem"], 1, "problem: expected one made by metainfluence.bilevel"),
         (["score", "--problem", "theirs:no_tuple"], 1, "target_args: expected a tuple"),
+        (["score", "--problem", "theirs:no_target"], 2, "target_args: expected (held_out,), stacked tasks"),
+        (["score", "--problem", "theirs:wrong_target"], 1, "target: expected a function (meta_params, *target_args)"),
+        (["score", "--problem", "theirs:with_functions"], 1, "['activation']: expected an array, got an object"),
+        (["edit", "--problem", "theirs:no_target", "--remove", "task 1"], 2, "target_args: expected (held_out,)"),
         (["edit", "a.parquet"], 2, "expected one of --most-harmful, --harm-above, --remove, got none"),
         (["edit", "a.parquet", "--most-harmful", "2", "--harm-above", "0"], 2, "--most-harmful and --harm-above"),
         (["edit", "a.parquet", "--most-harmful", "0"], 2, "expected a positive number"),
@@ -413,6 +415,7 @@ def test_what_makes_no_sense_is_one_line(args, status, message, module):
     found, _, err = called(*args)
     assert found == status
     assert message in err
+    assert not list(module.glob("*.parquet*"))
     assert len(err.splitlines()) == 1
 
 
@@ -432,7 +435,7 @@ def table_about(path, meta_params):
         path,
         scores,
         mi.stack_tasks([tasks]),
-        metadata={"run": {"meta_params": fingerprint(meta_params)}},
+        metadata={"run": {"meta_params": of_arrays(meta_params)}},
     )
 
 
@@ -595,3 +598,79 @@ def test_what_the_budget_says_is_not_said_again():
     scores = mi.Scores(np.zeros(2), np.zeros((2, 3)), np.zeros((2, 3)), info)
     assert "gradient is exactly 0" in mi.error_budget(scores).advice
     printing.check_solve(scores)
+
+
+def test_half_precision_is_taken_to_float32(module):
+    done("score", "--problem", "theirs:half", "--damping", "0.1")
+    done("score", "--problem", "theirs:single", "--damping", "0.1", "--out", "single.parquet")
+    half, single = (mi.read_scores(module / name).score for name in ("scores.parquet", "single.parquet"))
+    # bfloat16 has eight bits.
+    np.testing.assert_allclose(half, single, atol=0.1 * np.abs(single).max())
+    assert np.any(half != single)
+    edited = done("edit", "--problem", "theirs:half", "--remove", "1", "--damping", "0.1")
+    assert "Removed 1 (task): 1" in edited
+    assert parameters.load(module / "edited.npz", np.ones((3, 2), np.float32)).dtype == np.float32
+    assert "query loss" in done("evaluate", "--problem", "theirs:half")
+
+
+def test_a_target_of_its_own_needs_no_arguments(module):
+    done("score", "--problem", "theirs:own_target", "--damping", "0.1")
+    assert np.any(mi.read_scores(module / "scores.parquet").score)
+
+
+@pytest.mark.parametrize(("mark", "encoding"), [(b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le")])
+def test_byte_order_marks(mark, encoding, tmp_path):
+    path = tmp_path / "train.toml"
+    path.write_bytes(mark + "seed = 7\n".encode(encoding))
+    status, out, err = called("train", "--config", path, "--dry-run")
+    if encoding == "utf-8":
+        assert (status, "seed = 7\n" in out) == (0, True), err
+    else:
+        assert status == 2
+        assert "expected TOML in UTF-8" in err
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of images as a user has them: two splits of three classes, of six images each."""
+    rng = np.random.default_rng(0)
+    for split, names in (("train", "ant bee cat"), ("test", "dog elk fox gnu hen ibis")):
+        for name in names.split():
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            for k in range(6):
+                pixels = rng.integers(0, 255, size=(8, 8, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pictures" / split / name / f"{k}.png")
+    return tmp_path / "pictures"
+
+
+def test_any_folder_of_images_can_be_trained_on(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["train", *TRAIN, "--training.num-steps", "1", "--out", "run", "--data.dataset", "pictures"]
+    status, _, err = called(*given)
+    assert (status, "size: expected the height and width" in err) == (1, True)
+    assert "on 12 tasks of" in done(*given, "--data.size", "4")
+    monkeypatch.chdir(pictures)
+    read = runs.job_of(tmp_path / "run")
+    assert read.source[0].query.images.shape == (12, 4, 4, 3)
+    status, _, err = called("train", *TRAIN, "--out", "run", "--data.dataset", "./nowhere", "--data.size", "4")
+    assert (status, "nowhere: expected a folder laid out as split/class/image.jpg" in err) == (1, True)
+    status, _, err = called("train", *TRAIN, "--out", "run", "--data.dataset", "train", "--data.size", "4")
+    assert status == 1
+    assert not (pictures / "run").exists()
+
+
+@pytest.mark.parametrize(("split", "name"), [("train", "bee"), ("test", "elk")])
+def test_a_class_with_too_few_images_is_named_by_its_folder(split, name, pictures, tmp_path):
+    (pictures / split / name / "0.png").unlink()
+    given = ["train", *TRAIN, "--out", tmp_path / "run", "--data.dataset", pictures, "--data.size", "4"]
+    status, _, err = called(*given)
+    assert status == 1
+    assert f"shots + queries: expected at most 5, the examples of class '{name}', got 6" in err
+
+
+def test_a_folder_without_a_split_names_those_that_there_are(pictures, tmp_path):
+    (pictures / "test").rename(pictures / "tests")
+    given = ["train", *TRAIN, "--out", tmp_path / "run", "--data.dataset", pictures, "--data.size", "4"]
+    status, _, err = called(*given)
+    assert status == 1
+    assert "split: expected one of tests, train of pictures, got 'test'" in err

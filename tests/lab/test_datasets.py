@@ -1,7 +1,9 @@
 import io
 import json
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -449,3 +451,100 @@ def test_mini_imagenet_is_64_16_20(tmp_path):
     read = datasets.load("mini_imagenet", root=tmp_path)
     assert read.images.shape == (100, 84, 84, 3)
     assert {split: len(pool) for split, pool in read.pools.items()} == mini_imagenet.NUM_CLASSES
+
+
+def encoded(picture, kind="PNG", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_16_bits_of_grey_keep_their_range(tmp_path):
+    ramp = np.arange(64 * 64).reshape(64, 64) * 16
+    for split in ("train", "test"):
+        (tmp_path / split / f"class of {split}").mkdir(parents=True)
+        (tmp_path / split / f"class of {split}" / "ramp.png").write_bytes(
+            encoded(Image.fromarray(ramp.astype(np.uint16)))
+        )
+    for color in (False, True):
+        read = datasets.image_folder(tmp_path, size=64, color=color).images[0]
+        assert read.mean() == pytest.approx(0.5, abs=1e-3)
+        assert len(np.unique(read)) == 256
+        np.testing.assert_allclose(read[..., 0] if color else read, ramp / 65535, atol=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_few_bits_of_grey_fill_the_range(bits):
+    # Packed by hand, since Pillow writes a palette.
+    levels = 2**bits
+    row = sum(value << bits * (levels - 1 - value) for value in range(levels)).to_bytes(max(bits * levels // 8, 1))
+    if bits == 1:
+        row = bytes([0b01000000])
+    header = struct.pack(">IIBBBBB", levels, 1, bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    got = images.decode(content, size=None, mode="L")
+    np.testing.assert_allclose(got[0], np.arange(levels) / (levels - 1), atol=1 / 255)
+
+
+def test_palettes_are_looked_up():
+    picture = Image.new("P", (3, 1))
+    picture.putpalette([255, 0, 0, 0, 255, 0, 255, 255, 255])
+    picture.putdata([0, 1, 2])
+    np.testing.assert_array_equal(
+        images.decode(encoded(picture), size=None, mode="RGB")[0], [[1, 0, 0], [0, 1, 0], [1, 1, 1]]
+    )
+    grey = images.decode(encoded(picture), size=None, mode="L")[0]
+    np.testing.assert_allclose(grey, [0.299, 0.587, 1.0], atol=2 / 255)
+
+
+def test_four_inks_become_three_colours():
+    colours = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
+    large = Image.fromarray(np.kron(colours, np.ones((16, 16, 1), np.uint8))).convert("CMYK")
+    got = images.decode(encoded(large, "JPEG", quality=100), size=2, mode="RGB")
+    np.testing.assert_allclose(got, colours / 255, atol=0.1)
+
+
+def test_images_are_turned_upright():
+    colours = np.zeros((32, 16, 3), np.uint8)
+    colours[:16] = 255
+    picture = Image.fromarray(colours)
+    plain = images.decode(encoded(picture, quality=95, kind="JPEG"), size=None, mode="L")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the picture is to be turned by 90° clockwise
+    turned = images.decode(encoded(picture, "JPEG", quality=95, exif=exif), size=None, mode="L")
+    np.testing.assert_allclose(turned, np.rot90(plain, -1), atol=0.05)
+    assert turned.shape == (16, 32)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "RGB"])
+def test_transparency_is_refused_by_name_unless_there_is_none(mode, tmp_path):
+    """White on transparent would become all white."""
+    drawing = np.full((4, 4, 4), 255, np.uint8)
+    drawing[:2, :, 3] = 0
+    options = {}
+    if mode in ("P", "RGB"):
+        drawing[:2, :, :3] = 7
+        picture = Image.fromarray(drawing[..., :3]).convert(mode)
+        options["transparency"] = int(np.asarray(picture)[0, 0]) if mode == "P" else (7, 7, 7)
+    else:
+        picture = Image.fromarray(drawing).convert(mode)
+    path = tmp_path / "drawing.png"
+    path.write_bytes(encoded(picture, **options))
+    message = r"drawing\.png: expected an image without transparency, got 50% of its pixels transparent"
+    with pytest.raises(ValueError, match=message):
+        images.decode_file(path, size=4, mode="L")
+    drawing[..., 3] = 255
+    if mode in ("LA", "RGBA"):
+        path.write_bytes(encoded(Image.fromarray(drawing).convert(mode)))
+        np.testing.assert_array_equal(images.decode_file(path, size=4, mode="L"), np.ones((4, 4)))
+
+
+def test_other_formats_are_refused_by_name(tmp_path):
+    picture = Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4))
+    path = tmp_path / "really_a_tiff.png"
+    path.write_bytes(encoded(picture, "TIFF"))
+    with pytest.raises(ValueError, match=r"really_a_tiff\.png: expected a readable JPEG or PNG image"):
+        images.decode_file(path, size=4, mode="L")

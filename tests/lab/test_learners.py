@@ -250,3 +250,20 @@ def test_bad_input():
     without = mi.bilevel(lambda p, m, q: jnp.zeros(1), mi.adaptation.closed_form(lambda m, s, c: m))
     with pytest.raises(ValueError, match="problem: expected one made by"):
         learners.accuracy(without)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: learners.implicit_head(FEATURES, WAYS, head_l2=-1.0), "head_l2"),
+        (lambda: learners.implicit_head(FEATURES, WAYS, head_l2=0.0), "head_l2"),
+        (lambda: learners.implicit_head(FEATURES, WAYS, meta_l2=-1.0), "meta_l2"),
+        (lambda: learners.imaml(FEATURES, WAYS, proximal=0.0), "proximal"),
+        (lambda: learners.r2d2(FEATURES, WAYS, ridge=-0.1), "ridge"),
+        (lambda: learners.maml(FEATURES, WAYS, meta_l2=np.nan), "meta_l2"),
+        (lambda: learners.protonet(FEATURES, WAYS, meta_l2=-1e-3), "meta_l2"),
+    ],
+)
+def test_penalties_without_a_minimum_are_refused(make, name):
+    with pytest.raises(ValueError, match=f"{name}: expected a number (above|of at least) 0, got"):
+        make()

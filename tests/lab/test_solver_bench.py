@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metainfluence.lab.bench.solvers import problems
-from metainfluence.lab.bench.solvers import suite as solver_bench
+from metainfluence.lab.bench.solvers import measure, options, problems
 from metainfluence.lab.bench.solvers import targets as solver_bench_targets
 from metainfluence.lab.bench.solvers.measure import Program
 from metainfluence.lab.commands import cli
@@ -25,15 +24,25 @@ tables = ["grid", "budgets", "removals"]
 problems = ["maml"]
 curvatures = ["exact", "linearized", "gamma"]
 solvers = ["cg", "ekfac", "dense"]
-budgets = [2, 400]
-damping_shares = [0.1]
-num_tasks = 6
-num_flipped = 2
-ways = 3
-hidden = 2
-inner_steps = 1
-num_steps = 5
 repeats = 1
+
+[solve]
+budgets = [2, 400]
+
+[damping]
+removals = [0.1]
+
+[tasks]
+count = 6
+flipped = 2
+ways = 3
+
+[maml]
+hidden = 2
+num_steps = 1
+
+[training]
+num_steps = 5
 """
 
 
@@ -55,13 +64,13 @@ def small_run(tmp_path_factory):
     """From the configuration file to the files that it makes; the command line's options override the file's."""
     folder = tmp_path_factory.mktemp("bench")
     out = folder / "new" / "folder"
-    cli.main(["bench", "--config", config_file(folder, SMALL), "--num-flipped", "1", "--out", str(out)])
+    cli.main(["bench", "--config", config_file(folder, SMALL), "--tasks.flipped", "1", "--out", str(out)])
     return json.loads((out / "solvers.json").read_text()), (out / "solvers.md").read_text()
 
 
 def test_the_command_line_overrides_the_file(small_run):
-    assert small_run[0]["config"]["num_tasks"] == 6
-    assert small_run[0]["config"]["num_flipped"] == 1
+    assert small_run[0]["config"]["tasks"]["count"] == 6
+    assert small_run[0]["config"]["tasks"]["flipped"] == 1
 
 
 def test_every_solver_meets_every_curvature(small_run):
@@ -155,12 +164,11 @@ def test_random_images_stand_in_for_omniglot(monkeypatch):
 
     monkeypatch.setattr(omniglot, "load", missing)
 
-    class Config:
-        seed, ways, shots, queries = 0, 3, 1, 2
-        large_widths, large_num_tasks, large_steps, large_learning_rate = (4,), 3, 2, 0.01
-        head_l2, meta_l2 = 0.1, 1e-3
-
-    setting, name = problems.large(Config)
+    config = options.SolverBenchConfig(
+        tasks=options.Tasks(ways=3, shots=1, queries=2),
+        large=options.Large(widths=(4,), num_tasks=3, num_steps=2, learning_rate=0.01),
+    )
+    setting, name = problems.large(config)
     assert "random images" in name
     assert setting.tasks.query.images.shape == (3, 6, 28, 28)
     images, labels = problems.random_images(0)
@@ -187,13 +195,13 @@ def test_a_program_whose_first_results_hold_nan_is_compiled_again():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('suite = "solvers"\nrnak = 3', ("unknown key 'rnak'", "rank")),
+        ('suite = "solvers"\n[solve]\nrnak = 3', ("unknown key 'solve.rnak'", "rank")),
         ('suite = "solvers"\n[digits]\nnum_taks = 3', ("unknown key 'digits.num_taks'", "num_tasks")),
         ('suite = "solvers"\ndigits = 3', ("digits: expected a table",)),
-        ('suite = "solvers"\n[rank]\na = 1', ("rank: expected a value",)),
+        ('suite = "solvers"\n[repeats]\na = 1', ("repeats: expected a value",)),
         ('suite = "solver"', ("expected one of costs, solvers",)),
         ("suite =", ("bench.toml",)),
-        ('suite = "solvers"\nrank = "many"', ("--rank",)),
+        ('suite = "solvers"\n[solve]\nrank = "many"', ("--solve.rank",)),
         ("rank = 3", ("unknown key 'rank'", "num_separate")),
     ],
 )
@@ -239,10 +247,26 @@ def test_booleans_lists_and_nested_tables_become_arguments(tmp_path):
 def test_the_configuration_that_comes_with_the_project_is_the_default():
     suite, values = cli.read_config(Path(__file__).parents[2] / "configs" / "solvers.toml", ["costs", "solvers"])
     assert suite == "solvers"
-    config = solver_bench.SolverBenchConfig()
-    solver_bench.check(config)
-    for key, value in values.items():
-        assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value), key
+    config = options.SolverBenchConfig()
+    options.check(config)
+    assert with_values(config, values) == config
+
+
+def with_values(config, values):
+    """The configuration with a file's values in place of its own."""
+    changed = {
+        key: with_values(getattr(config, key), value)
+        if isinstance(value, dict)
+        else (tuple(value) if isinstance(value, list) else value)
+        for key, value in values.items()
+    }
+    return dataclasses.replace(config, **changed)
+
+
+def test_every_name_that_can_be_asked_for_is_there():
+    assert set(options.PROBLEMS) == set(problems.PROBLEMS)
+    assert set(options.CURVATURES) == set(measure.CURVATURES)
+    assert set(options.SOLVERS) == set(measure.SOLVERS)
 
 
 def test_exact_inner_solutions_are_minima():

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import metainfluence as mi
-from metainfluence.minimum import gradient_norm
+from metainfluence.minimizers import gradient_norm
 from metainfluence.solvers import SolveStatus
 from reliability import cases
 from reliability.cases import ravel

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import metainfluence as mi
+from metainfluence.minimizers import accurate_tol
 from metainfluence.operators import from_matvec
 from metainfluence.solvers import Choice, SolveStatus
 from metainfluence.solvers._base import default_max_steps
@@ -136,8 +137,8 @@ def test_the_smallest_curvature_is_at_most_that_of_the_solution():
 
 def test_the_default_tolerance_of_inner_solves_is_that_of_the_lowest_precision():
     double, single = np.zeros(1), np.zeros(1, np.float32)
-    assert mi.adaptation.accurate_tol({"a": double}) == pytest.approx(1.8e-12, rel=0.02)
-    assert mi.adaptation.accurate_tol({"a": double, "b": single}) == pytest.approx(6.4e-6, rel=0.02)
+    assert accurate_tol({"a": double}) == pytest.approx(1.8e-12, rel=0.02)
+    assert accurate_tol({"a": double, "b": single}) == pytest.approx(6.4e-6, rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("task_if", 3), ("instance_if", 2), ("self_influence", 6), ("edit", 1)])
@@ -146,10 +147,10 @@ def test_memory_is_asked_for_as_many_right_hand_sides_as_there_are(monkeypatch, 
     options = {"side": "query"} if name == "instance_if" else {}
     rest = {"instance_if": (0,), "edit": (inputs.weights,)}.get(name, ())
 
-    def asked(problem, curvature, meta_params, tasks, vectors, mesh):
+    def asked(problem, curvature, meta_params, tasks, vectors, mesh, batch_size):
         raise Asked(vectors)
 
-    monkeypatch.setattr("metainfluence.influence.fitting_chunks", asked)
+    monkeypatch.setattr("metainfluence.response._options.fitting_chunks", asked)
     influence = getattr(mi, name)(cases.problem("closed_form"), **options)
     with pytest.raises(Asked, match=rf"^{expected}\b"):
         influence(inputs.meta_params, inputs.tasks, *rest)

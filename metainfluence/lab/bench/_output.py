@@ -9,14 +9,14 @@ from rich.markdown import Markdown
 
 
 def publish(name: str, config: Any, table: str, **record: Any) -> dict[str, Any]:
-    """Prints a table, and writes it and the record to the folder `config.out`, as name.md and name.json.
+    """Writes a table and the record to the folder `config.out`, as name.md and name.json, and prints the table.
 
     Returns:
       The record, with the configuration.
     """
-    Console().print(Markdown(table))
     written = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, **record}
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / f"{name}.md").write_text(table, encoding="utf-8")
     (config.out / f"{name}.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
+    Console().print(Markdown(table))
     return written

@@ -11,6 +11,7 @@ import optax
 from rich.console import Console
 
 from metainfluence.lab.data import datasets, fewshot
+from metainfluence.lab.experiments.ranges import Count, Positive, Size, Ways
 from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.models import Conv4
 from metainfluence.lab.learn.train import meta_train
@@ -20,19 +21,19 @@ from metainfluence.lab.learn.train import meta_train
 class OmniglotAccuracyConfig:
     """Train prototypical networks on Omniglot's small1 and test them on the alphabets of small2 that it lacks."""
 
-    ways: int = 5
+    ways: Ways = 5
     """Classes per test task."""
-    shots: int = 1
+    shots: Count = 1
     """Support examples per class, in training and in tests."""
-    queries: int = 5
+    queries: Count = 5
     """Query examples per class."""
-    train_ways: int = 20
+    train_ways: Ways = 20
     """Classes per training task; harder tasks than the test's teach more (Snell et al., 2017)."""
-    num_tasks: int = 6000
+    num_tasks: Count = 6000
     """Training tasks, over which the steps go again and again."""
-    num_test_tasks: int = 600
+    num_test_tasks: Count = 600
     """Test tasks."""
-    width: int = 32
+    width: Count = 32
     """Channels of the Conv4."""
     normalization: str | None = None
     """Of its layers; see Conv4."""
@@ -40,15 +41,15 @@ class OmniglotAccuracyConfig:
     """Of its layers; see Conv4."""
     rotations: bool = True
     """Whether training characters turned by 90°, 180° and 270° are further classes."""
-    distortions: int = 9
+    distortions: Size = 9
     """Distorted copies of every training image, as further examples of its class."""
-    tasks_per_step: int = 1
+    tasks_per_step: Count = 1
     """Training tasks per step."""
-    num_steps: int = 6000
+    num_steps: Count = 6000
     """Training steps."""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Adam's, falling to 0 along a cosine."""
-    seed: int = 0
+    seed: Size = 0
     """Of the tasks, their order and the initial parameters."""
     out: Path = Path("omniglot-accuracy-output")
     """Folder for accuracy.json."""
@@ -107,11 +108,11 @@ def run(config: OmniglotAccuracyConfig) -> dict[str, float]:
         "untrained": untrained.mean,
         "train_seconds": seconds,
     }
+    config.out.mkdir(parents=True, exist_ok=True)
+    record = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, **result}
+    (config.out / "accuracy.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     console.print(
         f"{config.ways}-way {config.shots}-shot on {config.num_test_tasks} tasks of unseen alphabets: "
         f"{measured.mean:.1%} ± {measured.half_width:.1%} (untrained {untrained.mean:.1%}); trained in {seconds:.0f} s"
     )
-    config.out.mkdir(parents=True, exist_ok=True)
-    record = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, **result}
-    (config.out / "accuracy.json").write_text(json.dumps(record, indent=2))
     return result

@@ -10,38 +10,40 @@ import jax
 import jax.numpy as jnp
 
 import metainfluence as mi
-from metainfluence.curvature import exact, expand
-from metainfluence.lab.bench import import_time
+from metainfluence.curvature import exact
+from metainfluence.lab.bench import import_time, programs
 from metainfluence.lab.bench._convolution import ConvolutionRatio, convolution_ratio
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.data import fewshot, omniglot
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Ways
 from metainfluence.lab.learn.models import MLP, logistic_head_problem
 from metainfluence.lab.learn.timing import Compiled
+from metainfluence.response import expand
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
     """Unit costs on Omniglot tasks: an implicit logistic head on a tanh MLP, in float64."""
 
-    num_tasks: int = 64
+    num_tasks: Count = 64
     """Tasks."""
-    ways: int = 5
+    ways: Ways = 5
     """Classes per task."""
-    shots: int = 2
+    shots: Count = 2
     """Support examples per class."""
-    queries: int = 5
+    queries: Count = 5
     """Query examples per class."""
-    widths: tuple[int, ...] = (64, 32)
+    widths: tuple[Count, ...] = (64, 32)
     """Layers of the feature extractor on 784 pixels."""
-    head_l2: float = 0.1
+    head_l2: Positive = 0.1
     """Penalty of the head that each task fits."""
-    damping: float = 5.0
+    damping: NotNegative = 5.0
     """Of the solves; λ is untrained here, so its Hessian needs some."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Tasks per chunk where chunks are measured."""
-    repeats: int = 15
+    repeats: Count = 15
     """Timed runs of each; the median is reported."""
-    num_separate: int = 4
+    num_separate: Count = 4
     """Right-hand sides solved one by one, to extrapolate to one for every task."""
     out: Path = Path("bench-output")
     """Folder for bench.md and bench.json."""
@@ -67,8 +69,15 @@ def run(config: BenchConfig) -> None:
     rows = measure(config, problem, meta_params, tasks)
     convolution = convolution_ratio()
     imports = import_time.measure()
-    record = {"costs": rows, "convolution": convolution._asdict(), "import": imports}
-    publish("bench", config, markdown(config, rows, convolution, imports), **record)
+    sizes = programs.measure(compiled=True)
+    record = {
+        "costs": rows,
+        "convolution": convolution._asdict(),
+        "import": imports,
+        "programs": [row._asdict() for row in sizes],
+    }
+    text = f"{markdown(config, rows, convolution, imports)}\n{programs.markdown(sizes)}"
+    publish("bench", config, text, **record)
 
 
 def measure(config: BenchConfig, problem: mi.Bilevel, meta_params: Any, tasks: mi.Task) -> list[dict[str, Any]]:

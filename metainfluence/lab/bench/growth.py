@@ -13,10 +13,12 @@ import numpy as np
 import optax
 
 import metainfluence as mi
-from metainfluence.curvature import exact, expand
+from metainfluence.curvature import exact
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.bench.peers.problem import features, losses
+from metainfluence.lab.experiments.ranges import Count, Ways
 from metainfluence.lab.learn.timing import Compiled
+from metainfluence.response import expand
 
 TASKS, CHUNKED, EXAMPLES, META_PARAMS = "tasks", "tasks in chunks", "examples per task", "meta-parameters"
 STEPS, STEPS_REMAT = "inner steps", "inner steps, remat"
@@ -34,27 +36,27 @@ class GrowthBenchConfig:
     Heads are implicit but where inner steps are counted. One size grows at a time, the others as they are named.
     """
 
-    pixels: int = 128
+    pixels: Count = 128
     """Numbers per image."""
-    ways: int = 5
+    ways: Ways = 5
     """Classes per task."""
-    tasks: tuple[int, ...] = (64, 128, 256, 512)
+    tasks: tuple[Count, ...] = (64, 128, 256, 512)
     """Numbers of tasks."""
-    chunk: int = 32
+    chunk: Count = 32
     """Tasks at a time where they grow in chunks, so that what is at hand stays in the cache."""
-    examples: tuple[int, ...] = (40, 80, 160, 320)
+    examples: tuple[Count, ...] = (40, 80, 160, 320)
     """Numbers of examples per task, two of seven in the support set."""
-    widths: tuple[int, ...] = (7, 69, 690, 6900)
+    widths: tuple[Count, ...] = (7, 69, 690, 6900)
     """Hidden units; 145 meta-parameters each at 128 pixels, so that the default goes from 10³ to 10⁶."""
-    steps: tuple[int, ...] = (4, 8, 16, 32)
+    steps: tuple[Count, ...] = (4, 8, 16, 32)
     """Numbers of inner steps."""
-    some_tasks: int = 32
+    some_tasks: Count = 32
     """Tasks while something else grows."""
-    some_examples: int = 35
+    some_examples: Count = 35
     """Examples per task while something else grows."""
-    some_width: int = 69
+    some_width: Count = 69
     """Hidden units while something else grows."""
-    repeats: int = 7
+    repeats: Count = 7
     """Timed runs of each; the shortest is taken, since other load only ever adds time."""
     most_exponent: float = 1.05
     """Target: of time in the number of tasks."""

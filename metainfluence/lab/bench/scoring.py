@@ -17,6 +17,7 @@ import metainfluence as mi
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.data import digits, fewshot
 from metainfluence.lab.data.sources import FewShotSource
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Ways
 from metainfluence.lab.learn.models import MLP, logistic_head_problem
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.learn.train import meta_train
@@ -28,29 +29,29 @@ _COMPILING = "/jax/core/compile/backend_compile_duration"
 class ScoringBenchConfig:
     """Digits tasks streamed through metainfluence.scoring, and fewer of them scored in memory, in float64."""
 
-    num_tasks: int = 10_000
+    num_tasks: Count = 10_000
     """Tasks that are streamed; 100000 is the size that the targets are for."""
-    num_in_memory: int = 1_000
+    num_in_memory: Count = 1_000
     """Tasks for the path in memory, all at once, with their linearisation."""
-    num_held_out: int = 100
+    num_held_out: Count = 100
     """Tasks of the target."""
-    ways: int = 5
+    ways: Ways = 5
     """Classes per task."""
-    shots: int = 5
+    shots: Count = 5
     """Support examples per class."""
-    queries: int = 10
+    queries: Count = 10
     """Query examples per class."""
-    widths: tuple[int, ...] = (32, 16)
+    widths: tuple[Count, ...] = (32, 16)
     """Layers of the feature extractor."""
-    head_l2: float = 0.1
+    head_l2: Positive = 0.1
     """Penalty of the head that each task fits."""
-    num_trained: int = 200
+    num_trained: Count = 200
     """Tasks that λ is trained on."""
-    num_steps: int = 150
+    num_steps: Count = 150
     """Training steps, by Adam."""
-    damping: float = 0.03
+    damping: NotNegative = 0.03
     """Of the solves."""
-    memory: float = 1.2e9
+    memory: Positive = 1.2e9
     """Bytes that the engine may use."""
     most_gigabytes: float = 3.0
     """Target: the process's peak memory."""
@@ -64,7 +65,7 @@ def run(config: ScoringBenchConfig) -> dict[str, Any]:
     """Measure, print, and write the table; the streamed run comes first, since a peak of memory is never taken back."""
     jax.config.update("jax_enable_x64", True)
     data = digits.load()
-    shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
+    shape: dict[str, Any] = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
 
     def sample(count: int, seed: int, pool: Any) -> fewshot.FewShotTasks:
         return fewshot.sample_tasks(data.labels, num_tasks=count, seed=seed, pool=pool, **shape)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metainfluence.files import write_atomically
+from metainfluence._disk import write_atomically
 
 ROOT = "meta_params"
 

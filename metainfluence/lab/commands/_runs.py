@@ -1,6 +1,7 @@
 """Folders that `metainfluence train` writes: the configuration, checkpoints, and the trained meta-parameters."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,11 +9,12 @@ import jax
 import tyro
 
 from metainfluence.lab.commands import _parameters as parameters
-from metainfluence.lab.commands.config_files import ConfigError, as_arguments, load_toml
+from metainfluence.lab.commands.config_files import ConfigError, as_arguments, check_ranges, load_toml
 from metainfluence.lab.commands.job import Job, of_function
 from metainfluence.lab.data import datasets, fewshot
 from metainfluence.lab.data.sources import FewShotSource
 from metainfluence.lab.experiments import setting
+from metainfluence.lab.experiments.ranges import Count, Positive, Size, Ways
 from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.learners import Learner
 from metainfluence.scoring._source import ids_of
@@ -25,20 +27,23 @@ class ImageConfig(setting.DataConfig):
     """Tasks of one image dataset."""
 
     dataset: str = "digits"
-    """digits, which come with scikit-learn; or mnist, omniglot, cifar_fs, fc100, mini_imagenet, prepared beforehand."""
+    """digits, which come with scikit-learn; or mnist, omniglot, cifar_fs, fc100, mini_imagenet, prepared beforehand; or
+    a folder laid out as split/class/image.jpg, with the splits train and test and maybe val, which needs a size."""
+    ways: Ways = 5
+    """Classes per task."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepsConfig:
     """Meta-training by Adam, its learning rate falling to 0 along a cosine."""
 
-    learning_rate: float = 0.05
+    learning_rate: Positive = 0.05
     """At the first step."""
-    num_steps: int = 200
+    num_steps: Count = 200
     """Steps."""
-    tasks_per_step: int | None = None
+    tasks_per_step: Count | None = None
     """Tasks in each step's batch; none for all."""
-    save_every: int = 25
+    save_every: Count = 25
     """Steps between two checkpoints, a multiple of 25."""
 
 
@@ -56,7 +61,7 @@ class TrainConfig:
     """Training."""
     float64: bool = True
     """Compute in float64."""
-    seed: int = 0
+    seed: Size = 0
     """Of the tasks, the damage and the initial parameters."""
     out: Path = Path("train-output")
     """Folder to write."""
@@ -82,20 +87,36 @@ def read(folder: Path) -> TrainConfig:
     if not path.exists():
         raise FileNotFoundError(f"{folder}: expected a folder that `metainfluence train` wrote, got none with {CONFIG}")
     arguments = as_arguments(load_toml(path), TrainConfig, path)
-    return dataclasses.replace(tyro.cli(TrainConfig, prog=str(path), args=arguments), out=folder)
+    found = dataclasses.replace(tyro.cli(TrainConfig, prog=str(path), args=arguments), out=folder)
+    try:
+        check_ranges(found)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return found
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """The configuration with a dataset's folder named in full, so that the run can be read from anywhere."""
+    if not datasets.is_folder(config.data.dataset):
+        return config
+    whole = str(Path(config.data.dataset).resolve())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=whole))
 
 
 def lists(config: TrainConfig) -> Lists:
     """Samples the tasks, and damages some of those that are trained on."""
     data, harm, seed = config.data, config.harm, config.seed
     dataset = datasets.load(data.dataset, size=data.size)
-    shape = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
+    names = dataset.class_names
+    shape: dict[str, Any] = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
     training = fewshot.sample(dataset, "train", num_tasks=data.num_tasks, seed=seed, **shape)
     held_out_pool, test_pool = setting.clean_pools(dataset, data.ways)
     held_out = fewshot.sample_tasks(
-        dataset.labels, num_tasks=data.num_held_out, seed=seed + 1, pool=held_out_pool, **shape
+        dataset.labels, num_tasks=data.num_held_out, seed=seed + 1, pool=held_out_pool, class_names=names, **shape
     )
-    test = fewshot.sample_tasks(dataset.labels, num_tasks=data.num_test, seed=seed + 2, pool=test_pool, **shape)
+    test = fewshot.sample_tasks(
+        dataset.labels, num_tasks=data.num_test, seed=seed + 2, pool=test_pool, class_names=names, **shape
+    )
     chosen = setting.harmful(harm, data.num_tasks, seed)
     training = fewshot.flip_labels(training, chosen["flipped"], share=harm.flip_share, seed=seed)
     training = fewshot.add_shortcut(training, chosen["shortcut"])
@@ -124,7 +145,8 @@ def job_of(folder: Path) -> Job:
     if not (folder / TRAINED).exists():
         raise FileNotFoundError(
             f"{folder}: expected {TRAINED}, got a run that has not finished; "
-            f"go on with: metainfluence train --config {folder / CONFIG} --out {folder}"
+            "go on with: "
+            + shlex.join(["metainfluence", "train", "--config", str(folder / CONFIG), "--out", str(folder)])
         )
     jax.config.update("jax_enable_x64", config.float64)
     listed = lists(config)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import metainfluence as mi
-from metainfluence.lab.learn.checkpoints import fingerprint
+from metainfluence._disk import of_arrays
 
 
 def read(path: Path) -> mi.scoring.ScoreTable:
@@ -23,7 +23,7 @@ def is_about(table: mi.scoring.ScoreTable, meta_params: Any) -> bool:
     """Whether the file is about these meta-parameters, or tells nothing of which."""
     origin = table.metadata.get("run", {})
     told = origin.get("meta_params") if isinstance(origin, dict) else None
-    return told is None or told == fingerprint(meta_params)
+    return told is None or told == of_arrays(meta_params)
 
 
 def refuse_others(table: mi.scoring.ScoreTable, path: Path, meta_params: Any) -> None:

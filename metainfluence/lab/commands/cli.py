@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import tyro
 
 from metainfluence.__main__ import LAB_MODULES
-from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, read_config
+from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, check_ranges, read_config
+from metainfluence.lab.show.streams import lenient
 
 
 class Command(NamedTuple):
@@ -142,8 +143,9 @@ def split_config(args: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(found[0]) if found else None), rest
 
 
+@lenient()
 def entry(args: Sequence[str] | None = None) -> None:
-    """The command line as a process: `main`, with an error in one line.
+    """The command line as a process: `main`, with an error in one line, and with streams that nothing can break.
 
     Args:
       args: as `main`.
@@ -221,7 +223,7 @@ def parse(name: str, args: Sequence[str]) -> tuple[Any, Any]:
     """The module of a subcommand, and its configuration.
 
     Raises:
-      ConfigError: a configuration file that makes no sense.
+      ConfigError: a configuration file that makes no sense, or a number out of its option's range.
       SystemExit: as `main`.
     """
     command = COMMANDS[name]
@@ -240,7 +242,9 @@ def parse(name: str, args: Sequence[str]) -> tuple[Any, Any]:
     if len(command.suites) > 1:
         about += f", whose key suite is one of {', '.join(command.suites)}"
     about += "; --dry-run shows them all and runs nothing."
-    return module, tyro.cli(config, prog=f"metainfluence {name}", description=about, args=[*given, *rest])
+    parsed = tyro.cli(config, prog=f"metainfluence {name}", description=about, args=[*given, *rest])
+    check_ranges(parsed)
+    return module, parsed
 
 
 def show(module: Any, config: Any) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from metainfluence.lab.experiments import ranges
+
 # Far more than any configuration takes.
 _MOST_BYTES = 1 << 20
 
@@ -26,7 +28,10 @@ def load_toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) <= _MOST_BYTES:
-            return tomllib.loads(content.decode())
+            # With or without the byte-order mark that some editors write.
+            return tomllib.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected TOML in UTF-8, got {error}") from error
     # Values nested deeper than Python's stack are a RecursionError; TOML's own errors are ValueErrors.
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -93,6 +98,14 @@ def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = 
                     raise ConfigError(f"{path}: {prefix + key}: expected no string that starts with '-', got {item!r}")
             arguments += [f"--{option}", *map(str, items)]
     return arguments
+
+
+def check_ranges(config: Any) -> None:
+    """Raises ConfigError, naming the option, where a number of a configuration is out of its range."""
+    try:
+        ranges.check(config)
+    except ranges.RangeError as error:
+        raise ConfigError(str(error)) from error
 
 
 def as_toml(config: Any, prefix: str = "", leave_out: Sequence[str] = ()) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,17 +14,18 @@ import numpy as np
 import optax
 
 import metainfluence as mi
-from metainfluence.curvature import gradient_map
-from metainfluence.files import write_atomically
+from metainfluence._chunks import Chunks
+from metainfluence._disk import of_arrays, write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
 from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.data.places import Place, example_ids, locator, named, without
-from metainfluence.lab.learn.checkpoints import fingerprint
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Size
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.printing import facts, say, say_budget, say_table
+from metainfluence.response import gradient_map
 from metainfluence.scoring._source import ids_of
 
 EDITED, CHANGE = "edited.npz", "edited.json"
@@ -46,19 +48,19 @@ class EditConfig:
     """Instead of a run: MODULE:FUNCTION, as for `metainfluence score`."""
     role: Literal["task", "support", "query"] = "task"
     """What is removed: tasks, or examples of one side."""
-    most_harmful: int | None = None
+    most_harmful: Count | None = None
     """Remove that many, those of the most negative scores."""
     harm_above: float | None = None
     """Remove all whose removal is predicted to lower the target by more than this."""
     remove: tuple[str, ...] = ()
     """Remove these: ids of tasks, or TASK:EXAMPLE."""
-    num_newton_steps: int = 0
+    num_newton_steps: Size = 0
     """After the first-order step; each needs a Hessian that is positive definite, damping included, where it starts.
     Here none by default, so that the change is what the scores predict; metainfluence.edit in Python takes 1."""
-    damping: float | Literal["auto"] = "auto"
+    damping: NotNegative | Literal["auto"] = "auto"
     """Added to every eigenvalue of the total Hessian; auto, the default here, for the score file's, or, with --remove,
     by the rule; metainfluence.edit in Python adds 0 by default."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Tasks at a time; none for as many as fit in memory."""
     out: Path | None = None
     """Folder for edited.npz and edited.json; none for the score file's, or the run's."""
@@ -83,6 +85,7 @@ def run(config: EditConfig) -> None:
         table = tables.read(config.scores)
     folder = located(config.scores, config.run, config.problem)
     job = runs.load(folder, config.problem)
+    phi = job.phi()
     predicted: float | None = None
     damping: Any = config.damping
     if config.scores is None:
@@ -108,12 +111,14 @@ def run(config: EditConfig) -> None:
     weights = without(tasks, chosen)
     edited = edit(job.meta_params, tasks, weights)
     mi.check(edited)
-    gradient = Compiled(functools.partial(gradient_map(job.problem, config.batch_size), mi.curvature.exact()))
+    gradient = Compiled(
+        functools.partial(gradient_map(job.problem, Chunks(config.batch_size, keep=False)), mi.curvature.exact())
+    )
     with_all, unedited = (
         float(optax.tree.norm(gradient(job.meta_params, tasks, job.meta_params, each)[0]))
         for each in (mi.unit_weights(tasks), weights)
     )
-    target = Compiled(mi.query_loss(job.problem) if job.target is None else job.target)
+    target = Compiled(phi)
     before, after = (float(target(at, *job.target_args)) for at in (job.meta_params, edited.meta_params))
     step = optax.tree.norm(optax.tree.sub(edited.meta_params, job.meta_params)) / optax.tree.norm(job.meta_params)
     out = config.out or folder or (config.scores.parent if config.scores is not None else Path())
@@ -130,8 +135,8 @@ def run(config: EditConfig) -> None:
         "gradient norm before": unedited,
         "gradient norm after each step": norms.tolist(),
         "steps kept": reached,
-        "meta_params": fingerprint(job.meta_params),
-        "edited": fingerprint(edited.meta_params),
+        "meta_params": of_arrays(job.meta_params),
+        "edited": of_arrays(edited.meta_params),
     }
     parameters.save(out / EDITED, edited.meta_params)
     write_atomically(out / CHANGE, json.dumps(change, indent=1, ensure_ascii=False).encode(errors="replace"))
@@ -143,9 +148,10 @@ def run(config: EditConfig) -> None:
     # without the removed.
     if norms[reached] > math.hypot(with_all, unedited):
         say(RAISED)
-    where = f"--problem {config.problem}" if folder is None else str(folder)
-    where += f" --edited {out / EDITED}" + ("" if config.scores is None else f" --scores {config.scores}")
-    say(f"Wrote {out / EDITED} and {out / CHANGE}; next: metainfluence evaluate {where}")
+    where = ["--problem", str(config.problem)] if folder is None else [str(folder)]
+    where += ["--edited", str(out / EDITED), *([] if config.scores is None else ["--scores", str(config.scores)])]
+    following = shlex.join(["metainfluence", "evaluate", *where])
+    say(f"Wrote {out / EDITED} and {out / CHANGE}; next: {following}")
 
 
 def tell(change: dict[str, Any]) -> None:

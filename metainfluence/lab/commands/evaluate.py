@@ -10,17 +10,17 @@ import jax
 import numpy as np
 
 import metainfluence as mi
+from metainfluence._disk import of_arrays, write_atomically
 from metainfluence.evaluation import bootstrap, roc_auc
-from metainfluence.files import write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
 from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.edit import CHANGE, EDITED
-from metainfluence.lab.commands.job import Job
+from metainfluence.lab.commands.job import Job, widened
 from metainfluence.lab.commands.score import SCORES
 from metainfluence.lab.data.fewshot import CLEAN
-from metainfluence.lab.learn.checkpoints import fingerprint
+from metainfluence.lab.experiments.ranges import Count
 from metainfluence.lab.learn.learners import mean_interval
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.printing import say, say_table
@@ -41,14 +41,14 @@ class EvaluateConfig:
     scores: Path | None = None
     """Score file of the same meta-parameters; none for scores.parquet beside the edited ones, or else in the run's
     folder, if it is there."""
-    batch_size: int = 50
+    batch_size: Count = 50
     """Test tasks at a time."""
     out: Path | None = None
     """File to write; none for evaluation.json beside the edited meta-parameters."""
 
 
 def run(config: EvaluateConfig) -> None:
-    """Evaluates, prints and writes the numbers.
+    """Evaluates, writes the numbers and prints them.
 
     Raises:
       ConfigError: a problem without test tasks.
@@ -68,15 +68,19 @@ def run(config: EvaluateConfig) -> None:
     found: dict[str, Any] = {
         "metric": "query loss" if job.metric is None else job.metric_name,
         "test_tasks": len(before),
-        "edited": fingerprint(edited),
+        "edited": of_arrays(edited),
         **{
             name: dict(zip(("mean", "half_width"), mean_interval(values), strict=True)) for name, values in rows.items()
         },
     }
+    if table is not None:
+        found["detection"] = detection(table)
+    out = config.out or path.parent / EVALUATION
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, json.dumps(found, indent=1, ensure_ascii=False).encode())
     cells = [(name, f"{found[name]['mean']:+.4f} ± {found[name]['half_width']:.4f}") for name in rows]
     say_table((found["metric"], f"mean over {len(before)} test tasks, 95 % interval"), cells)
     if table is not None:
-        found["detection"] = detection(table)
         lines = [
             (name, f"{each['damaged']} of {each['all']}", f"{each['auc']:.3f} [{each['low']:.3f}, {each['high']:.3f}]")
             for name, each in found["detection"].items()
@@ -85,8 +89,6 @@ def run(config: EvaluateConfig) -> None:
             say_table(("found by the scores", "damaged", "ROC AUC, 95 % interval"), lines)
         else:
             say("The score file names no damaged data, so nothing is known to be found")
-    out = config.out or path.parent / EVALUATION
-    write_atomically(out, json.dumps(found, indent=1, ensure_ascii=False).encode())
     say(f"Wrote {out}")
 
 
@@ -118,7 +120,7 @@ def refuse_others(edited: Path, job: Job) -> None:
         told = json.loads(path.read_bytes())["meta_params"] if path.exists() else None
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"edited: expected {path} as `metainfluence edit` writes it, got {error}") from error
-    if told is not None and told != fingerprint(job.meta_params):
+    if told is not None and told != of_arrays(job.meta_params):
         raise ValueError(
             f"edited: expected an edit of these meta-parameters, got {edited}, which {path} says is of others"
         )
@@ -144,7 +146,7 @@ def batches(tasks: Any, batch_size: int) -> Iterator[tuple[np.ndarray, mi.Task]]
     size = min(batch_size, len(tasks))
     for start in range(0, len(tasks), size):
         rows = np.arange(size) + min(start, len(tasks) - size)
-        yield rows, mi.stack_tasks([tasks[k] for k in rows.tolist()])
+        yield rows, mi.stack_tasks([widened(tasks[k]) for k in rows.tolist()])
 
 
 def detection(table: mi.scoring.ScoreTable) -> dict[str, dict[str, Any]]:

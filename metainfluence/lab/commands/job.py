@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import metainfluence as mi
@@ -45,13 +46,28 @@ class Job(NamedTuple):
     text: Callable[[Any], Sequence[str]] | None = None
 
     def stacked(self) -> mi.Task:
-        """All training tasks."""
-        return mi.stack_tasks([self.source[k] for k in range(len(self.source))])
+        """All training tasks; half-precision data in float32, as `scoring.score` takes them."""
+        return mi.stack_tasks([widened(self.source[k]) for k in range(len(self.source))])
+
+    def phi(self) -> Callable[..., Any]:
+        """The target.
+
+        Raises:
+          ConfigError: the query loss is meant, and there are no tasks for it.
+        """
+        if self.target is not None:
+            return self.target
+        if not self.target_args:
+            raise ConfigError(
+                "--problem: target_args: expected (held_out,), stacked tasks on which the target is taken, since "
+                "without a target of its own that is their query loss; got none"
+            )
+        return mi.query_loss(self.problem)
 
 
 def tolerance(meta_params: Any) -> float:
     """Relative residual to ask for: what rounding can be trusted to reach at these meta-parameters' precision."""
-    eps = max(float(np.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(meta_params))
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(meta_params))
     return 1e-4 if eps > np.finfo(np.float64).eps else 1e-6
 
 
@@ -85,8 +101,10 @@ def of_function(name: str) -> Job:
 def checked(returned: Any, name: str) -> Job:
     """What a user's function returned, as a job.
 
+    Meta-parameters and the target's arguments of half precision are taken to float32.
+
     Raises:
-      TypeError: it is something else, or a part of it is.
+      TypeError: it is something else, or a part of it is; meta-parameters that are no arrays.
     """
     if isinstance(returned, Mapping):
         required = {field for field in Job._fields if field not in Job._field_defaults}
@@ -106,4 +124,28 @@ def checked(returned: Any, name: str) -> Job:
         )
     if not isinstance(returned.target_args, tuple):
         raise TypeError(f"{name}: target_args: expected a tuple, got {type(returned.target_args).__name__}")
-    return returned._replace(meta_params=jax.tree.map(jax.numpy.asarray, returned.meta_params))
+    check_arrays(returned.meta_params, f"{name}: meta_params")
+    return returned._replace(
+        meta_params=widened(jax.tree.map(jnp.asarray, returned.meta_params)), target_args=widened(returned.target_args)
+    )
+
+
+def check_arrays(tree: Any, name: str) -> None:
+    """Raises TypeError, naming the leaf, unless all leaves are arrays or numbers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)}: expected an array, got an object of type {type(leaf).__name__}; "
+                "keep functions out of λ, as equinox.partition(model, equinox.is_inexact_array) does"
+            )
+
+
+def widened(tree: Any) -> Any:
+    """Arrays of half precision as float32, which is what is computed in; all other leaves as they are."""
+
+    def wide(leaf: Any) -> Any:
+        dtype = getattr(leaf, "dtype", None)
+        half = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+        return jnp.asarray(leaf, jnp.float32) if half else leaf
+
+    return jax.tree.map(wide, tree)

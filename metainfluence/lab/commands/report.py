@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import metainfluence as mi
-from metainfluence.files import write_atomically
+from metainfluence._disk import write_atomically
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
 from metainfluence.lab.commands.config_files import ConfigError
@@ -65,6 +65,7 @@ def run(config: ReportConfig) -> None:
         meta_params=None if job is None else job.meta_params,
     )
     out = config.out or config.scores.with_suffix(".html")
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page.encode(errors="replace"))
     kind = "without pictures" if job is None or job.images is None else "with pictures"
     say(f"Wrote {out}, {len(page) / 1e6:.1f} MB: {kind}")

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -17,8 +18,9 @@ from typing import Any
 
 import tyro
 
-from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, load_toml
+from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, check_ranges, load_toml
 from metainfluence.lab.experiments import results, verdicts
+from metainfluence.lab.show.printing import say
 
 # experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.
 EXPERIMENTS = {
@@ -74,7 +76,7 @@ def configured(path: Path, size: str, overrides: Sequence[str]) -> tuple[Any, An
     """The function that runs an experiment, and its configuration.
 
     Raises:
-      ConfigError: as `read`; a field that there is not.
+      ConfigError: as `read`; a field that there is not, or a number out of its range.
       SystemExit: options that make no sense.
     """
     name, values = read(path, size)
@@ -83,6 +85,7 @@ def configured(path: Path, size: str, overrides: Sequence[str]) -> tuple[Any, An
     config = getattr(module, kind)
     given = as_arguments(values, config, path)
     parsed = tyro.cli(config, prog=f"metainfluence reproduce --config {path}", args=[*given, *overrides])
+    check_ranges(parsed)
     return module.run, parsed
 
 
@@ -116,7 +119,7 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
     more = {"cache": folder / "cache"} if "cache" in inspect.signature(run).parameters else {}
     found = run(config, **more)
     seconds = time.perf_counter() - started
-    command = " ".join(["metainfluence reproduce --config", str(path), "--size", size, *overrides])
+    command = shlex.join(["metainfluence", "reproduce", "--config", str(path), "--size", size, *overrides])
     results.write(found, config, folder, title=config.title, command=command, seconds=seconds)
     say(f"{path.stem}, {size}: {seconds:.0f} s, in {folder}")
     return folder
@@ -155,7 +158,7 @@ def run_all(folder: Path, size: str, out: Path) -> int:
 def experiment_files(folder: Path) -> list[Path]:
     """The TOML files in a folder that name an experiment."""
     named = re.compile(r"^experiment\s*=", re.MULTILINE)
-    return [path for path in sorted(folder.glob("*.toml")) if named.search(path.read_text(encoding="utf-8"))]
+    return [path for path in sorted(folder.glob("*.toml")) if named.search(path.read_text(encoding="utf-8-sig"))]
 
 
 def report(paths: Sequence[Path], size: str, out: Path) -> None:
@@ -180,11 +183,6 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
         lines += ["", f"Not run: {', '.join(missing)}."]
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).write_text("\n".join(lines) + "\n\n" + "\n".join(sections), encoding="utf-8")
-
-
-def say(text: str) -> None:
-    """Prints a line at once, also into a pipe."""
-    print(text, flush=True)  # noqa: T201
 
 
 def main(args: Sequence[str]) -> None:

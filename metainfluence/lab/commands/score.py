@@ -8,13 +8,13 @@ from typing import Any, Literal
 import numpy as np
 
 import metainfluence as mi
+from metainfluence._disk import of_arrays
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.experiments import results
-from metainfluence.lab.learn.checkpoints import fingerprint
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive
 from metainfluence.lab.show.printing import check_solve, facts, say, say_budget, say_table
-from metainfluence.scoring._engine import default_solver
 
 SCORES = "scores.parquet"
 MOST_SHOWN = 10
@@ -34,15 +34,15 @@ class ScoreConfig:
     solver: Literal["cg", "minres", "auto"] = "cg"
     """minres for a total Hessian that the damping leaves indefinite; auto for the default of the functions in Python,
     which up to 200 meta-parameters diagonalises the matrix, and where H is indefinite goes on with |H|."""
-    tol: float | None = None
+    tol: Positive | None = None
     """Relative residual to reach; none for 1e-6, or, in float32, whose rounding leaves about 1e-5, 1e-4."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Of cg or minres; none for their own."""
     curvature: Literal["exact", "linearized", "gamma", "gauss_newton", "direct"] = "exact"
     """Which second-order operator."""
-    damping: float | Literal["auto"] = "auto"
+    damping: NotNegative | Literal["auto"] = "auto"
     """Added to every eigenvalue of the total Hessian; auto for the rule of metainfluence.damping.auto."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Tasks at a time; none for as many as fit in memory."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a task that cannot be read."""
@@ -54,12 +54,13 @@ def run(config: ScoreConfig) -> None:
     """Scores, writes the file and prints the most harmful tasks.
 
     Raises:
+      ConfigError: a problem without a target and without tasks for the default one.
       SolveError: the solve failed; the file is there and says so.
     """
     job = runs.load(config.run, config.problem)
+    target = job.phi()
     out = config.out or (config.run or Path()) / SCORES
     there = out.exists() and config.resume
-    target = mi.query_loss(job.problem) if job.target is None else job.target
     found = mi.scoring.score(
         job.problem,
         target,
@@ -87,9 +88,10 @@ def run(config: ScoreConfig) -> None:
     given: Any = found
     scores = mi.Scores(given.task, given.support, given.query, found.info)
     say_budget(scores, job.meta_params)
-    own = f" --problem {config.problem}" if config.run is None else f" --run {config.run}"
-    own = "" if config.run is not None and config.run == out.parent else own
-    say(f"{'Already in' if there else 'Wrote'} {out}; next: metainfluence edit {out}{own} --most-harmful K")
+    own = ["--problem", str(config.problem)] if config.run is None else ["--run", str(config.run)]
+    own = [] if config.run is not None and config.run == out.parent else own
+    following = shlex.join(["metainfluence", "edit", str(out), *own, "--most-harmful", "K"])
+    say(f"{'Already in' if there else 'Wrote'} {out}; next: {following}")
     check_solve(scores)
 
 
@@ -110,7 +112,7 @@ def solver(config: ScoreConfig, job: Job) -> mi.Solver:
             raise ConfigError(f"--max-steps: expected --solver cg or minres with it, got {config.solver}")
         options["max_steps"] = config.max_steps
     if config.solver == "cg":
-        return default_solver(len(job.source), **options)
+        return mi.solvers.cg(**options)
     return mi.solvers.auto(**options) if config.solver == "auto" else mi.solvers.minres(**options)
 
 
@@ -129,7 +131,7 @@ def origin(config: ScoreConfig, job: Job) -> dict[str, Any]:
         "score": results.plain(config),
         **trained,
         "machine": results.machine(),
-        "meta_params": fingerprint(job.meta_params),
+        "meta_params": of_arrays(job.meta_params),
     }
 
 

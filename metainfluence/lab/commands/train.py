@@ -1,13 +1,15 @@
 """`metainfluence train`: meta-trains a learner, and goes on where it was when it is called again."""
 
 import logging
+import shlex
+import shutil
 from pathlib import Path
 
 import jax
 import optax
 
 import metainfluence as mi
-from metainfluence.files import write_atomically
+from metainfluence._disk import write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands._runs import CHECKPOINTS, CONFIG, TRAINED, TrainConfig
@@ -15,7 +17,7 @@ from metainfluence.lab.commands.config_files import as_toml
 from metainfluence.lab.data import fewshot
 from metainfluence.lab.data.sources import FewShotSource
 from metainfluence.lab.experiments import results
-from metainfluence.lab.learn.train import meta_train
+from metainfluence.lab.learn.train import TrainingError, meta_train, training_steps
 from metainfluence.lab.show.printing import progress_console, say
 
 __all__ = ["TrainConfig", "plan", "run"]
@@ -26,19 +28,22 @@ def run(config: TrainConfig) -> None:
 
     Raises:
       ValueError: a folder that another configuration has written, with the differences named; and as the parts.
+      TrainingError: training that ended in NaN or infinity; nothing of it is left.
     """
     jax.config.update("jax_enable_x64", config.float64)
+    config = runs.settled(config)
     folder = config.out
-    claim(folder, config)
+    refuse_others(folder, config)
     if (folder / TRAINED).exists():
         say(f"Already trained, in {folder}")
         return
     listed = runs.lists(config)
     learner, initial = runs.learner(config, listed)
     steps = config.training
+    optimizer = optax.adam(optax.cosine_decay_schedule(steps.learning_rate, steps.num_steps))
     train = meta_train(
         learner.problem,
-        optax.adam(optax.cosine_decay_schedule(steps.learning_rate, steps.num_steps)),
+        optimizer,
         steps.num_steps,
         tasks_per_step=steps.tasks_per_step,
         seed=config.seed,
@@ -49,30 +54,50 @@ def run(config: TrainConfig) -> None:
     # Orbax warns where a checkpoint took longer to write than the next block of steps to compute.
     logging.getLogger("absl").setLevel(logging.ERROR)
     tasks = fewshot.materialize(listed.training, listed.dataset.images)
-    trained = train(initial, tasks)
+    # What can be refused is refused before anything is written, since a folder with a configuration is taken.
+    one_step = training_steps(learner.problem, optimizer, 1, tasks_per_step=steps.tasks_per_step)
+    jax.eval_shape(one_step, initial, optimizer.init(initial), tasks, mi.unit_weights(tasks))
+    claim(folder, config)
+    try:
+        trained = train(initial, tasks)
+    except TrainingError as error:
+        release(folder)
+        raise TrainingError(f"{error}; lower --training.learning-rate {steps.learning_rate:g}") from error
     parameters.save(folder / TRAINED, trained.meta_params)
     damaged = int((fewshot.harm(listed.training) != fewshot.CLEAN).sum())
     say(
         f"Trained {config.learner.kind} on {config.data.num_tasks} tasks of {config.data.dataset}, {damaged} of them "
         f"damaged: F from {trained.losses[0]:.4f} to {trained.losses[-1]:.4f} in {steps.num_steps} steps"
     )
-    say(f"Wrote {folder / TRAINED}; next: metainfluence score {folder}")
+    say(f"Wrote {folder / TRAINED}; next: metainfluence score {shlex.quote(str(folder))}")
+
+
+def refuse_others(folder: Path, config: TrainConfig) -> None:
+    """Raises ValueError where the folder is another configuration's."""
+    if not (folder / CONFIG).exists():
+        return
+    found = results.differences(results.plain(runs.read(folder)), results.plain(config))
+    if found:
+        raise ValueError(
+            f"out: expected a new folder or one of this configuration, got {folder}: {'; '.join(found)}; name another "
+            "--out, or remove that folder"
+        )
 
 
 def claim(folder: Path, config: TrainConfig) -> None:
-    """Makes the folder this configuration's.
-
-    Raises:
-      ValueError: it is another's.
-    """
+    """Makes the folder this configuration's, where it is not yet."""
     if not (folder / CONFIG).exists():
         folder.mkdir(parents=True, exist_ok=True)
         # Without its own name, so that it may be moved.
         write_atomically(folder / CONFIG, as_toml(config, leave_out=["out"]).encode())
-        return
-    found = results.differences(results.plain(runs.read(folder)), results.plain(config))
-    if found:
-        raise ValueError(f"out: expected a new folder or one of this configuration, got {folder}: {'; '.join(found)}")
+
+
+def release(folder: Path) -> None:
+    """Undoes `claim` for a training that failed and would fail again, so that another may use the folder."""
+    (folder / CONFIG).unlink()
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def plan(config: TrainConfig) -> mi.Plan:

@@ -2,13 +2,17 @@
 
 import io
 import os
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
+_MOST_16_BITS = 65535
 
 # More than any image takes whose pixels Pillow would not refuse.
 _MOST_BYTES = 1 << 28
@@ -68,25 +72,54 @@ def decode_file(path: str | os.PathLike[str], *, size: int, mode: str) -> np.nda
 def decode(encoded: bytes, *, size: int | None, mode: str) -> np.ndarray:
     """Decodes an image, float32 [size, size] or [size, size, 3] in [0, 1], averaged down or interpolated up.
 
+    Whatever the file's bits, palette or colour model are, the values fill the same range; 16 bits are rounded to 8. An
+    image that says how the camera was held is turned upright.
+
     Args:
-      encoded: a JPEG or PNG; a PNG of one bit, or with a palette, fills the same range as any other.
+      encoded: a JPEG or PNG.
       size: height and width; None for the image's own.
       mode: Pillow's "L" for grey or "RGB" for colour.
 
     Raises:
-      ValueError: no readable image, or one of so many pixels that Pillow takes it for an attack.
+      ValueError: no readable image; one that is transparent somewhere, since what lies behind is not known; or one of
+        so many pixels that Pillow takes it for an attack.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Pillow looks at the number of pixels in the header, before it allocates any.
             with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as opened:
-                picture = opened.convert(mode)
+                picture = _plain(opened).convert(mode)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"expected an image of reasonable size, got one that Pillow refuses: {error}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, EOFError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, EOFError, struct.error) as error:
         raise ValueError(f"expected a readable JPEG or PNG image, got {len(encoded)} bytes: {error}") from error
     if size is not None and picture.size != (size, size):
         smaller = size < min(picture.size)
         picture = picture.resize((size, size), Image.Resampling.BOX if smaller else Image.Resampling.BILINEAR)
     return np.asarray(picture, np.float32) / np.float32(255)
+
+
+def _plain(opened: Image.Image) -> Image.Image:
+    """The image upright, in a mode that Pillow converts to grey and colour without loss of meaning.
+
+    Raises:
+      ValueError: a transparent image, or a mode of which nothing is known.
+    """
+    turned: Image.Image = ImageOps.exif_transpose(opened)
+    if turned.mode.startswith("I"):
+        # Pillow would cut all above 255 off.
+        values = np.asarray(turned)
+        if values.min() < 0 or values.max() > _MOST_16_BITS:
+            raise ValueError(f"expected grey values of at most 16 bits, got up to {values.max()}")
+        return Image.fromarray(np.round(values / (_MOST_16_BITS // 255)).astype(np.uint8))
+    if turned.has_transparency_data:
+        alpha = np.asarray(turned.convert("RGBA"))[..., 3]
+        if alpha.min() < 255:
+            raise ValueError(
+                f"expected an image without transparency, got {np.mean(alpha < 255):.0%} of its pixels transparent; "
+                "put it on a background first"
+            )
+    if turned.mode not in _MODES:
+        raise ValueError(f"expected an image of one of Pillow's modes {', '.join(_MODES)}, got {turned.mode}")
+    return turned if turned.mode in ("1", "L") else turned.convert("RGB")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from metainfluence import _memory
 from metainfluence.lab.data._images import decode_file, image_files
 
 # name -> the module whose `dataset` reads it; only the one that is meant is imported, with the packages it brings.
@@ -51,21 +52,36 @@ def load(name: str, *, size: int | None = None, root: str | os.PathLike[str] | N
     """Load a dataset by its name.
 
     Args:
-      name: a key of `LOADERS`.
-      size: height and width of the images; None for the dataset's own.
+      name: a key of `LOADERS`; or a folder, which `image_folder` reads in colour.
+      size: height and width of the images; None for the dataset's own, which a folder has not.
       root: folder with the data; None for where the dataset's environment variable points: TFDS_DATA_DIR for omniglot,
         mnist, cifar_fs and fc100, METAINFLUENCE_MINI_IMAGENET for mini_imagenet. Digits come with scikit-learn.
 
     Raises:
-      ValueError: an unknown name, a size that is no positive integer, or data that is not what it should be.
+      ValueError: an unknown name, a size that is no positive integer, a folder without a size, or data that is not what
+        it should be.
       FileNotFoundError: the data is not there; the message says how to get it.
     """
     if name not in LOADERS:
+        if is_folder(name):
+            if size is None:
+                raise ValueError(
+                    f"size: expected the height and width that images of the folder {name} are to have, got None"
+                )
+            return image_folder(name, size=size)
         nearest = difflib.get_close_matches(str(name), LOADERS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"name: expected one of {', '.join(LOADERS)}, got {name!r}; nearest is {nearest!r}")
+        raise ValueError(
+            f"name: expected one of {', '.join(LOADERS)}, or a folder laid out as split/class/image.jpg; got {name!r}; "
+            f"nearest is {nearest!r}"
+        )
     if size is not None:
         check_size(size)
     return importlib.import_module(LOADERS[name]).dataset(size=size, root=root)
+
+
+def is_folder(name: str) -> bool:
+    """Whether a dataset's name is a folder's: no key of `LOADERS`, but a path of several parts or one that is there."""
+    return name not in LOADERS and (os.sep in name or Path(name).is_dir())
 
 
 def check_size(size: int) -> None:
@@ -303,9 +319,9 @@ def image_folder(path: str | os.PathLike[str], *, size: int, color: bool = True,
 
 
 def check_memory(shape: Sequence[int]) -> None:
-    """Raises ValueError where float32 images of this shape exceed the machine's memory."""
+    """Raises ValueError where float32 images of this shape exceed the memory that the machine, or its job, has."""
     needed = 4 * int(np.prod(shape, dtype=object))
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = _memory.most()
     if needed > available:
         raise ValueError(
             f"size: expected images that fit into {available / 2**30:.1f} GiB of memory, got {shape[0]} of "

@@ -4,7 +4,7 @@ A list of tasks holds ids only, so it is small, can be written down, and is the 
 turns it into the arrays that the library scores. Damage is done to the list: every function returns a new one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +55,7 @@ def sample_tasks(
     queries: int,
     seed: int,
     pool: np.ndarray | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> FewShotTasks:
     """Sample tasks whose support and query sets share no example.
 
@@ -68,6 +69,7 @@ def sample_tasks(
       queries: query examples per class.
       seed: of the whole list.
       pool: int [M], the ids that may be used (so also which classes may); None means all.
+      class_names: one for each class, for messages; None for their numbers.
 
     Returns:
       The tasks, undamaged, examples ordered by way.
@@ -87,8 +89,9 @@ def sample_tasks(
         raise ValueError(f"ways: expected at most {len(members)}, the number of classes in the pool, got {ways}")
     for label, ids in members.items():
         if len(ids) < shots + queries:
+            named = label if class_names is None else repr(class_names[label])
             raise ValueError(
-                f"shots + queries: expected at most {len(ids)}, the examples of class {label}, got {shots + queries}"
+                f"shots + queries: expected at most {len(ids)}, the examples of class {named}, got {shots + queries}"
             )
     names = np.array(list(members))
     classes: list[np.ndarray] = []
@@ -124,7 +127,8 @@ def sample(
     """
     check_split(dataset, split)
     pool, shape = dataset.pools[split], {"ways": ways, "shots": shots, "queries": queries}
-    return sample_tasks(dataset.labels, num_tasks=num_tasks, seed=seed, pool=pool, **shape)
+    names = dataset.class_names
+    return sample_tasks(dataset.labels, num_tasks=num_tasks, seed=seed, pool=pool, class_names=names, **shape)
 
 
 def take(tasks: FewShotTasks, index: ArrayLike | slice) -> FewShotTasks:

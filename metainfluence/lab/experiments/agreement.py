@@ -28,6 +28,7 @@ from metainfluence.evaluation import (
     step_agreement,
 )
 from metainfluence.lab.experiments import methods as by
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Share, Size
 from metainfluence.lab.experiments.results import Result, interval
 from metainfluence.lab.experiments.setting import Setting, SettingConfig, checkpoint_rates, make
 from metainfluence.lab.show.plots import METHOD_COLORS, clean
@@ -44,21 +45,21 @@ class AgreementConfig:
     """Heading of the results."""
     setting: SettingConfig = dataclasses.field(default_factory=SettingConfig)
     """Data, damage, learner and training."""
-    num_subsets: int = 32
+    num_subsets: Count = 32
     """Retrained from scratch, for LDS."""
-    share: float = 0.5
+    share: Share = 0.5
     """Of the tasks that each subset keeps."""
-    num_left_out: int = 20
+    num_left_out: Size = 20
     """Tasks left out one at a time, trained on from λ."""
-    num_targets: int = 10
+    num_targets: Count = 10
     """Groups of held-out tasks; the mean loss on each is one target."""
-    floor_subsets: int = 12
+    floor_subsets: Size = 12
     """Subsets retrained from another start, for the noise floor; 0 for none."""
-    factors: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    factors: tuple[NotNegative, ...] = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
     """The grid, in units of the automatic damping; 0 is no damping at all."""
-    together: int = 1
+    together: Count = 1
     """Retrainings run side by side."""
-    draws: int = 1000
+    draws: Count = 1000
     """Of each bootstrap."""
 
 

@@ -7,6 +7,7 @@ import jax
 from matplotlib.figure import Figure
 
 from metainfluence.lab.experiments import inner_solvers
+from metainfluence.lab.experiments.ranges import Positive
 from metainfluence.lab.experiments.results import Result
 from metainfluence.lab.show.plots import clean
 
@@ -17,7 +18,7 @@ class ConditioningConfig:
 
     title: str = "Conditioning of the inner problem"
     """Heading of the results."""
-    conditions: tuple[float, ...] = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8)
+    conditions: tuple[Positive, ...] = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8)
     """Condition numbers that are asked for."""
 
 

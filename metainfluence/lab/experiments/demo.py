@@ -12,6 +12,7 @@ import optax
 import metainfluence as mi
 from metainfluence.lab.data import digits, fewshot
 from metainfluence.lab.data.sources import FewShotSource
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Share, Size, Ways
 from metainfluence.lab.learn.models import MLP, logistic_head_problem
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.learn.train import meta_train
@@ -24,35 +25,35 @@ NUM_RANDOM_ORDERS = 100
 class DemoConfig:
     """Find harmful few-shot tasks on scikit-learn's digits: train, score, edit, and check by retraining."""
 
-    num_tasks: int = 200
+    num_tasks: Count = 200
     """Meta-training tasks, the harmful ones included."""
-    num_held_out: int = 200
+    num_held_out: Count = 200
     """Clean tasks, on other images, whose mean loss the scores are about."""
-    num_flipped: int = 20
+    num_flipped: Size = 20
     """Tasks whose query labels are flipped."""
-    num_shortcut: int = 20
+    num_shortcut: Size = 20
     """Tasks with dimmed images whose label is painted into one pixel of the top row."""
-    flip_share: float = 0.4
+    flip_share: Share = 0.4
     """Share of query labels replaced in a task with flipped labels."""
-    ways: int = 5
+    ways: Ways = 5
     """Classes per task."""
-    shots: int = 5
+    shots: Count = 5
     """Support examples per class."""
-    queries: int = 10
+    queries: Count = 10
     """Query examples per class."""
-    widths: tuple[int, ...] = (32, 16)
+    widths: tuple[Count, ...] = (32, 16)
     """Layers of the feature extractor."""
-    head_l2: float = 0.03
+    head_l2: Positive = 0.03
     """Penalty of the head that each task fits."""
-    meta_l2: float = 1e-3
+    meta_l2: NotNegative = 1e-3
     """Penalty of the meta-parameters."""
-    learning_rate: float = 0.05
+    learning_rate: Positive = 0.05
     """Adam's, falling to 0 along a cosine."""
-    num_steps: int = 200
+    num_steps: Count = 200
     """Meta-training steps on all tasks."""
-    damping: float | None = None
+    damping: NotNegative | None = None
     """Added to every eigenvalue of the total Hessian; none for the rule of metainfluence.damping.auto."""
-    seed: int = 0
+    seed: Size = 0
     """Of the tasks, the damage and the initial parameters."""
     out: Path = Path("demo-output")
     """Folder for scores.parquet and scores.png."""
@@ -67,9 +68,16 @@ class Data(NamedTuple):
 
 
 def make_data(config: DemoConfig) -> Data:
-    """Sample the tasks and damage some of them, chosen at random."""
+    """Sample the tasks and damage some of them, chosen at random.
+
+    Raises:
+      ValueError: more tasks to damage than there are.
+    """
+    damaged = config.num_flipped + config.num_shortcut
+    if damaged > config.num_tasks:
+        raise ValueError(f"num_flipped + num_shortcut: expected at most num_tasks {config.num_tasks}, got {damaged}")
     source = digits.load(seed=config.seed)
-    shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
+    shape: dict[str, Any] = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
     listed = fewshot.sample_tasks(
         source.labels, num_tasks=config.num_tasks, seed=config.seed, pool=source.train_pool, **shape
     )
@@ -90,8 +98,6 @@ def run(config: DemoConfig) -> None:
     jax.config.update("jax_enable_x64", True)
     started = time.perf_counter()
     console = report.console()
-    config.out.mkdir(parents=True, exist_ok=True)
-
     data = make_data(config)
     truth = fewshot.harm(data.listed)
     report.setting(console, config, truth)
@@ -116,6 +122,10 @@ def run(config: DemoConfig) -> None:
     mi.check(scores)
     assert scores.info.damping is not None
     damping = float(scores.info.damping)
+    config.out.mkdir(parents=True, exist_ok=True)
+    metadata = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, "damping": damping}
+    source = FewShotSource(data.listed, digits.load(seed=config.seed).images)
+    mi.scoring.write_scores(config.out / "scores.parquet", scores, data.tasks, source=source, metadata=metadata)
     report.diagnostics(console, scores.info, rule, mi.error_budget(scores, trained.meta_params))
     report.most_harmful(console, scores, data.listed, truth)
 
@@ -150,9 +160,6 @@ def run(config: DemoConfig) -> None:
     ]
     report.removal(console, flagged, truth, before, rows)
 
-    metadata = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, "damping": damping}
-    source = FewShotSource(data.listed, digits.load(seed=config.seed).images)
-    mi.scoring.write_scores(config.out / "scores.parquet", scores, data.tasks, source=source, metadata=metadata)
     title = f"{config.num_tasks} few-shot digits tasks, {np.sum(truth != fewshot.CLEAN)} of them harmful in two ways"
     plots.ranking_and_detection(methods["exact influence"], truth, methods, config.out / "scores.png", title=title)
     report.files(console, config.out, time.perf_counter() - started)

@@ -8,14 +8,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import metainfluence as mi
-from metainfluence.curvature import exact, expand
+from metainfluence.curvature import exact
 from metainfluence.evaluation import roc_auc
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.measures import relative_error, spearman
+from metainfluence.lab.experiments.ranges import Count
 from metainfluence.lab.experiments.results import Result
 from metainfluence.lab.experiments.setting import SettingConfig, make
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.plots import error_against_products
+from metainfluence.response import expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +28,9 @@ class DepthConfig:
     """Heading of the results."""
     setting: SettingConfig = dataclasses.field(default_factory=SettingConfig)
     """Data, damage, learner and training."""
-    steps: int = 200
+    steps: Count = 200
     """J: terms of the series, and steps of the others."""
-    shown: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
+    shown: tuple[Count, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
     """Steps in the table."""
 
 

@@ -15,6 +15,7 @@ import metainfluence as mi
 from metainfluence.evaluation import bootstrap, found_at, roc_auc, roc_auc_difference
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.methods import Scored
+from metainfluence.lab.experiments.ranges import Count, Share, Size
 from metainfluence.lab.experiments.results import Result, interval
 from metainfluence.lab.experiments.setting import SINUSOID, Setting, SettingConfig, make, performance
 from metainfluence.lab.learn import learners
@@ -31,17 +32,17 @@ DETECTION_HEADERS = ("method", "ROC AUC", "exact influence ahead by", "found at 
 class LevelConfig:
     """Damage at one level, and how much is removed."""
 
-    flipped: float = 0.0
+    flipped: Share = 0.0
     """Share of tasks with flipped query labels."""
-    shortcut: float = 0.0
+    shortcut: Share = 0.0
     """Share of tasks that teach a shortcut."""
-    noise: float = 0.0
+    noise: Share = 0.0
     """Share of tasks whose images are noise."""
-    flip_share: float = 0.8
+    flip_share: Share = 0.8
     """Of the labels of a task with flipped labels."""
-    examples: float = 0.0
+    examples: Share = 0.0
     """Share of the level's examples with flipped labels; of support and query levels."""
-    removed: float = 0.4
+    removed: Share = 0.4
     """Share of the level's data that every method takes away."""
     run: bool = False
     """Whether this level is run."""
@@ -74,15 +75,15 @@ class RemovalConfig:
     """Of these, those whose choice is removed by retraining."""
     edited: tuple[str, ...] = (by.INFLUENCE,)
     """Of these, those whose choice is also removed by editing."""
-    newton_steps: int = 3
+    newton_steps: Size = 3
     """Of the edit."""
-    curve: tuple[float, ...] = ()
+    curve: tuple[Share, ...] = ()
     """Shares removed for the curve of accuracy; none for no curve."""
     curve_methods: tuple[str, ...] = (by.INFLUENCE, "plain loss", by.TRACIN, "direct-IF", "random")
     """Methods in that curve."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Size, ...] = (0,)
     """Every seed is a repetition with other tasks, damage and start."""
-    draws: int = 1000
+    draws: Count = 1000
     """Of each bootstrap."""
     published: tuple[str, ...] = ()
     """Rows of the paper's own table, as "level, method, accuracy, seconds"."""

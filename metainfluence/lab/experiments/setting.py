@@ -11,6 +11,7 @@ import optax
 
 import metainfluence as mi
 from metainfluence.lab.data import datasets, fewshot, sinusoid
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Share, Size
 from metainfluence.lab.learn import learners, models
 from metainfluence.lab.learn.learners import Learner
 from metainfluence.lab.learn.timing import Compiled
@@ -26,19 +27,19 @@ class DataConfig:
 
     dataset: str = "digits"
     """A name in metainfluence.lab.data.datasets, or sinusoid for regression."""
-    size: int | None = None
+    size: Count | None = None
     """Height and width of the images; none for the dataset's own."""
-    ways: int = 5
-    """Classes per task."""
-    shots: int = 5
+    ways: Count = 5
+    """Classes per task; 1 for regression."""
+    shots: Count = 5
     """Support examples per class; for regression, support examples."""
-    queries: int = 10
+    queries: Count = 10
     """Query examples per class; for regression, query examples."""
-    num_tasks: int = 100
+    num_tasks: Count = 100
     """Meta-training tasks, the harmful ones included."""
-    num_held_out: int = 100
+    num_held_out: Count = 100
     """Clean tasks whose mean loss the scores are about."""
-    num_test: int = 200
+    num_test: Count = 200
     """Clean tasks on which accuracy is measured; no score sees them."""
 
 
@@ -46,17 +47,17 @@ class DataConfig:
 class HarmConfig:
     """Damage done on purpose; shares of tasks, or of the examples of all tasks."""
 
-    flipped: float = 0.0
+    flipped: Share = 0.0
     """Tasks with flipped query labels; for regression, with the sign of the query targets turned."""
-    shortcut: float = 0.0
+    shortcut: Share = 0.0
     """Tasks with dimmed images whose label is painted into one pixel of the top row."""
-    noise: float = 0.0
+    noise: Share = 0.0
     """Tasks whose images are noise."""
-    flip_share: float = 0.4
+    flip_share: Share = 0.4
     """Of the labels of a task with flipped labels."""
-    query_examples: float = 0.0
+    query_examples: Share = 0.0
     """Query examples of any task with flipped labels."""
-    support_examples: float = 0.0
+    support_examples: Share = 0.0
     """Support examples of any task with flipped labels."""
 
 
@@ -68,9 +69,9 @@ class LearnerConfig:
     """One of implicit_head, anil, maml, first_order_maml, meta_sgd, imaml, r2d2, protonet."""
     model: str = "mlp"
     """Feature extractor: mlp or conv4."""
-    widths: tuple[int, ...] = (32, 16)
+    widths: tuple[Count, ...] = (32, 16)
     """Layers of the mlp."""
-    width: int = 32
+    width: Count = 32
     """Channels of conv4."""
     pooling: str = "max"
     """Of conv4: max, average or stride."""
@@ -78,17 +79,17 @@ class LearnerConfig:
     """Of conv4: layer, group, instance or none."""
     activation: str = "tanh"
     """Of either model: tanh, or relu, with which the total Hessian does not exist everywhere."""
-    head_l2: float = 0.03
+    head_l2: Positive = 0.03
     """Penalty of implicit_head's head."""
-    proximal: float = 1.0
+    proximal: Positive = 1.0
     """Weight of imaml's proximal term."""
-    inner_lr: float = 0.1
+    inner_lr: Positive = 0.1
     """Of the unrolled learners' gradient steps."""
-    inner_steps: int = 5
+    inner_steps: Count = 5
     """The unrolled learners' gradient steps."""
-    inner_tol: float = 1e-8
+    inner_tol: Positive = 1e-8
     """Relative gradient norm of inner minimisers, and relative residual of their derivative."""
-    meta_l2: float = 1e-3
+    meta_l2: NotNegative = 1e-3
     """Penalty of the meta-parameters."""
 
 
@@ -96,11 +97,11 @@ class LearnerConfig:
 class TrainingConfig:
     """Meta-training by Adam on all tasks, its learning rate falling to 0 along a cosine."""
 
-    learning_rate: float = 0.05
+    learning_rate: Positive = 0.05
     """At the first step."""
-    num_steps: int = 200
+    num_steps: Count = 200
     """Steps."""
-    num_checkpoints: int = 5
+    num_checkpoints: Count = 5
     """Evenly spaced, for TracIn; they divide num_steps."""
 
 
@@ -118,7 +119,7 @@ class SettingConfig:
     """Training."""
     float64: bool = True
     """Compute in float64."""
-    seed: int = 0
+    seed: Size = 0
     """Of the tasks, the damage and the initial parameters."""
 
 
@@ -303,11 +304,13 @@ def image_tasks(config: SettingConfig) -> Tasks:
     """Tasks of an image dataset: trained on its split "train", scored and tested on images of the others."""
     data, harm, seed = config.data, config.harm, config.seed
     source = datasets.load(data.dataset, size=data.size)
-    shape = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
+    shape: dict[str, Any] = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
     listed = fewshot.sample(source, "train", num_tasks=data.num_tasks, seed=seed, **shape)
     held_out_pool, test_pool = clean_pools(source, data.ways)
     held_out, test = (
-        fewshot.sample_tasks(source.labels, num_tasks=count, seed=seed + offset, pool=pool, **shape)
+        fewshot.sample_tasks(
+            source.labels, num_tasks=count, seed=seed + offset, pool=pool, class_names=source.class_names, **shape
+        )
         for offset, (count, pool) in enumerate(
             ((data.num_held_out, held_out_pool), (data.num_test, test_pool)), start=1
         )
@@ -334,6 +337,7 @@ def image_tasks(config: SettingConfig) -> Tasks:
 
 def clean_pools(source: datasets.Dataset, ways: int) -> tuple[np.ndarray, np.ndarray]:
     """Examples for the target and for the test, which share no class, or, of datasets with few classes, no example."""
+    datasets.check_split(source, "test")
     test = source.pools["test"]
     if "val" in source.pools:
         return source.pools["val"], test

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 import metainfluence as mi
 from metainfluence.lab.experiments import methods as by
+from metainfluence.lab.experiments.ranges import Count, Positive, Size
 from metainfluence.lab.experiments.results import Result
 from metainfluence.lab.experiments.setting import SettingConfig, make
 from metainfluence.lab.learn.timing import Compiled
@@ -25,15 +26,15 @@ class SpeedConfig:
     """Heading of the results."""
     setting: SettingConfig = dataclasses.field(default_factory=SettingConfig)
     """Data, damage, learner and training."""
-    num_removed: int = 5
+    num_removed: Count = 5
     """Tasks removed, one at a time."""
-    polish: int = 8
+    polish: Size = 8
     """Newton steps on all tasks first, so that what is left to descend is the removal's."""
-    tol: float = 0.1
+    tol: Positive = 0.1
     """Relative residual at which the edits' solves stop: the first order is further off than that."""
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    learning_rates: tuple[Positive, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     """Adam's; the one that gets there first counts."""
-    num_steps: int = 400
+    num_steps: Count = 400
     """Steps allowed."""
 
 

@@ -15,7 +15,7 @@ import optax
 
 import metainfluence as mi
 from metainfluence.lab.learn import models
-from metainfluence.lab.learn.models import apply, cross_entropy, linear, zero_linear
+from metainfluence.lab.learn.models import apply, check_penalty, cross_entropy, linear, zero_linear
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -69,6 +69,7 @@ def _whole_network(
 
 
 def _l2(delta: float) -> Callable[[Any], jax.Array] | None:
+    check_penalty("meta_l2", delta)
     return mi.l2(delta) if delta else None
 
 
@@ -174,6 +175,7 @@ def imaml(
       meta_l2: weight of ‖λ‖² / 2.
       tol: relative gradient norm of the minimum, and relative residual of its derivative; None for eps^(3/4).
     """
+    check_penalty("proximal", proximal, above=True)
 
     def distance(params, meta_params):
         return 0.5 * proximal * optax.tree.norm(optax.tree.sub(params, meta_params), squared=True)
@@ -252,6 +254,7 @@ def r2d2(features: nn.Module, ways: int, *, ridge: float = 0.1, meta_l2: float =
       ridge: β to start from.
       meta_l2: weight of ‖λ‖² / 2, of all its parts.
     """
+    check_penalty("ridge", ridge, above=True)
 
     def adapt(meta_params, support, coefficients):
         seen = apply(features, meta_params["features"], support[0])

@@ -6,6 +6,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import metainfluence as mi
@@ -101,6 +102,12 @@ def pooled(x: jax.Array, kind: str) -> jax.Array:
     return blocks.max((2, 4)) if kind == "max" else blocks.mean((2, 4))
 
 
+def check_penalty(name: str, value: float, *, above: bool = False) -> None:
+    """Raises ValueError unless a penalty's weight is a finite number of at least 0, or, where asked for, above 0."""
+    if not (np.isfinite(value) and (value > 0 or (value == 0 and not above))):
+        raise ValueError(f"{name}: expected a number {'above' if above else 'of at least'} 0, got {value!r}")
+
+
 def logistic_head_problem(
     model: nn.Module, ways: int, *, head_l2: float, meta_l2: float = 1e-3, tol: float = 1e-9
 ) -> mi.Bilevel:
@@ -119,7 +126,12 @@ def logistic_head_problem(
 
     Returns:
       The problem; a task's support and query are `fewshot.Batch`es.
+
+    Raises:
+      ValueError: a penalty that is not positive, or a negative `meta_l2`.
     """
+    check_penalty("head_l2", head_l2, above=True)
+    check_penalty("meta_l2", meta_l2)
 
     def loss(head, features, labels):
         return cross_entropy(linear(head, features), labels)

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import metainfluence as mi
-from metainfluence.lab.learn.checkpoints import Checkpoints, fingerprint
+from metainfluence._disk import of_arrays
+from metainfluence.lab.learn.checkpoints import Checkpoints
 from metainfluence.lab.learn.timing import Compiled
 
 Lookup = Callable[..., mi.Task]
@@ -26,6 +27,10 @@ class Training(NamedTuple):
     losses: np.ndarray
     compile_seconds: float
     run_seconds: float
+
+
+class TrainingError(RuntimeError):
+    """Meta-training whose objective or meta-parameters are no longer finite."""
 
 
 class Trained(NamedTuple):
@@ -193,6 +198,7 @@ def meta_train(
 
     Raises:
       ValueError: `save_every` is no multiple of `block_size`; when training, a folder with another run's checkpoints.
+      TrainingError: when training, F or λ is no longer finite, with the step; no checkpoint of it is saved.
     """
     if save_every is not None and (save_every < 1 or save_every % block_size):
         raise ValueError(f"save_every: expected a multiple of block_size {block_size}, got {save_every}")
@@ -210,7 +216,7 @@ def meta_train(
         with contextlib.ExitStack() as stack:
             saved = None
             if checkpoints is not None:
-                identity = fingerprint(meta_params, tasks, weights, data, (num_steps, tasks_per_step, seed, block_size))
+                identity = of_arrays(meta_params, tasks, weights, data, (num_steps, tasks_per_step, seed, block_size))
                 saved = stack.enter_context(Checkpoints(checkpoints, identity))
                 done, state, losses = saved.restore(state, losses)
             advance = stack.enter_context(_progress(console, num_steps))
@@ -219,6 +225,7 @@ def meta_train(
                 first_step, key = jnp.asarray(done), jnp.asarray(seed)
                 *state, of_block = blocks[size](*state, tasks, weights, first_step, key, *data)
                 losses[done : done + size] = of_block
+                _check_finite(losses[: done + size], done, state[0])
                 run_seconds += blocks[size].run_seconds
                 done += size
                 advance(done, float(of_block[-1]))
@@ -228,6 +235,28 @@ def meta_train(
         return Training(state[0], losses, compile_seconds, run_seconds)
 
     return train
+
+
+def _check_finite(losses: np.ndarray, since: int, meta_params: Any) -> None:
+    """Raises TrainingError where F was not finite at a step from `since` on, or λ is not after them."""
+    lost = np.flatnonzero(~np.isfinite(losses[since:]))
+    if len(lost):
+        step = since + int(lost[0])
+        what = f"F is {losses[step]} at step {step + 1}"
+    elif not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(meta_params)):
+        step = len(losses)
+        what = f"the meta-parameters are not finite after step {step}"
+    else:
+        return
+    if step == 0:
+        raise TrainingError(
+            f"training: {what}, where nothing has been trained yet: look for NaN or infinity in the tasks' data, the "
+            "initial meta-parameters and the losses"
+        )
+    raise TrainingError(
+        f"training: {what}; it was {losses[0]:.3g} at the first step and {losses[step - 1]:.3g} at step {step}: where "
+        "it grew, the learning rate is too large; else a loss has no finite gradient there"
+    )
 
 
 @contextlib.contextmanager

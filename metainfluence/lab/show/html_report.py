@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 import metainfluence as mi
-from metainfluence.diagnosis import remedy
 from metainfluence.lab.show.gallery import Shown
 from metainfluence.lab.show.page_data import Measured, cell, packed
 from metainfluence.lab.show.printing import facts
 from metainfluence.scoring._table import info_of
+from metainfluence.trust import remedy
 
 
 def page(

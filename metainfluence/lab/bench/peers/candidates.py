@@ -7,12 +7,13 @@ from typing import Any
 import jax
 
 import metainfluence as mi
-from metainfluence.curvature import exact, expand
+from metainfluence.curvature import exact
 from metainfluence.lab.bench.peers import problem as common
 from metainfluence.lab.bench.peers import single_level, with_jax
 from metainfluence.lab.bench.peers.compare import Candidate, kept, traced
 from metainfluence.lab.bench.peers.problem import Problem
 from metainfluence.lab.bench.peers.single_level import SingleLevel
+from metainfluence.response import expand
 
 GRADIENT = "total gradients"
 PRODUCT = "Hessian product from λ"

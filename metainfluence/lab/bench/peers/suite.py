@@ -28,6 +28,7 @@ from metainfluence.lab.bench.peers.compare import Candidate, Row, race
 from metainfluence.lab.bench.peers.problem import Problem
 from metainfluence.lab.bench.peers.single_level import SingleLevel
 from metainfluence.lab.data import datasets, digits, fewshot
+from metainfluence.lab.experiments.ranges import Count, Positive, Ways
 from metainfluence.lab.learn.models import MLP
 
 TWO_LEVELS = (GRADIENT, PRODUCT, LINEAR, SCORES, ROUTE)
@@ -42,29 +43,29 @@ class PeersBenchConfig:
 
     dataset: str = "omniglot"
     """Name of the data set."""
-    num_tasks: int = 64
+    num_tasks: Count = 64
     """Tasks."""
-    ways: int = 5
+    ways: Ways = 5
     """Classes per task."""
-    shots: int = 2
+    shots: Count = 2
     """Support examples per class."""
-    queries: int = 5
+    queries: Count = 5
     """Query examples per class."""
-    widths: tuple[int, ...] = (64, 32)
+    widths: tuple[Count, ...] = (64, 32)
     """Layers of the feature extractor."""
-    head_l2: float = 0.1
+    head_l2: Positive = 0.1
     """Penalty of the head that each task fits."""
-    num_train: int = 500
+    num_train: Count = 500
     """Digits that the single-level MLP is trained on."""
-    num_test: int = 20
+    num_test: Count = 20
     """Digits whose losses are its targets."""
-    hidden: int = 16
+    hidden: Count = 16
     """Its hidden units."""
-    single_damping: float = 0.1
+    single_damping: Positive = 0.1
     """Of its solves."""
-    target: float = 1e-6
+    target: Positive = 1e-6
     """Relative error asked for."""
-    repeats: int = 20
+    repeats: Count = 20
     """Timed runs of each, at most; the shortest is reported."""
     budget: float = 5.0
     """Seconds after which a slow candidate is not run again."""

@@ -9,6 +9,7 @@ import numpy as np
 
 import metainfluence as mi
 from metainfluence.lab.bench.solvers.measure import NO_LIMIT, SOLVERS, Program, status_name
+from metainfluence.lab.bench.solvers.options import SolverBenchConfig
 from metainfluence.lab.bench.solvers.setup import Measured, cost, program_for
 from metainfluence.lab.experiments.measures import cosine, flat, relative_error, spearman
 
@@ -18,16 +19,16 @@ BY_TOLERANCE = ("auto",)
 Row = dict[str, Any]
 
 
-def steps_of(config: Any, solver: str) -> jax.Array:
+def steps_of(config: SolverBenchConfig, solver: str) -> jax.Array:
     """What bounds a solver's steps where nothing else is asked for."""
-    return jnp.int32(config.num_terms if solver == "neumann" else NO_LIMIT)
+    return jnp.int32(config.solve.num_terms if solver == "neumann" else NO_LIMIT)
 
 
-def cells(config: Any, measured: Measured) -> Iterator[Row]:
+def cells(config: SolverBenchConfig, measured: Measured) -> Iterator[Row]:
     """Rows of the grid: one solve for the scores and one for the removal step by every curvature and solver."""
     exact_step = flat(measured.solved(measured.removal))
     exact_scores = measured.task_scores(measured.solved(measured.slope))
-    tol = jnp.asarray(config.tol)
+    tol = jnp.asarray(config.solve.tol)
     for curvature in config.curvatures:
         for solver in config.solvers:
             program, operator = program_for(config, measured, curvature, solver)
@@ -53,14 +54,14 @@ def cells(config: Any, measured: Measured) -> Iterator[Row]:
             }
 
 
-def budgets(config: Any, measured: Measured) -> Iterator[Row]:
+def budgets(config: SolverBenchConfig, measured: Measured) -> Iterator[Row]:
     """Rows of accuracy and time against J, by the programs that the grid has compiled for the exact curvature."""
     exact_scores = measured.task_scores(measured.solved(measured.slope))
     runs = [
         (name, jnp.asarray(1e-12), jnp.int32(steps))
         for name in BY_STEPS
         if name in config.solvers
-        for steps in config.budgets
+        for steps in config.solve.budgets
     ]
     runs += [
         (name, jnp.asarray(tol), jnp.int32(NO_LIMIT))
@@ -87,7 +88,7 @@ def budgets(config: Any, measured: Measured) -> Iterator[Row]:
         }
 
 
-def removals(config: Any, measured: Measured) -> Iterator[Row]:
+def removals(config: SolverBenchConfig, measured: Measured) -> Iterator[Row]:
     """Rows of what one removal step gains, by curvature, sign of the eigenvalues and damping, all solved exactly.
 
     The step to λ without the flipped tasks is judged by the objective without them, F(λ', w'): by how much it falls.
@@ -106,7 +107,7 @@ def removals(config: Any, measured: Measured) -> Iterator[Row]:
     for curvature in config.curvatures:
         eigen = measured.curved[curvature].eigen
         for absolute in (False, True):
-            for share in config.damping_shares:
+            for share in config.damping.removals:
                 step = -eigen.solve(rhs, share * largest, absolute=absolute)
                 moved = jax.tree.map(jnp.add, setting.meta_params, domain.unravel(jnp.asarray(step)))
                 yield {
@@ -135,9 +136,9 @@ def facts(measured: Measured) -> Row:
     }
 
 
-def together(config: Any, measured: Measured) -> list[Row]:
+def together(config: SolverBenchConfig, measured: Measured) -> list[Row]:
     """Products for task-IF of all tasks at one tolerance: separate CG solves, and solvers that solve them together."""
-    setting, tol = measured.setting, jnp.asarray(config.tol)
+    setting, tol = measured.setting, jnp.asarray(config.solve.tol)
     operator = measured.exact.operator.damped(measured.damping)
     gradients = jax.jit(jax.vmap(mi.total_gradient(setting.problem), in_axes=(None, 0)))
     rhs = gradients(setting.meta_params, setting.tasks)

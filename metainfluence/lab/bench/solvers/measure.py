@@ -10,21 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 
 import metainfluence as mi
+from metainfluence.lab.bench.solvers.options import SolverBenchConfig
 from metainfluence.lab.learn.timing import holds_nan
 
 NO_LIMIT = 1000
 ENOUGH_SECONDS = 1.0
 
 # name -> (configuration, tol, steps) -> solver; tol and steps may be traced, so that one program serves many of them.
-SOLVERS: dict[str, Callable[[Any, Any, Any], mi.solvers.Solver]] = {
+SOLVERS: dict[str, Callable[[SolverBenchConfig, Any, Any], mi.solvers.Solver]] = {
     "identity": lambda config, tol, steps: mi.solvers.identity(),
     "ekfac": lambda config, tol, steps: mi.solvers.ekfac(tol=tol),
-    "nystrom": lambda config, tol, steps: mi.solvers.nystrom(config.rank, tol=tol),
-    "lanczos": lambda config, tol, steps: mi.solvers.lanczos(config.rank, tol=tol),
+    "nystrom": lambda config, tol, steps: mi.solvers.nystrom(config.solve.rank, tol=tol),
+    "lanczos": lambda config, tol, steps: mi.solvers.lanczos(config.solve.rank, tol=tol),
     "neumann": lambda config, tol, steps: mi.solvers.neumann(steps, tol=tol),
     "cg": lambda config, tol, steps: mi.solvers.cg(tol=tol, max_steps=steps),
     "cg + ekfac": lambda config, tol, steps: _preconditioned(tol, steps, mi.solvers.ekfac()),
-    "cg + nystrom": lambda config, tol, steps: _preconditioned(tol, steps, mi.solvers.nystrom(config.rank)),
+    "cg + nystrom": lambda config, tol, steps: _preconditioned(tol, steps, mi.solvers.nystrom(config.solve.rank)),
     "cg + sampled": lambda config, tol, steps: _preconditioned(tol, steps, mi.solvers.sampled()),
     "minres": lambda config, tol, steps: mi.solvers.minres(tol=tol, max_steps=steps),
     "block_cg": lambda config, tol, steps: mi.solvers.block_cg(tol=tol),
@@ -93,7 +94,7 @@ class Program:
         return result
 
 
-def solver_program(config: Any, name: str, operator: mi.Operator, rhs: Any) -> Program:
+def solver_program(config: SolverBenchConfig, name: str, operator: mi.Operator, rhs: Any) -> Program:
     """(operator, rhs, tol, steps) -> (solution, info), the work on the operator included.
 
     Raises:
@@ -104,7 +105,7 @@ def solver_program(config: Any, name: str, operator: mi.Operator, rhs: Any) -> P
         solver = SOLVERS[name](config, tol, steps)
         return solver.solve(operator, solver.init(operator), rhs)
 
-    return Program(run, operator, rhs, jnp.asarray(config.tol), jnp.int32(NO_LIMIT))
+    return Program(run, operator, rhs, jnp.asarray(config.solve.tol), jnp.int32(NO_LIMIT))
 
 
 def status_name(info: mi.SolveInfo) -> str:

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 
 import metainfluence as mi
-from metainfluence.adaptation import weighted_sum
+from metainfluence.data import coefficients, weighted_sum
+from metainfluence.lab.bench.solvers.options import SolverBenchConfig
 from metainfluence.lab.data import digits, fewshot, omniglot
 from metainfluence.lab.experiments import demo
 from metainfluence.lab.learn.models import MLP, logistic_head_problem
 from metainfluence.lab.learn.train import meta_train
-from metainfluence.tasks import coefficients
 
 RANDOM_CLASSES, RANDOM_IMAGES, RANDOM_SIZE = 60, 20, 28
 
@@ -40,27 +40,29 @@ class Setting(NamedTuple):
     retrained: Any = None
 
 
-def anil(config: Any, image: Any) -> tuple[mi.Bilevel, Any]:
+def anil(config: SolverBenchConfig, image: Any) -> tuple[mi.Bilevel, Any]:
     """A logistic head on an MLP's features, fitted per task by implicit adaptation; only the head adapts."""
-    model = MLP(config.anil_widths)
-    problem = logistic_head_problem(model, config.ways, head_l2=config.head_l2, meta_l2=config.meta_l2)
+    model = MLP(config.anil.widths)
+    problem = logistic_head_problem(
+        model, config.tasks.ways, head_l2=config.anil.head_l2, meta_l2=config.training.meta_l2
+    )
 
     def outputs(params, meta_params, task):
         return model.apply(meta_params, task.query.images) @ params["kernel"] + params["bias"][None]
 
     def head(outputs, task, weights):
-        losses = _cross_entropy(outputs, task.query, config.ways)
+        losses = _cross_entropy(outputs, task.query, config.tasks.ways)
         return weighted_sum(losses, coefficients(weights.query, task.query_mask))
 
     return problem._replace(outputs=outputs, head=head), model.init(jax.random.key(config.seed), image)
 
 
-def imaml(config: Any, image: Any) -> tuple[mi.Bilevel, Any]:
+def imaml(config: SolverBenchConfig, image: Any) -> tuple[mi.Bilevel, Any]:
     """A copy of the whole network per task, held near λ by a proximal term and minimised (iMAML)."""
 
     def proximal(params, meta_params):
         distance = optax.tree.norm(optax.tree.sub(params, meta_params), squared=True)
-        return 0.5 * config.proximal * distance
+        return 0.5 * config.imaml.proximal * distance
 
     def adaptation(loss):
         return mi.adaptation.implicit(
@@ -71,17 +73,17 @@ def imaml(config: Any, image: Any) -> tuple[mi.Bilevel, Any]:
             regularizer=proximal,
         )
 
-    return _whole_network(config, image, adaptation)
+    return _whole_network(config, config.imaml.hidden, image, adaptation)
 
 
-def maml(config: Any, image: Any) -> tuple[mi.Bilevel, Any]:
+def maml(config: SolverBenchConfig, image: Any) -> tuple[mi.Bilevel, Any]:
     """A few gradient steps of the whole network per task, from λ (MAML)."""
 
     def adaptation(loss):
-        optimizer = optax.sgd(config.inner_learning_rate)
-        return mi.adaptation.unrolled(loss, lambda meta_params, support: meta_params, optimizer, config.inner_steps)
+        optimizer = optax.sgd(config.maml.learning_rate)
+        return mi.adaptation.unrolled(loss, lambda meta_params, support: meta_params, optimizer, config.maml.num_steps)
 
-    return _whole_network(config, image, adaptation)
+    return _whole_network(config, config.maml.hidden, image, adaptation)
 
 
 PROBLEMS = {"anil": anil, "imaml": imaml, "maml": maml}
@@ -91,7 +93,7 @@ def _cross_entropy(logits, batch, ways):
     return optax.softmax_cross_entropy(logits, jax.nn.one_hot(batch.labels, ways, dtype=logits.dtype))
 
 
-def _whole_network(config: Any, image: Any, adaptation: Any) -> tuple[mi.Bilevel, Any]:
+def _whole_network(config: SolverBenchConfig, hidden: int, image: Any, adaptation: Any) -> tuple[mi.Bilevel, Any]:
     first, second = mi.ekfac.Dense("w1", "b1"), mi.ekfac.Dense("w2", "b2")
 
     def model(params, meta_params, batch):
@@ -100,39 +102,43 @@ def _whole_network(config: Any, image: Any, adaptation: Any) -> tuple[mi.Bilevel
         return second(params, jnp.tanh(first(params, flat)))
 
     def head(outputs, batch):
-        return _cross_entropy(outputs, batch, config.ways)
+        return _cross_entropy(outputs, batch, config.tasks.ways)
 
     def loss(params, meta_params, batch):
         return head(model(params, meta_params, batch), batch)
 
-    problem = mi.bilevel(model, adaptation(loss), meta_regularizer=mi.l2(config.meta_l2), outer_head=head)
-    pixels, hidden = int(np.prod(image.shape[1:])), config.hidden
+    problem = mi.bilevel(model, adaptation(loss), meta_regularizer=mi.l2(config.training.meta_l2), outer_head=head)
+    pixels = int(np.prod(image.shape[1:]))
     keys = jax.random.split(jax.random.key(config.seed))
     return problem, {
         "w1": jax.random.normal(keys[0], (pixels, hidden)) / pixels**0.5,
         "b1": jnp.zeros(hidden),
-        "w2": jax.random.normal(keys[1], (hidden, config.ways)) / hidden**0.5,
-        "b2": jnp.zeros(config.ways),
+        "w2": jax.random.normal(keys[1], (hidden, config.tasks.ways)) / hidden**0.5,
+        "b2": jnp.zeros(config.tasks.ways),
     }
 
 
-def small(config: Any, name: str) -> Setting:
+def small(config: SolverBenchConfig, name: str) -> Setting:
     """One of `PROBLEMS` on digits tasks, some with flipped labels; trained, and trained on with and without these."""
     source = digits.load(seed=config.seed)
 
     def tasks(pool, count, seed):
-        shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
+        shape: dict[str, Any] = {
+            "ways": config.tasks.ways,
+            "shots": config.tasks.shots,
+            "queries": config.tasks.queries,
+        }
         return fewshot.sample_tasks(source.labels, num_tasks=count, seed=seed, pool=pool, **shape)
 
-    flipped = np.arange(config.num_flipped)
+    flipped = np.arange(config.tasks.flipped)
     listed = fewshot.flip_labels(
-        tasks(source.train_pool, config.num_tasks, config.seed), flipped, share=0.4, seed=config.seed
+        tasks(source.train_pool, config.tasks.count, config.seed), flipped, share=0.4, seed=config.seed
     )
     training = fewshot.materialize(listed, source.images)
-    held_out = fewshot.materialize(tasks(source.held_out_pool, config.num_tasks, config.seed + 1), source.images)
+    held_out = fewshot.materialize(tasks(source.held_out_pool, config.tasks.count, config.seed + 1), source.images)
     problem, initial = PROBLEMS[name](config, training.support.images[0])
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
-    train = meta_train(problem, optax.adam(schedule), config.num_steps, block_size=config.num_steps)
+    schedule = optax.cosine_decay_schedule(config.training.learning_rate, config.training.num_steps)
+    train = meta_train(problem, optax.adam(schedule), config.training.num_steps, block_size=config.training.num_steps)
     trained = train(initial, training).meta_params
     without = mi.drop(mi.unit_weights(training), tasks=flipped)
     on, retrained = (train(trained, training, weights).meta_params for weights in (None, without))
@@ -152,7 +158,7 @@ def of_demo(config: demo.DemoConfig) -> Setting:
     return Setting(problem, trained, data.tasks, data.held_out, without)
 
 
-def large(config: Any) -> tuple[Setting, str]:
+def large(config: SolverBenchConfig) -> tuple[Setting, str]:
     """Many meta-parameters, and the name of the data: Omniglot where it is prepared, else random images."""
     try:
         images, labels = omniglot.load()
@@ -162,19 +168,21 @@ def large(config: Any) -> tuple[Setting, str]:
         name = "random images labelled by a fixed random network"
     classes = np.unique(labels)
     pools = [np.flatnonzero(np.isin(labels, part)) for part in np.array_split(classes, 2)]
-    shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
+    shape: dict[str, Any] = {"ways": config.tasks.ways, "shots": config.tasks.shots, "queries": config.tasks.queries}
     training, held_out = (
         fewshot.materialize(
-            fewshot.sample_tasks(labels, num_tasks=config.large_num_tasks, seed=config.seed + i, pool=pool, **shape),
+            fewshot.sample_tasks(labels, num_tasks=config.large.num_tasks, seed=config.seed + i, pool=pool, **shape),
             images,
         )
         for i, pool in enumerate(pools)
     )
-    model = MLP(config.large_widths)
-    problem = logistic_head_problem(model, config.ways, head_l2=config.head_l2, meta_l2=config.meta_l2)
-    optimizer = optax.adam(optax.cosine_decay_schedule(config.large_learning_rate, config.large_steps))
+    model = MLP(config.large.widths)
+    problem = logistic_head_problem(
+        model, config.tasks.ways, head_l2=config.anil.head_l2, meta_l2=config.training.meta_l2
+    )
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.large.learning_rate, config.large.num_steps))
     initial = model.init(jax.random.key(config.seed), training.support.images[0])
-    trained = meta_train(problem, optimizer, config.large_steps)(initial, training).meta_params
+    trained = meta_train(problem, optimizer, config.large.num_steps)(initial, training).meta_params
     return Setting(problem, trained, training, held_out, mi.unit_weights(training)), name
 
 

@@ -10,9 +10,10 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 import metainfluence as mi
-from metainfluence.curvature import Expansion, expand
 from metainfluence.lab.bench.solvers.measure import CURVATURES, Program, solver_program
+from metainfluence.lab.bench.solvers.options import SolverBenchConfig
 from metainfluence.lab.bench.solvers.problems import Setting
+from metainfluence.response import Expansion, expand
 
 BATCHED = ("dense", "nystrom")
 
@@ -103,7 +104,7 @@ def stored(operator: mi.Operator, matrix: jax.Array, of_sample: jax.Array, losse
     return dataclasses.replace(operator, product=product, losses=losses, sample=Partial(_stored_sample, part))
 
 
-def measure(config: Any, name: str, setting: Setting) -> Measured:
+def measure(config: SolverBenchConfig, name: str, setting: Setting) -> Measured:
     """Expands the problem by every curvature and diagonalises each."""
     problem, tasks, weights = setting.problem, setting.tasks, mi.unit_weights(setting.tasks)
     point = (setting.meta_params, tasks)
@@ -167,11 +168,13 @@ def measure(config: Any, name: str, setting: Setting) -> Measured:
         slope=slope,
         removal=jax.jit(lambda expansion, direction: expansion.mixed(direction))(exact, direction),
         # The exact curvature is positive definite, so that there is one exact answer.
-        damping=float(max(config.damping_share * values[-1], -2 * values[0])),
+        damping=float(max(config.damping.grid * values[-1], -2 * values[0])),
     )
 
 
-def program_for(config: Any, measured: Measured, curvature: str, solver: str) -> tuple[Program | str, mi.Operator]:
+def program_for(
+    config: SolverBenchConfig, measured: Measured, curvature: str, solver: str
+) -> tuple[Program | str, mi.Operator]:
     """The compiled solve of one cell, or why there is none, and the damped operator it takes."""
     kept = curvature != "exact" or solver == "dense"
     curved = measured.curved[curvature]

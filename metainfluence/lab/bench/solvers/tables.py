@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from metainfluence.lab.bench.solvers.options import SolverBenchConfig
+
 Row = dict[str, Any]
 Column = tuple[str, str, Callable[[Any], str]]
 
@@ -140,14 +142,14 @@ TARGETS: tuple[Column, ...] = (
 )
 
 
-def all_of(config: Any, found: dict[str, list[Row]]) -> list[Table]:
+def all_of(config: SolverBenchConfig, found: dict[str, list[Row]]) -> list[Table]:
     """Tables of what was measured."""
     size = "".join(f"{row['data']}, {row['meta_parameters']} meta-parameters. " for row in found.get("large", [])[:1])
     made = [
         Table(
             "Problems",
             "Trained on digits. Damping of the grid: "
-            f"{config.damping_share:.2g} of the largest eigenvalue, or twice the size of the most negative one.",
+            f"{config.damping.grid:.2g} of the largest eigenvalue, or twice the size of the most negative one.",
             PROBLEMS,
             found.get("problems", []),
         )

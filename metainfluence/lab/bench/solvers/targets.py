@@ -9,10 +9,12 @@ import numpy as np
 
 import metainfluence as mi
 from metainfluence import damping
-from metainfluence.curvature import exact, expand
+from metainfluence.curvature import exact
 from metainfluence.lab.bench.solvers import problems
 from metainfluence.lab.bench.solvers.measure import NO_LIMIT, Program, solver_program, status_name
+from metainfluence.lab.bench.solvers.options import SolverBenchConfig
 from metainfluence.lab.experiments.measures import spearman
+from metainfluence.response import expand, rule
 
 DEMO_SOLVERS = ("cg", "cg + sampled", "block_cg", "auto")
 LOOSE_SOLVERS = ("cg", "auto")
@@ -33,14 +35,14 @@ def target(name: str, what: str, value: float, bar: float, *, at_most: bool, sou
     }
 
 
-def at_the_demo(config: Any) -> tuple[list[Row], list[Row]]:
+def at_the_demo(config: SolverBenchConfig) -> tuple[list[Row], list[Row]]:
     """Products and rankings at the demo's λ: the solves, and targets (a) and (b)."""
     setting = problems.of_demo(config.digits)
     point = (setting.meta_params, setting.tasks, mi.unit_weights(setting.tasks))
     program = Program(expand(setting.problem, exact(), None), *point)
     expansion = program(*point)
-    rule = Program(damping.rule, expansion.operator, expansion.gradient, setting.meta_params)
-    chosen = rule(expansion.operator, expansion.gradient, setting.meta_params)
+    chooser = Program(rule, expansion.operator, expansion.gradient, setting.meta_params)
+    chosen = chooser(expansion.operator, expansion.gradient, setting.meta_params)
     slope = jax.jit(jax.grad(mi.query_loss(setting.problem)))(setting.meta_params, setting.held_out)
     scores = Program(lambda expansion, solution: expansion.mixed_transposed(solution).task, expansion, slope)
     programs = {name: solver_program(config, name, expansion.operator, slope) for name in DEMO_SOLVERS}
@@ -57,8 +59,8 @@ def at_the_demo(config: Any) -> tuple[list[Row], list[Row]]:
         solution, reference = solve("auto", 1e-10)
         exactly = np.asarray(scores(expansion, solution))
         label = "auto" if share is None else f"{share:.0%}"
-        for tol in (config.tol, LOOSE_TOL):
-            for name in DEMO_SOLVERS if tol == config.tol else LOOSE_SOLVERS:
+        for tol in (config.solve.tol, LOOSE_TOL):
+            for name in DEMO_SOLVERS if tol == config.solve.tol else LOOSE_SOLVERS:
                 solution, info = solve(name, tol)
                 choice = None if info.choice is None else mi.solvers.Choice(int(info.choice)).name
                 rows.append(
@@ -77,13 +79,13 @@ def at_the_demo(config: Any) -> tuple[list[Row], list[Row]]:
                     }
                 )
         by = {(row["solver"], row["tol"]): row for row in rows if row["damping"] == label}
-        plain, found = by["cg", config.tol], by["auto", config.tol]
+        plain, found = by["cg", config.solve.tol], by["auto", config.solve.tol]
         sound = plain["status"] == found["status"] == "CONVERGED"
         targets.append(
             target(
                 "a",
-                f"demo's λ, damping {label} ({value:.2g}): products of auto over those of cg, residual {config.tol:g} "
-                f"({found['products']} / {plain['products']})",
+                f"demo's λ, damping {label} ({value:.2g}): products of auto over those of cg, "
+                f"residual {config.solve.tol:g} ({found['products']} / {plain['products']})",
                 found["products"] / plain["products"],
                 PRODUCTS_SHARE,
                 at_most=True,
@@ -104,7 +106,7 @@ def at_the_demo(config: Any) -> tuple[list[Row], list[Row]]:
     return rows, targets
 
 
-def with_many_meta_parameters(config: Any) -> tuple[list[Row], list[Row]]:
+def with_many_meta_parameters(config: SolverBenchConfig) -> tuple[list[Row], list[Row]]:
     """Scores of everything at many meta-parameters: what was run, and target (c).
 
     By the defaults, which choose the damping, and by the default solver and plain CG at that damping, given to them.
@@ -121,7 +123,7 @@ def with_many_meta_parameters(config: Any) -> tuple[list[Row], list[Row]]:
         return score(meta_params, tasks, held_out)
 
     by_auto, by_cg = (functools.partial(scores, make) for make in (mi.solvers.auto, mi.solvers.cg))
-    tol, given = jnp.asarray(config.large_tol), chosen.value
+    tol, given = jnp.asarray(config.large.tol), chosen.value
     plain = Program(by_cg, *point, tol, given)
     table: list[Row] = []
     targets: list[Row] = []

@@ -10,10 +10,17 @@ import optax
 from jaxtyping import PyTree
 
 from metainfluence import solvers
-from metainfluence.coupling import CouplingWarning
+from metainfluence._checks import concrete
 from metainfluence.influence import Edit
+from metainfluence.response import (
+    OptimumInfo,
+    RunInfo,
+    SegmentsInfo,
+    problems_of_run,
+    problems_of_segments,
+)
 from metainfluence.solvers import SolveInfo, SolveStatus
-from metainfluence.tasks import concrete
+from metainfluence.trust._coupling import CouplingWarning
 
 
 class SolveError(RuntimeError):
@@ -93,19 +100,22 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
     """Splits the error of a result into its sources; for use outside jit.
 
     Args:
-      result: an `Influence`, `Scores`, `Edit`, `Sweep` or `SolveInfo`.
-      meta_params: λ, to which the distance from stationarity is then relative.
+      result: an `Influence`, `Scores`, `Edit`, `Sweep`, `SolveInfo`, or the answer of a run's response.
+      meta_params: λ, to which the distance from stationarity is relative; None for the one that the result knows.
 
     Raises:
       TypeError: `result` is none of these, or traced.
     """
-    info = _info(result)
+    info = _told_of(result)
+    if not isinstance(info, SolveInfo):
+        return _budget_of_run(info)
     curvature = np.asarray(info.min_curvature, float)
     positive = np.where(curvature > 0, curvature, np.nan)
     effective = _number(info.effective_curvature)
     residual = _number(info.relative_residual)
     eps = np.maximum(_eps(info), np.where(_rounded(info), residual, 0.0))
-    length = 1.0 if meta_params is None else max(float(optax.tree.norm(meta_params)), float(np.finfo(float).tiny))
+    known = 1.0 if info.meta_params_norm is None else np.asarray(info.meta_params_norm, float)
+    length = np.maximum(known if meta_params is None else float(optax.tree.norm(meta_params)), np.finfo(float).tiny)
     distance = _number(info.outer_gradient_norm) / positive / length
     if isinstance(result, Edit):
         # An edit's answer is the point of its smallest gradient.
@@ -133,6 +143,9 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
         )
     if np.any(np.asarray(info.status) == SolveStatus.NONFINITE):
         advice = _NOT_FINITE
+    if info.flat_directions is not None and np.any(np.asarray(info.flat_directions) > 0):
+        flat = int(np.max(np.asarray(info.flat_directions)))
+        advice = f"flat directions: {flat}, along which the answer is 0; {advice}"
     silent = "; ".join(line for line in (_without_slope(result), _without_support(result)) if line)
     advice = f"{silent}; {advice}" if silent else advice
     return ErrorBudget(**terms, min_curvature=smallest, dominant=dominant, advice=advice)
@@ -144,7 +157,7 @@ def check(result: Any, *, tol: float | None = None) -> Any:
     For use outside jit.
 
     Args:
-      result: an `Influence`, `Scores`, `Edit`, `Sweep` or `SolveInfo`.
+      result: an `Influence`, `Scores`, `Edit`, `Sweep` or `SolveInfo`; a response, or the answer of a run's.
       tol: raise, too, where a term of the `error_budget` is above this or the target's gradient is exactly 0.
 
     Warns:
@@ -159,7 +172,9 @@ def check(result: Any, *, tol: float | None = None) -> Any:
         with `tol`, a target whose gradient is exactly 0, or the term above `tol`.
       TypeError: `result` is none of these, or traced.
     """
-    info = _info(result)
+    info = _told_of(result)
+    if not isinstance(info, SolveInfo):
+        return _checked_run(result, info, tol)
     status = np.asarray(info.status)
     lines = [_failures(info, status, kind) for kind in SolveStatus if kind != SolveStatus.CONVERGED]
     failed = "; ".join(line for line in lines if line)
@@ -179,6 +194,50 @@ def check(result: Any, *, tol: float | None = None) -> Any:
         if not worst <= tol:
             raise SolveError(f"expected every term of the error budget to be at most {tol:.1e}: {budget.advice}")
     return result
+
+
+def _checked_run(result: Any, info: Any, tol: float | None) -> Any:
+    """`check` of a response, or of what a run's response has answered."""
+    if isinstance(info, OptimumInfo):
+        if not np.all(np.isfinite(_number(info.inner_gradient_norm))):
+            raise SolveError(_NO_MINIMUM)
+        return result
+    told = problems_of_run(info) if isinstance(info, RunInfo) else problems_of_segments(info)
+    if told:
+        raise SolveError("; ".join(told))
+    if message := _without_support(result):
+        warnings.warn(message, CouplingWarning, stacklevel=3)
+    budget = _budget_of_run(info)
+    worst = float(getattr(budget, budget.dominant))
+    if tol is not None and not worst <= tol:
+        raise SolveError(f"expected every term of the error budget to be at most {tol:.1e}: {budget.advice}")
+    return result
+
+
+def _budget_of_run(info: Any) -> ErrorBudget:
+    """The budget of an answer for a run: no stationary point is presumed, so that none is missed."""
+    if isinstance(info, OptimumInfo):
+        raise TypeError("result: expected an answer, got a response; ask it first")
+    if isinstance(info, RunInfo):
+        told, curvature = problems_of_run(info), float("nan")
+        eps = 0.0 if info.growth is None else float(np.finfo(np.asarray(info.growth).dtype).eps)
+        replay = 0.0 if info.replay_difference is None else _worst(np.asarray(info.replay_difference))
+        terms = {"precision": 0.0 if info.growth is None else eps * _worst(np.asarray(info.growth)), "residual": replay}
+    else:
+        told, curvature = problems_of_segments(info), float(np.min(np.asarray(info.min_curvature)))
+        eps = float(np.finfo(np.asarray(info.relative_error).dtype).eps)
+        terms = {"precision": eps, "residual": _worst(np.sum(np.asarray(info.relative_error), axis=-1))}
+    dominant = "precision" if terms["precision"] >= terms["residual"] else "outer_residual"
+    calm = "the derivative of the run holds as far as rounding lets it; whether it predicts a removal, smoothness tells"
+    return ErrorBudget(
+        outer_residual=terms["residual"],
+        precision=terms["precision"],
+        inner_residual=0.0,
+        outer_stationarity=0.0,
+        min_curvature=curvature,
+        dominant=dominant,
+        advice="; ".join(told) if told else calm,
+    )
 
 
 def _failures(info: SolveInfo, status: np.ndarray, kind: SolveStatus) -> str:
@@ -219,7 +278,7 @@ def _rounded(info: SolveInfo) -> Any:
 
 def _without_slope(result: Any) -> str:
     """What to tell of scores for a target without a gradient; of `self_influence`, which has no target, nothing."""
-    if not hasattr(result, "task") or result.info.effective_curvature is None:
+    if not hasattr(result, "task") or getattr(result.info, "effective_curvature", None) is None:
         return ""
     one_target = np.ndim(result.info.status) == np.ndim(result.task) - 1
     return _NO_SLOPE if one_target and np.any(np.asarray(result.info.effective_curvature) == 0) else ""
@@ -232,9 +291,10 @@ def _without_support(result: Any) -> str:
     return _NO_SUPPORT if not np.any(np.asarray(result.support)) and np.any(np.asarray(result.task)) else ""
 
 
-def _info(result: Any) -> SolveInfo:
+def _told_of(result: Any) -> Any:
+    """What a result tells of itself: a `SolveInfo`, or that of a response."""
     info = getattr(result, "info", result)
-    if not isinstance(info, SolveInfo):
+    if not isinstance(info, (SolveInfo, RunInfo, SegmentsInfo, OptimumInfo)):
         raise TypeError(f"result: expected a result with SolveInfo, got {type(result).__name__}")
     if not concrete(info):
         raise TypeError("result: expected values, got traced arrays; call this outside jit")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from metainfluence.bilevel import Bilevel, check_meta_params
-from metainfluence.curvature import Curvature, check_curvature, check_derivatives, exact, summed_linear, summed_product
-from metainfluence.solvers._base import check_positive
-from metainfluence.tasks import Task, check_batch_size, concrete, resolve_weights, sizes, stack_tasks
+from metainfluence import _memory
+from metainfluence._checks import check_positive, concrete, maker
+from metainfluence.curvature import Curvature
+from metainfluence.data import Task, resolve_weights, sizes, stack_tasks
+from metainfluence.problem import Bilevel, check_meta_params
+from metainfluence.response import Options, batch_pull, check_derivatives, linearised_bytes
 
 # A chunk that stays in a core's cache takes half the time, and a larger one brings nothing; an accelerator is filled.
 _CACHE_BYTES = 4.5e6
@@ -28,13 +28,8 @@ _VECTORS = 12
 # The compiled product's memory stands for that of the other programs, which take up to this much more.
 _MARGIN = 2.0
 
-# Linearisations of unrolled convolutional networks were seen to take up to some hundred times their data.
-_SURELY_LESS = 2000
-
 FREE_SHARE = 0.6
 
-# As many as `auto` multiplies at once.
-_FEW_VECTORS = 16
 _PROBE = 32
 
 
@@ -85,6 +80,24 @@ class Plan(NamedTuple):
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 
 
+class Sized(Protocol):
+    """Single tasks by their number."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One of them."""
+
+
+class PlanFor(Protocol):
+    """What `preflight` makes."""
+
+    def __call__(self, meta_params: PyTree, tasks: Task | Sized) -> Plan:
+        """The plan for λ and stacked tasks, or a source of single ones."""
+
+
+@maker
 def preflight(
     problem: Bilevel,
     *,
@@ -93,7 +106,9 @@ def preflight(
     memory: float | None = None,
     num_products: int = 20,
     mesh: Mesh | None = None,
-) -> Callable[..., Plan]:
+    hvp: str | None = None,
+    precision: str | None = "highest",
+) -> PlanFor:
     """Makes (meta_params, tasks) -> Plan: lowers and compiles one chunk's Hessian product, and reads XLA's analyses.
 
     Args:
@@ -103,6 +118,8 @@ def preflight(
       memory: bytes that may be used on all devices together; None for 60 % of what is free.
       num_products: Hessian products that flops and time are estimated for; a solve takes some tens.
       mesh: devices that share each chunk; None for one.
+      hvp: as in `task_if`.
+      precision: as in `task_if`.
 
     Returns:
       Function of λ and stacked tasks or a source of single ones. Run on shapes (`jax.ShapeDtypeStruct`) instead of
@@ -112,14 +129,19 @@ def preflight(
       MemoryError: not one task, or not `batch_size` tasks, fit; with the numbers.
       TypeError: forward mode through a `custom_vjp`, see `bilevel`.
     """
-    curvature = exact() if curvature is None else curvature
-    check_curvature(problem, curvature)
-    check_batch_size(batch_size)
+    shared: dict[str, Any] = {
+        "curvature": curvature,
+        "batch_size": batch_size,
+        "mesh": mesh,
+        "hvp": hvp,
+        "precision": precision,
+    }
+    options = Options.of(problem, **shared)
     check_positive("num_products", num_products, integer=True)
     if memory is not None:
         check_positive("memory", memory)
 
-    def run(meta_params: PyTree, tasks: Task | Sequence[Task]) -> Plan:
+    def run(meta_params: PyTree, tasks: Task | Sized) -> Plan:
         if not _is_abstract(meta_params):
             check_meta_params(meta_params)
         devices = 1 if mesh is None else mesh.size
@@ -127,7 +149,8 @@ def preflight(
         count = sizes(tasks).lead[0] if isinstance(tasks, Task) else len(tasks)
         vectors = _VECTORS * _size(meta_params)
         wanted = min(count, _PROBE if batch_size is None else batch_size)
-        measured = _measure(problem, curvature, meta_params, _first(tasks, wanted))
+        with options.traced():
+            measured = _measure(options.problem, options.curvature, meta_params, _first(tasks, wanted))
         fitting = int((room - vectors) / (_MARGIN * measured.bytes_per_task))
         if fitting < (1 if batch_size is None else wanted):
             raise MemoryError(
@@ -163,55 +186,12 @@ def preflight(
     return run
 
 
-class Chunks(NamedTuple):
-    """How much is worked on at once.
-
-    Attributes:
-      tasks: per chunk; None for all.
-      vectors: that are solved for at once; None for all.
-    """
-
-    tasks: int | None
-    vectors: int | None
-
-
-def fitting_chunks(
-    problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task, vectors: int, mesh: Mesh | None
-) -> Chunks:
-    """Chunks that fit for a function that is given all tasks, by shapes alone, so that it may be traced.
-
-    A small problem is recognised by the size of its data, a larger one by what its linearisation would hold, and only
-    where that does not fit is a chunk compiled.
-
-    Args:
-      problem: the problem.
-      curvature: of its products.
-      meta_params: λ.
-      tasks: stacked tasks.
-      vectors: right-hand sides.
-      mesh: devices that share each chunk; None for one.
-    """
-    room = free_memory() * FREE_SHARE * (1 if mesh is None else mesh.size)
-    count, few = sizes(tasks).lead[0], min(vectors, _FEW_VECTORS)
-    if (_size(tasks) + count * _size(meta_params)) * _SURELY_LESS * vectors <= room:
-        return Chunks(None, None)
-    shapes = _shapes(meta_params)
-    whole = count * _linearised_bytes(problem, curvature, shapes, _first(_shapes(tasks), 1))
-    # Each vector's tangents take no more than the linearisation that they go through.
-    if whole * (1 + few) <= room:
-        fitting = int(room / whole) - 1
-        return Chunks(None, None if fitting >= vectors else fitting)
-    plan = preflight(problem, curvature=curvature, memory=room / few, mesh=mesh)(shapes, _shapes(tasks))
-    return Chunks(plan.batch_size, None if vectors <= few else few)
-
-
 def free_memory() -> float:
     """Bytes that are free on the default device: those of an accelerator, or, of the host, what the kernel can give."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return float(statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
-    free = [_available(Path("/proc/meminfo")), *_limits(Path("/sys/fs/cgroup"))]
-    return min((each for each in free if each is not None), default=2e9)
+    return _memory.available()
 
 
 class _Measured(NamedTuple):
@@ -224,10 +204,10 @@ class _Measured(NamedTuple):
 def _measure(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task) -> _Measured:
     count = sizes(tasks).lead[0]
     weights = jax.eval_shape(lambda: resolve_weights(None, tasks))
-    check_derivatives(problem, meta_params, tasks, weights, twice=curvature.is_exact)
+    check_derivatives(problem, meta_params, tasks, weights)
 
     def product(at: PyTree, vector: PyTree, tasks: Task, weights: Any) -> PyTree:
-        return summed_product(problem, curvature, at, vector, tasks, weights)
+        return batch_pull(problem, curvature, at, tasks, weights)(vector)[0]
 
     lowered = jax.jit(product).lower(meta_params, meta_params, tasks, weights)
     compiled = lowered.compile()
@@ -243,19 +223,13 @@ def _measure(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks:
         seconds = (time.perf_counter() - start) / count
     return _Measured(
         bytes_per_task=max(used - 3 * _size(meta_params), 1) / count,
-        linearised_bytes=max(_linearised_bytes(problem, curvature, meta_params, tasks) / count, 1),
+        linearised_bytes=linearised_bytes(problem, curvature, meta_params, tasks),
         flops_per_task=float(costs.get("flops", 0.0)) / count,
         seconds_per_task=seconds,
     )
 
 
-def _linearised_bytes(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task) -> float:
-    weights = jax.eval_shape(lambda: resolve_weights(None, tasks))
-    linear = jax.eval_shape(lambda at, *data: summed_linear(problem, curvature, at, *data), meta_params, tasks, weights)
-    return _size(linear)
-
-
-def _first(tasks: Task | Sequence[Task], count: int) -> Task:
+def _first(tasks: Task | Sized, count: int) -> Task:
     if not isinstance(tasks, Task):
         return stack_tasks([tasks[k] for k in range(count)])
     if _is_abstract(tasks) or not concrete(tasks):
@@ -280,24 +254,6 @@ def _shapes(tree: PyTree) -> PyTree:
 def _size(tree: PyTree) -> float:
     """Bytes of arrays, or of what has their shapes."""
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_shapes(tree))))
-
-
-def _available(meminfo: Path) -> float | None:
-    try:
-        lines = meminfo.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024.0 * int(found[0]) if found else None
-
-
-def _limits(root: Path) -> list[float]:
-    """What this process's control group leaves."""
-    try:
-        limit, used = ((root / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return []
-    return [] if limit == "max" else [float(limit) - float(used)]
 
 
 def _bytes(number: float) -> str:

@@ -7,14 +7,15 @@ enters the outer objective: 1 by default, 0 for a datum that is removed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree
+
+from metainfluence._checks import check_finite_floats, concrete, leaf_name, refuse_half
 
 
 class Task(NamedTuple):
@@ -57,44 +58,6 @@ class Sizes(NamedTuple):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the `Weights`."""
         return {"task": self.lead, "support": (*self.lead, self.support), "query": (*self.lead, self.query)}
-
-
-def concrete(*trees: PyTree) -> bool:
-    """Whether every leaf has a value now, which is not so under jit, vmap and grad."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
-
-
-def is_array(value: Any) -> bool:
-    """Whether `value` is an array or a number, and not a pytree or anything else."""
-    return isinstance(value, (jax.Array, np.ndarray, np.generic, int, float))
-
-
-def described(value: Any) -> str:
-    """What `value` is, for error messages."""
-    if not is_array(value):
-        return f"{type(value).__name__} {value!r}"
-    return f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
-
-
-def leaf_name(root: str, path: Any) -> str:
-    """Name of a pytree's leaf for error messages, as in `tasks.support['x']`."""
-    return root + jax.tree_util.keystr(path)
-
-
-def is_half(value: Any) -> bool:
-    """Whether an array holds floating-point numbers of less than 32 bits."""
-    dtype = jnp.result_type(value)
-    return bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize < 4
-
-
-def refuse_half(tree: PyTree, name: str) -> None:
-    """Raises TypeError, naming the leaf, where a leaf is in half precision, in which no Hessian can be solved with."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if is_array(leaf) and is_half(leaf):
-            raise TypeError(
-                f"{leaf_name(name, path)}: expected float32 or float64, got {jnp.result_type(leaf)}; cast it, or use "
-                "scoring.score, which does"
-            )
 
 
 def _lead(name: str, tree: PyTree, mask: Any, axes: int) -> tuple[int, ...]:
@@ -265,10 +228,7 @@ def resolve_weights(weights: Weights | None, tasks: Task, *, stacked: bool = Tru
         value = getattr(weights, field)
         if jnp.shape(value) != shape:
             raise ValueError(f"{name}.{field}: expected shape {shape}, got {jnp.shape(value)}")
-        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            raise TypeError(f"{name}.{field}: expected floating-point numbers, got {jnp.result_type(value)}")
-        if concrete(value) and not np.all(np.isfinite(np.asarray(value))):
-            raise ValueError(f"{name}.{field}: expected finite numbers, got NaN or infinity")
+        check_finite_floats(f"{name}.{field}", value)
     return Weights(*map(jnp.asarray, weights))
 
 
@@ -328,86 +288,6 @@ def fill_padding(batch: PyTree, mask: Array | None) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[rows], batch)
 
 
-def reduce_tasks(
-    fn: Callable[[Any], tuple[PyTree, PyTree]], data: PyTree, batch_size: int | None, mesh: Mesh | None = None
-) -> tuple[PyTree, PyTree]:
-    """Runs `fn` over chunks of tasks, adding up its first result and concatenating its second.
-
-    Args:
-      fn: maps a chunk of `data`, leading axis b, to (pytree to be summed, pytree of arrays `[b, ...]`). With a mesh,
-        tasks of weight 0 must add nothing to the sum.
-      data: pytree of arrays with the tasks on the leading axis.
-      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
-      mesh: devices over which each chunk's tasks are sharded, over all axes of the mesh. Where the tasks do not divide
-        evenly, tasks of weight 0 fill up.
-    """
-    given = count = jax.tree.leaves(data)[0].shape[0]
-    if mesh is not None:
-        count = -(-given // mesh.size) * mesh.size
-        batch_size = None if batch_size is None else -(-batch_size // mesh.size) * mesh.size
-        data = pad_tasks(data, count)
-    if batch_size is None or batch_size >= count:
-        total, each = fn(shard(data, mesh))
-        return total, jax.tree.map(lambda x: x[:given], each)
-    chunks, rest = divmod(count, batch_size)
-    whole = chunks * batch_size
-    head = jax.tree.map(lambda x: x[:whole].reshape(chunks, batch_size, *x.shape[1:]), data)
-    shapes, _ = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], head))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-    # Reverse mode through the chunks would otherwise keep the intermediates of all of them.
-    @jax.checkpoint
-    def body(total: PyTree, chunk: PyTree) -> tuple[PyTree, PyTree]:
-        part, each = fn(shard(chunk, mesh))
-        return jax.tree.map(jnp.add, total, part), each
-
-    total, each = jax.lax.scan(body, zeros, head)
-    each = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), each)
-    if rest:
-        part, tail = fn(shard(jax.tree.map(lambda x: x[whole:], data), mesh))
-        total = jax.tree.map(jnp.add, total, part)
-        each = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), each, tail)
-    return total, jax.tree.map(lambda x: x[:given], each)
-
-
-def pad_tasks(data: PyTree, count: int) -> PyTree:
-    """Fills up to `count` tasks by repeating the last one, at weight 0 in the `Weights` that the pytree holds."""
-    given = jax.tree.leaves(data)[0].shape[0]
-    if count == given:
-        return data
-    rows = np.minimum(np.arange(count), given - 1)
-
-    def pad(node: PyTree) -> PyTree:
-        padded = jax.tree.map(lambda leaf: leaf[rows], node)
-        if isinstance(node, Weights):
-            padded = padded._replace(task=jnp.where(np.arange(count) < given, padded.task, 0))
-        return padded
-
-    return jax.tree.map(pad, data, is_leaf=lambda node: isinstance(node, Weights))
-
-
-def shard(data: PyTree, mesh: Mesh | None) -> PyTree:
-    """Lays the leading axis, a multiple of the mesh's size, over all axes of the mesh; None leaves data where it is."""
-    if mesh is None:
-        return data
-    sharding = task_sharding(mesh)
-    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), data)
-
-
-def task_sharding(mesh: Mesh, *, replicated: bool = False) -> NamedSharding:
-    """Lays a leading axis of tasks over all axes of the mesh; or everything on every device."""
-    # Axes by which XLA shards on its own, whatever the user's own are for.
-    automatic = Mesh(mesh.devices, mesh.axis_names)
-    return NamedSharding(automatic, PartitionSpec() if replicated else PartitionSpec(mesh.axis_names))
-
-
-def check_batch_size(batch_size: int | None) -> None:
-    """Raises ValueError unless `batch_size` is None or a positive integer."""
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size: expected None or a positive integer, got {batch_size!r}")
-
-
-def check_mesh(mesh: Mesh | None) -> None:
-    """Raises TypeError unless `mesh` is None or a mesh of devices."""
-    if mesh is not None and not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh: expected None or a jax.sharding.Mesh, got {mesh!r}")
+def weighted_sum(losses: Array, coefficients: Array) -> Array:
+    """Σ_j c_j ℓ_j in the dtype of the losses."""
+    return jnp.sum(losses * coefficients.astype(losses.dtype))

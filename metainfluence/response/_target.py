@@ -8,9 +8,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
-from metainfluence._calls import calling, check_function
-from metainfluence.adaptation import check_scalar
-from metainfluence.tasks import name_not_finite
+from metainfluence._checks import calling, check_function, check_scalar
+from metainfluence.data import name_not_finite
 
 
 def target_gradient(target: Callable[..., Array], meta_params: PyTree, target_args: tuple[Any, ...]) -> PyTree:

@@ -6,7 +6,7 @@ F(λ, w) = (1/T) Σ_k w_k · L_k(λ, w) + R(λ),    L_k = Σ_j b_kj v_kj · ℓ_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +14,24 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence._calls import calling, check_function
-from metainfluence.adaptation import Adaptation, Loss, check_floating, check_losses, check_scalar, weighted_sum
-from metainfluence.differentiation import FORWARD, check_hvp
-from metainfluence.tasks import (
-    Task,
-    Weights,
+from metainfluence._checks import (
+    calling,
     check_batch_size,
+    check_floating,
+    check_function,
+    check_losses,
     check_mesh,
-    coefficients,
+    check_precision,
+    check_scalar,
     concrete,
-    fill_padding,
     leaf_name,
-    reduce_tasks,
     refuse_half,
-    resolve_weights,
-    sizes,
+    traced_at,
 )
+from metainfluence._chunks import reduce_tasks
+from metainfluence.adaptation import Adaptation, Loss
+from metainfluence.data import Task, Weights, coefficients, fill_padding, resolve_weights, sizes, weighted_sum
+from metainfluence.differentiation import FORWARD, check_hvp
 
 
 class Bilevel(NamedTuple):
@@ -41,6 +42,8 @@ class Bilevel(NamedTuple):
       adapt: (meta_params, task, weights) -> params; None where the task loss is not split into levels.
       query_losses: (params, meta_params, task) -> losses `[n_query]`; None where adapt is.
       inner_gradient_norm: (params, meta_params, task, weights) -> ‖∂_θ L_in‖; None unless adaptation is implicit.
+      measure: (meta_params, task, weights) -> (params, ‖∂_θ L_in‖), the norm None where it means nothing; None where
+        adapt is.
       outputs: (params, meta_params, task) -> the model's outputs on the query set; None without a head.
       head: (outputs, task, weights) -> L_k; None without a head.
       meta_regularizer: (meta_params) -> R; None for 0.
@@ -51,6 +54,7 @@ class Bilevel(NamedTuple):
     adapt: Callable[[PyTree, Task, Weights], PyTree] | None = None
     query_losses: Callable[[PyTree, PyTree, Task], Array] | None = None
     inner_gradient_norm: Callable[[PyTree, PyTree, Task, Weights], Array] | None = None
+    measure: Callable[[PyTree, Task, Weights], tuple[PyTree, Array | None]] | None = None
     outputs: Callable[[PyTree, PyTree, Task], PyTree] | None = None
     head: Callable[[PyTree, Task, Weights], Array] | None = None
     meta_regularizer: Callable[[PyTree], Array] | None = None
@@ -95,14 +99,27 @@ def bilevel(
         check_function("outer_head", outer_head, "(outputs, query) -> losses [n_query]", *"oq")
     check_hvp(hvp)
 
-    def adapted(meta_params: PyTree, task: Task, weights: Weights) -> PyTree:
+    chosen = adapt if isinstance(adapt, Adaptation) else Adaptation(adapt)
+
+    def operands(meta_params: PyTree, task: Task, weights: Weights) -> tuple[PyTree, PyTree, Array]:
         support = fill_padding(task.support, task.support_mask)
+        return meta_params, support, coefficients(weights.support, task.support_mask)
+
+    def adapted(meta_params: PyTree, task: Task, weights: Weights) -> PyTree:
         with calling("adapt", "(meta_params, support, coefficients)"):
-            return adapt(meta_params, support, coefficients(weights.support, task.support_mask))
+            return chosen(*operands(meta_params, task, weights))
+
+    def measured(meta_params: PyTree, task: Task, weights: Weights) -> tuple[PyTree, Array | None]:
+        with calling("adapt", "(meta_params, support, coefficients)"):
+            return chosen.measured(*operands(meta_params, task, weights))
+
+    @jax.jit
+    def called(params: PyTree, meta_params: PyTree, query: PyTree) -> PyTree:
+        with calling("outer_loss", "(params, meta_params, query)"):
+            return outer_loss(params, meta_params, query)
 
     def outputs(params: PyTree, meta_params: PyTree, task: Task) -> PyTree:
-        with calling("outer_loss", "(params, meta_params, query)"):
-            return outer_loss(params, meta_params, fill_padding(task.query, task.query_mask))
+        return called(params, meta_params, fill_padding(task.query, task.query_mask))
 
     def losses_of(outputs: PyTree, task: Task) -> Array:
         if outer_head is None:
@@ -122,15 +139,15 @@ def bilevel(
         return head(outputs(params, meta_params, task), task, weights)
 
     def inner_gradient_norm(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
-        support = fill_padding(task.support, task.support_mask)
-        return measure(params, meta_params, support, coefficients(weights.support, task.support_mask))
+        assert chosen.inner_gradient_norm is not None
+        return chosen.inner_gradient_norm(params, *operands(meta_params, task, weights))
 
-    measure: Any = getattr(adapt, "inner_gradient_norm", None)
     return Bilevel(
         outer=outer,
         adapt=adapted,
         query_losses=query_losses,
-        inner_gradient_norm=None if measure is None else inner_gradient_norm,
+        inner_gradient_norm=None if chosen.inner_gradient_norm is None else inner_gradient_norm,
+        measure=measured,
         outputs=None if outer_head is None else outputs,
         head=None if outer_head is None else head,
         meta_regularizer=meta_regularizer,
@@ -163,6 +180,11 @@ def from_task_loss(
     check_function("task_loss", task_loss, "(meta_params, task, weights) -> scalar", *"mtw")
     _check_meta_regularizer(meta_regularizer)
 
+    @jax.jit
+    def called(meta_params: PyTree, task: Task, weights: Weights) -> Array:
+        with calling("task_loss", "(meta_params, task, weights)"):
+            return check_scalar(task_loss(meta_params, task, weights), "task_loss")
+
     def outer(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         del params
         support, query = weights.support, weights.query
@@ -173,9 +195,7 @@ def from_task_loss(
         filled = task._replace(
             support=fill_padding(task.support, task.support_mask), query=fill_padding(task.query, task.query_mask)
         )
-        with calling("task_loss", "(meta_params, task, weights)"):
-            value = task_loss(meta_params, filled, Weights(weights.task, support, query))
-        return check_scalar(value, "task_loss")
+        return called(meta_params, filled, Weights(weights.task, support, query))
 
     return Bilevel(outer, meta_regularizer=meta_regularizer, hvp=hvp)
 
@@ -244,22 +264,17 @@ def check_meta_params(meta_params: PyTree) -> None:
 
 def evaluate(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) -> tuple[Array, Array]:
     """L_k and ‖∂_θ L_in‖ of one task, by one adaptation."""
-    if problem.adapt is None:
+    if problem.measure is None:
         loss = problem.outer(None, meta_params, task, weights)
         return loss, jnp.zeros_like(loss)
-    params = problem.adapt(meta_params, task, weights)
+    params, norm = problem.measure(meta_params, task, weights)
     loss = problem.outer(params, meta_params, task, weights)
-    return loss, stationarity(problem, params, meta_params, task, weights, loss)
+    return loss, norm_or_zero(norm, loss)
 
 
-def stationarity(
-    problem: Bilevel, params: PyTree, meta_params: PyTree, task: Task, weights: Weights, loss: Array
-) -> Array:
-    """‖∂_θ L_in‖ at `params` in the dtype of `loss`, without derivatives; 0 unless adaptation is implicit."""
-    if problem.inner_gradient_norm is None:
-        return jnp.zeros_like(loss)
-    frozen = jax.lax.stop_gradient((params, meta_params, weights))
-    return problem.inner_gradient_norm(frozen[0], frozen[1], task, frozen[2]).astype(loss.dtype)
+def norm_or_zero(norm: Array | None, loss: Array) -> Array:
+    """‖∂_θ L_in‖ in the dtype of the loss; 0 where there is no inner minimum to be far from."""
+    return jnp.zeros_like(loss) if norm is None else jax.lax.stop_gradient(norm).astype(loss.dtype)
 
 
 def meta_regularization(problem: Bilevel, meta_params: PyTree) -> Array:
@@ -269,55 +284,101 @@ def meta_regularization(problem: Bilevel, meta_params: PyTree) -> Array:
     return check_scalar(problem.meta_regularizer(meta_params), "meta_regularizer")
 
 
-def task_loss(problem: Bilevel) -> Callable[..., Float[Array, ""]]:
+class TaskLoss(Protocol):
+    """What `task_loss` makes."""
+
+    def __call__(self, meta_params: PyTree, task: Task, weights: Weights | None = None) -> Float[Array, ""]:
+        """L_k of one task."""
+
+
+class TaskGradient(Protocol):
+    """What `total_gradient` makes."""
+
+    def __call__(self, meta_params: PyTree, task: Task, weights: Weights | None = None) -> PyTree:
+        """D_λ L_k of one task."""
+
+
+class Objective(Protocol):
+    """What `total_objective` makes."""
+
+    def __call__(self, meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Float[Array, ""]:
+        """F."""
+
+
+class Target(Protocol):
+    """What `query_loss` makes."""
+
+    def __call__(self, meta_params: PyTree, test_tasks: Task) -> Float[Array, ""]:
+        """The mean of L_k."""
+
+
+def task_loss(problem: Bilevel, *, precision: str | None = "highest") -> TaskLoss:
     """Makes (meta_params, task, weights=None) -> L_k, the adapted task's loss on its query set.
 
     The task's own weight w_k does not enter here but in the objective. Differentiable in meta_params and weights.
+
+    Args:
+      problem: the problem.
+      precision: of matrix products, the problem's own included, see `jax.default_matmul_precision`; None for JAX's.
     """
+    check_precision(precision)
 
     def run(meta_params: PyTree, task: Task, weights: Weights | None = None) -> Array:
         check_meta_params(meta_params)
         weights = resolve_weights(weights, task, stacked=False)
-        return evaluate(problem, meta_params, task, weights)[0]
+        with traced_at(precision):
+            return evaluate(problem, meta_params, task, weights)[0]
 
     return run
 
 
-def total_gradient(problem: Bilevel) -> Callable[..., PyTree]:
+def total_gradient(problem: Bilevel, *, precision: str | None = "highest") -> TaskGradient:
     """Makes (meta_params, task, weights=None) -> D_λ L_k, a pytree like meta_params; `vmap` it over tasks.
 
     D_λ L_k = ∂_λ L_k + (dθ_k/dλ)ᵀ ∂_θ L_k: Theorem 4.1 of arXiv 2501.15963.
+
+    Args:
+      problem: the problem.
+      precision: as in `task_loss`.
     """
-    gradient = jax.grad(task_loss(problem))
+    gradient = jax.grad(task_loss(problem, precision=precision))
 
     def run(meta_params: PyTree, task: Task, weights: Weights | None = None) -> PyTree:
         # Under grad these values are traced, and cannot be looked at.
         check_meta_params(meta_params)
-        return gradient(meta_params, task, resolve_weights(weights, task, stacked=False))
+        with traced_at(precision):
+            return gradient(meta_params, task, resolve_weights(weights, task, stacked=False))
 
     return run
 
 
 def total_objective(
-    problem: Bilevel, *, batch_size: int | None = None, mesh: Mesh | None = None
-) -> Callable[..., Float[Array, ""]]:
+    problem: Bilevel,
+    *,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    precision: str | None = "highest",
+) -> Objective:
     """Makes (meta_params, tasks, weights=None) -> F, the outer objective.
 
     Args:
       problem: the problem.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
       mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
+      precision: as in `task_loss`.
     """
     check_batch_size(batch_size)
     check_mesh(mesh)
+    check_precision(precision)
 
     def run(meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Array:
         check_meta_params(meta_params)
         weights = resolve_weights(weights, tasks)
-        total, _ = reduce_tasks(
-            lambda chunk: weighted_losses(problem, meta_params, *chunk), (tasks, weights), batch_size, mesh
-        )
-        return total / weights.task.shape[0] + meta_regularization(problem, meta_params)
+        with traced_at(precision):
+            total, _ = reduce_tasks(
+                lambda chunk: weighted_losses(problem, meta_params, *chunk), (tasks, weights), batch_size, mesh
+            )
+            return total / weights.task.shape[0] + meta_regularization(problem, meta_params)
 
     return run
 
@@ -328,9 +389,16 @@ def weighted_losses(problem: Bilevel, meta_params: PyTree, tasks: Task, weights:
     return weighted_sum(losses, weights.task), norms
 
 
-def query_loss(problem: Bilevel, *, batch_size: int | None = None) -> Callable[..., Float[Array, ""]]:
-    """Makes the usual target (meta_params, test_tasks) -> mean of L_k at unit weights, without the meta-regulariser."""
-    objective = total_objective(problem._replace(meta_regularizer=None), batch_size=batch_size)
+def query_loss(problem: Bilevel, *, batch_size: int | None = None, precision: str | None = "highest") -> Target:
+    """Makes the usual target (meta_params, test_tasks) -> mean of L_k at unit weights, without the meta-regulariser.
+
+    Args:
+      problem: the problem.
+      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
+      precision: as in `task_loss`.
+    """
+    plain = problem._replace(meta_regularizer=None)
+    objective = total_objective(plain, batch_size=batch_size, precision=precision)
 
     def target(meta_params: PyTree, test_tasks: Task) -> Array:
         sizes(test_tasks, name="test_tasks")

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence.bilevel import Bilevel, check_meta_params, task_loss
-from metainfluence.tasks import Task, Weights, concrete, resolve_weights
+from metainfluence._checks import concrete
+from metainfluence.data import Task, Weights, resolve_weights
+from metainfluence.problem import Bilevel, check_meta_params, task_loss
 
 
 class CouplingWarning(UserWarning):

@@ -1,20 +1,18 @@
-"""The total Hessian's spectrum: Ritz values with their residuals, and a density of eigenvalues."""
+"""The spectrum of an operator: Ritz values with their residuals, and a density of eigenvalues."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from metainfluence import subspace
-from metainfluence.bilevel import Bilevel
-from metainfluence.curvature import Curvature, total_hessian
+from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import check_positive
-from metainfluence.tasks import Task, Weights
+
+__all__ = ["Spectrum", "of_operator"]
 
 
 class Spectrum(NamedTuple):
@@ -59,39 +57,6 @@ class Spectrum(NamedTuple):
         return jnp.mean(jnp.sum(bumps * self.weights[None], axis=2), axis=1)
 
 
-def spectrum(
-    problem: Bilevel, curvature: Curvature | None = None, *, batch_size: int | None = None
-) -> Callable[..., Spectrum]:
-    """Makes (meta_params, tasks, weights=None, *, rank=50, num_probes=0, seed=0) -> Spectrum of the total Hessian.
-
-    Lanczos' method with full reorthogonalisation; where the Krylov space closes early, it goes on from a random vector,
-    so that no ghost takes the place of an eigenvalue. The density is by stochastic Lanczos quadrature (Ubaru, Chen and
-    Saad, SIAM J. Matrix Anal. Appl. 38, 2017) with `num_probes` probes of random signs, `rank` products each.
-
-    Args:
-      problem: the problem.
-      curvature: one of `metainfluence.curvature`; None for `exact()`.
-      batch_size: tasks per chunk, which bounds the memory.
-
-    Raises:
-      ValueError: as `total_hessian`; `rank` no positive integer or `num_probes` negative.
-    """
-    hessian = total_hessian(problem, curvature, batch_size=batch_size)
-
-    def run(
-        meta_params: PyTree,
-        tasks: Task,
-        weights: Weights | None = None,
-        *,
-        rank: int = 50,
-        num_probes: int = 0,
-        seed: int = 0,
-    ) -> Spectrum:
-        return of_operator(hessian(meta_params, tasks, weights), rank=rank, num_probes=num_probes, seed=seed)
-
-    return run
-
-
 def of_operator(operator: Operator, *, rank: int = 50, num_probes: int = 0, seed: int = 0) -> Spectrum:
     """The spectrum of any operator, its shift included."""
     check_positive("rank", rank, integer=True)
@@ -100,11 +65,11 @@ def of_operator(operator: Operator, *, rank: int = 50, num_probes: int = 0, seed
     size, dtype = min(rank, operator.size), operator.domain.dtype
     first, *keys = jax.random.split(jax.random.key(seed), 2 + num_probes)
     start = jax.random.normal(first, (operator.size,), dtype)
-    found = subspace.ritz(subspace.lanczos(operator, size, start, keys[0]))
+    found = subspace.ritz(subspace.lanczos(operator, size, start))
 
     def probe(key: Array) -> tuple[Array, Array]:
         direction = jax.random.rademacher(key, (operator.size,), dtype) / jnp.sqrt(jnp.asarray(operator.size, dtype))
-        ritz = subspace.ritz(subspace.lanczos(operator, size, direction, jax.random.fold_in(key, 1)))
+        ritz = subspace.ritz(subspace.lanczos(operator, size, direction))
         return ritz.values + operator.shift, jnp.where(ritz.valid, jnp.vecdot(ritz.vectors, direction[None]) ** 2, 0)
 
     nodes, weights = jnp.zeros((0, size), dtype), jnp.zeros((0, size), dtype)

@@ -1,0 +1,53 @@
+"""The response: how trained meta-parameters λ answer the data weights w, as an object.
+
+Every influence is one derivative of one map, w ↦ λ(w). A response offers its two linear maps: `jvp`, from a direction
+in w to the change of λ, and `vjp`, from the slope of a target to dφ/dw of every datum together.
+"""
+
+from metainfluence.response._checkpoints import Checkpoint as Checkpoint
+from metainfluence.response._checkpoints import checkpoints as checkpoints
+from metainfluence.response._choice import DEVICE_SHARE as DEVICE_SHARE
+from metainfluence.response._choice import linearised_bytes as linearised_bytes
+from metainfluence.response._damping import RANK as RANK
+from metainfluence.response._damping import Damping as Damping
+from metainfluence.response._damping import rule as rule
+from metainfluence.response._hessian import total_hessian as total_hessian
+from metainfluence.response._optimum import Optimum as Optimum
+from metainfluence.response._optimum import OptimumInfo as OptimumInfo
+from metainfluence.response._optimum import checked as checked
+from metainfluence.response._optimum import optimum as optimum
+from metainfluence.response._optimum import optimum_at as optimum_at
+from metainfluence.response._optimum import solve_alone as solve_alone
+from metainfluence.response._optimum import solve_once as solve_once
+from metainfluence.response._options import Options as Options
+from metainfluence.response._response import Influence as Influence
+from metainfluence.response._response import Response as Response
+from metainfluence.response._response import Scores as Scores
+from metainfluence.response._response import check_target as check_target
+from metainfluence.response._response import removal_scores as removal_scores
+from metainfluence.response._response import scores as scores
+from metainfluence.response._segments import Segments as Segments
+from metainfluence.response._segments import SegmentsInfo as SegmentsInfo
+from metainfluence.response._segments import problems_of_segments as problems_of_segments
+from metainfluence.response._segments import segments as segments
+from metainfluence.response._sums import Expansion as Expansion
+from metainfluence.response._sums import Pull as Pull
+from metainfluence.response._sums import Sums as Sums
+from metainfluence.response._sums import batch_gradient as batch_gradient
+from metainfluence.response._sums import batch_pull as batch_pull
+from metainfluence.response._sums import batch_sensitivities as batch_sensitivities
+from metainfluence.response._sums import batch_shift as batch_shift
+from metainfluence.response._sums import check_derivatives as check_derivatives
+from metainfluence.response._sums import expand as expand
+from metainfluence.response._sums import gradient_map as gradient_map
+from metainfluence.response._sums import mean as mean
+from metainfluence.response._sums import regularizer_gradient as regularizer_gradient
+from metainfluence.response._sums import regularizer_product as regularizer_product
+from metainfluence.response._target import name_target_not_finite as name_target_not_finite
+from metainfluence.response._target import target_gradient as target_gradient
+from metainfluence.response._trajectory import RunInfo as RunInfo
+from metainfluence.response._trajectory import Trajectory as Trajectory
+from metainfluence.response._trajectory import problems_of_run as problems_of_run
+from metainfluence.response._trajectory import trajectory as trajectory
+
+__all__ = ["Influence", "Optimum", "OptimumInfo", "Response", "Scores", "optimum", "scores"]

@@ -1,0 +1,102 @@
+"""How many tasks and vectors are worked on at once: a choice by shapes alone, the same under jit and outside."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from metainfluence._chunks import Chunks
+from metainfluence.curvature import Curvature
+from metainfluence.data import Task, resolve_weights, sizes
+from metainfluence.problem import Bilevel
+from metainfluence.response._sums import batch_pull
+
+# Bytes of the linearisation of a chunk that stays in a core's cache: measured, see the growth benchmark.
+CACHE_BYTES = 8e6
+
+# Fewer tasks than this are never worth two chunks.
+LEAST_CHUNK = 16
+
+# Bytes that what is kept from product to product may take on a CPU, whatever else runs there; an accelerator gives
+# this share of all that it has.
+HOST_BYTES = 4e9
+DEVICE_SHARE = 0.6
+
+# As many vectors as the default solver multiplies at once.
+FEW_VECTORS = 16
+
+
+def fitting_chunks(
+    problem: Bilevel,
+    curvature: Curvature,
+    meta_params: PyTree,
+    tasks: Task,
+    vectors: int,
+    mesh: Mesh | None,
+    batch_size: int | None = None,
+) -> Chunks:
+    """Chunks for a function that is given all tasks.
+
+    On a CPU a chunk is what stays in its cache; on an accelerator, or a mesh, all tasks that fit. What the products
+    need of all chunks is kept where it fits, and made anew in every product where it does not. Neither what else runs
+    on the machine nor any measurement plays a part.
+
+    Args:
+      problem: the problem.
+      curvature: of its products.
+      meta_params: λ.
+      tasks: stacked tasks.
+      vectors: right-hand sides.
+      mesh: devices that share each chunk; None for one.
+      batch_size: tasks per chunk, where the user has named them.
+    """
+    count = sizes(tasks).lead[0]
+    room = usable_bytes() * (1 if mesh is None else mesh.size)
+    if batch_size is None and count <= LEAST_CHUNK and count * _data_bytes(tasks, meta_params) <= room / 1e4:
+        return Chunks(None)
+    each = linearised_bytes(problem, curvature, meta_params, tasks)
+    keep = count * each <= room
+    chunk = batch_size
+    if chunk is None:
+        most = CACHE_BYTES if mesh is None and jax.default_backend() == "cpu" else room / 4
+        chunk = evenly(count, max(int(most / each), LEAST_CHUNK if keep else 1))
+    # A vector's tangents take no more than the linearisation that they go through, a chunk at a time.
+    at_once = max(int((room - (count * each if keep else 0)) / (chunk * each + 1)), 1)
+    at_once = max(at_once, min(vectors, FEW_VECTORS)) if keep else at_once
+    return Chunks(None if chunk >= count else chunk, None if at_once >= vectors else at_once, keep)
+
+
+def evenly(count: int, most: int) -> int:
+    """The size of equal chunks of at most `most`, as few as there can be."""
+    return -(-count // -(-count // most))
+
+
+def usable_bytes() -> float:
+    """Bytes that the default device may be asked for: a property of the machine, not of its load."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics and jax.default_backend() != "cpu":
+        return DEVICE_SHARE * float(statistics["bytes_limit"])
+    return HOST_BYTES
+
+
+def linearised_bytes(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task) -> float:
+    """Bytes of one task's linearisation, from the shapes of what it is made of; nothing is computed or compiled."""
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), tasks)
+    weights = jax.eval_shape(lambda: resolve_weights(None, one))
+    at = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), meta_params)
+    pull = jax.eval_shape(lambda at, *data: batch_pull(problem, curvature, at, *data), at, one, weights)
+    return max(tree_bytes(pull), 1.0)
+
+
+def tree_bytes(tree: PyTree) -> float:
+    """Bytes of arrays, or of what has their shapes."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize for leaf in leaves))
+
+
+def _data_bytes(tasks: Task, meta_params: PyTree) -> float:
+    return tree_bytes(tasks) / sizes(tasks).lead[0] + tree_bytes(meta_params)

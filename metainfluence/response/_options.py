@@ -1,0 +1,87 @@
+"""The options that all makers share, as one value that is checked once."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from metainfluence import solvers
+from metainfluence._checks import check_batch_size, check_damping, check_mesh, check_precision, traced_at
+from metainfluence._chunks import Chunks
+from metainfluence.curvature import Curvature, check_curvature, exact
+from metainfluence.data import Task, Weights
+from metainfluence.problem import Bilevel, with_hvp
+from metainfluence.response._choice import fitting_chunks
+from metainfluence.response._sums import Expansion, Sums
+from metainfluence.solvers import Solver
+
+
+class Options(NamedTuple):
+    """How a response is computed.
+
+    Attributes:
+      problem: the problem, with the derivatives that were asked for.
+      solver: one of `metainfluence.solvers`.
+      curvature: one of `metainfluence.curvature`.
+      damping: a non-negative number, or "auto".
+      batch_size: tasks per chunk; None for a choice by shapes.
+      mesh: devices over which tasks are sharded; None for where they are.
+      precision: of matrix products; None for JAX's own.
+    """
+
+    problem: Bilevel
+    solver: Solver
+    curvature: Curvature
+    damping: Any
+    batch_size: int | None
+    mesh: Mesh | None
+    precision: str | None
+
+    @staticmethod
+    def of(
+        problem: Bilevel,
+        *,
+        solver: Solver | None = None,
+        curvature: Curvature | None = None,
+        damping: Any = 0.0,
+        batch_size: int | None = None,
+        mesh: Mesh | None = None,
+        hvp: str | None = None,
+        precision: str | None = "highest",
+    ) -> Options:
+        """Checks the options, and puts the defaults in.
+
+        Raises:
+          TypeError: no problem, solver, curvature or mesh where one is expected.
+          ValueError: a curvature that needs what the problem lacks, a damping that is no non-negative number and not
+            "auto", or an unknown `hvp` or `precision`.
+        """
+        problem = with_hvp(problem, hvp)
+        curvature = exact() if curvature is None else curvature
+        solver = solvers.auto() if solver is None else solver
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solver: expected one of metainfluence.solvers, as cg(), got {solver!r}")
+        check_curvature(problem, curvature)
+        if isinstance(damping, str) and damping != "auto":
+            raise ValueError(f'damping: expected a non-negative number or "auto", got {damping!r}')
+        if not isinstance(damping, str):
+            check_damping(damping)
+        check_batch_size(batch_size)
+        check_mesh(mesh)
+        check_precision(precision)
+        return Options(problem, solver, curvature, damping, batch_size, mesh, precision)
+
+    def traced(self) -> contextlib.AbstractContextManager[Any]:
+        """The setting in which everything is traced, the user's functions included."""
+        return traced_at(self.precision)
+
+    def chunks(self, meta_params: PyTree, tasks: Task, vectors: int = 1) -> Chunks:
+        """What is worked on at once, by shapes alone."""
+        return fitting_chunks(self.problem, self.curvature, meta_params, tasks, vectors, self.mesh, self.batch_size)
+
+    def expanded(self, meta_params: PyTree, tasks: Task, weights: Weights, chunks: Chunks) -> Expansion:
+        """The gradient map to first order; arguments are the caller's to check."""
+        return Sums(self.problem, self.curvature, chunks, self.mesh).expand(meta_params, tasks, weights)

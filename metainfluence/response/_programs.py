@@ -1,0 +1,164 @@
+"""The compiled programs of a trajectory: made once for a run, used by all that is asked of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from metainfluence.data import Task, Weights
+from metainfluence.problem import total_objective
+from metainfluence.response._sweeps import Passed, Returned, Steps, Sweeps, change_of, cotangent_of, relative_norm
+from metainfluence.training import Run
+
+KEEP_ALL_BYTES = 1 << 28
+"""Up to so many bytes of states and gradients a run on the device keeps those of every step."""
+
+
+class Programs:
+    """A run's compiled programs.
+
+    Args:
+      run: the run.
+      store: as in `trajectory`, like the others.
+      keep: see there.
+      mesh: see there.
+      precision: see there.
+    """
+
+    def __init__(self, run: Run, store: str, keep: int | str, mesh: Mesh | None, precision: str | None):
+        self.run, self.store, self.mesh, self.precision, self._keep = run, store, mesh, precision, keep
+        self._train = jax.jit(self._trained, static_argnums=0)
+        self._segment = jax.jit(self._forward, static_argnums=0)
+        self._norm = jax.jit(self._gradient_norm)
+        self._pull = {many: jax.jit(_mapped(self._pulled, many), static_argnums=0) for many in (False, True)}
+        self._back = {many: jax.jit(_mapped(self._segment_back, many), static_argnums=0) for many in (False, True)}
+        self._begin = {many: jax.jit(_mapped(self._begun, many), static_argnums=0) for many in (False, True)}
+        self._push = {many: jax.jit(_mapped(self._pushed, many), static_argnums=0) for many in (False, True)}
+
+    def sweeps(self, state: PyTree) -> Sweeps:
+        """The programs for a state of these shapes."""
+        length = steps_per_segment(self._keep, self.store, self.run, state)
+        return Sweeps(self.run, length, self.store == "device" and length == self.run.num_steps, self.mesh)
+
+    def train(
+        self, state: PyTree, steps: Steps, tasks: Task, weights: Weights
+    ) -> tuple[PyTree, PyTree, Array | None, Array]:
+        """Goes through the run: (last state, what is kept, ‖D_λF‖, first step that is not finite)."""
+        with jax.default_matmul_precision(self.precision):
+            return self._train(self.sweeps(state), state, steps, tasks, weights)
+
+    def segment(self, passed: Passed, steps: Steps, tasks: Task, weights: Weights) -> Passed:
+        """Goes through one segment."""
+        with jax.default_matmul_precision(self.precision):
+            return self._segment(self.sweeps(passed.state), passed, steps, tasks, weights)
+
+    def gradient_norm(self, state: PyTree, steps: Steps, tasks: Task, weights: Weights) -> Array | None:
+        """‖D_λF‖ over all tasks, as many at a time as a step takes; None where F is not known."""
+        with jax.default_matmul_precision(self.precision):
+            return self._norm(state, steps, tasks, weights)
+
+    def pull(
+        self, many: bool, slope: PyTree, state: PyTree, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
+    ) -> tuple[Weights, Array, Array]:
+        """(dφ/dw, norms of the cotangents, their growth)."""
+        with jax.default_matmul_precision(self.precision):
+            return self._pull[many](self.sweeps(state), slope, state, kept, steps, tasks, weights)
+
+    def begin_back(self, many: bool, slope: PyTree, state: PyTree, weights: Weights) -> tuple[Returned, Array]:
+        """What comes back before the last segment, and the norm of the cotangent there."""
+        with jax.default_matmul_precision(self.precision):
+            return self._begin[many](self.sweeps(state), slope, state, weights)
+
+    def segment_back(
+        self, many: bool, returned: Returned, state: PyTree, steps: Steps, tasks: Task, weights: Weights
+    ) -> tuple[Returned, Array]:
+        """Comes back through one segment of which the first state is given."""
+        with jax.default_matmul_precision(self.precision):
+            return self._back[many](self.sweeps(state), returned, state, steps, tasks, weights)
+
+    def push(
+        self, many: bool, direction: Weights, start: PyTree, steps: Steps, tasks: Task, weights: Weights
+    ) -> PyTree:
+        """The change of λ_N."""
+        with jax.default_matmul_precision(self.precision):
+            return self._push[many](self.sweeps(start), direction, start, steps, tasks, weights)
+
+    def _trained(
+        self, sweeps: Sweeps, state: PyTree, steps: Steps, tasks: Task, weights: Weights
+    ) -> tuple[PyTree, PyTree, Array | None, Array]:
+        passed, kept = sweeps.train(state, steps, tasks, weights)
+        return passed.state, kept, self._gradient_norm(passed.state, steps, tasks, weights), passed.nonfinite
+
+    def _forward(self, sweeps: Sweeps, passed: Passed, steps: Steps, tasks: Task, weights: Weights) -> Passed:
+        return sweeps.forward(passed, steps, tasks, weights)[0]
+
+    def _gradient_norm(self, state: PyTree, steps: Steps, tasks: Task, weights: Weights) -> Array | None:
+        if self.run.problem is None:
+            return None
+        size = None if steps.row is None else steps.row.shape[-1]
+        objective = total_objective(self.run.problem, batch_size=size, mesh=self.mesh)
+        return optax.tree.norm(jax.grad(objective)(self.run.meta_params(state), tasks, weights))
+
+    def _begun(self, sweeps: Sweeps, slope: PyTree, state: PyTree, weights: Weights) -> tuple[Returned, Array]:
+        del sweeps
+        cotangent = cotangent_of(self.run, state, slope)
+        return Returned(cotangent, jax.tree.map(jnp.zeros_like, weights)), relative_norm(cotangent, state)
+
+    def _pulled(
+        self, sweeps: Sweeps, slope: PyTree, state: PyTree, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
+    ) -> tuple[Weights, Array, Array]:
+        returned, last = self._begun(sweeps, slope, state, weights)
+        scores, norms = sweeps.pull(returned, kept, steps, tasks, weights)
+        return scores, norms, growth(norms, last)
+
+    def _segment_back(
+        self, sweeps: Sweeps, returned: Returned, state: PyTree, steps: Steps, tasks: Task, weights: Weights
+    ) -> tuple[Returned, Array]:
+        return sweeps.back_again(returned, state, steps, tasks, weights)
+
+    def _pushed(
+        self, sweeps: Sweeps, direction: Weights, start: PyTree, steps: Steps, tasks: Task, weights: Weights
+    ) -> PyTree:
+        return change_of(self.run, *sweeps.push(start, steps, tasks, weights, direction))
+
+
+def _mapped(fn: Callable[..., Any], many: bool) -> Callable[..., Any]:
+    """The function, or for many of its first arguments on a leading axis."""
+    if not many:
+        return fn
+
+    def mapped(sweeps: Sweeps, first: PyTree, *rest: Any) -> Any:
+        return jax.vmap(lambda one: fn(sweeps, one, *rest))(first)
+
+    return mapped
+
+
+def growth(norms: Array, last: Array) -> Array:
+    """The largest norm on the last axis over that at the end; 1 where that is 0, as for a target without a gradient."""
+    largest = jnp.maximum(jnp.max(norms, axis=-1), last)
+    return jnp.where(last == 0, jnp.ones_like(last), largest / jnp.where(last == 0, jnp.ones_like(last), last))
+
+
+def steps_per_segment(keep: int | str, store: str, run: Run, state: PyTree) -> int:
+    """Steps between two states that are kept, from shapes alone; all of them where every state is."""
+    count = run.num_steps
+    if isinstance(keep, int):
+        return min(keep, count)
+    size = sum(math.prod(jnp.shape(leaf)) * _itemsize(leaf) for leaf in jax.tree.leaves(state))
+    gradient = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.meta_params(state)))
+    fits = store == "device" and count * (size + gradient) <= KEEP_ALL_BYTES
+    if keep == "all" or (keep == "auto" and fits):
+        return count
+    return math.ceil(count / math.ceil(math.sqrt(count)))
+
+
+def _itemsize(leaf: Any) -> int:
+    dtype = jnp.result_type(leaf)
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize

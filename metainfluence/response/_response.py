@@ -1,0 +1,115 @@
+"""How trained meta-parameters answer the data weights: two linear maps, whatever they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from metainfluence._checks import maker
+from metainfluence.data import Weights
+from metainfluence.response._target import target_gradient
+from metainfluence.solvers import SolveInfo
+
+
+class Influence(NamedTuple):
+    """Derivatives of λ(w).
+
+    Attributes:
+      delta: pytree like meta_params; with a leading axis where there are several directions.
+      info: report on how they were found, one entry per direction.
+    """
+
+    delta: PyTree
+    info: SolveInfo
+
+
+class Scores(NamedTuple):
+    """Predicted change of the target when a datum is removed; positive helps, negative harms, padding has 0.
+
+    Attributes:
+      task: `[T]`.
+      support: `[T, n_support]`.
+      query: `[T, n_query]`.
+      info: report on the solves.
+    """
+
+    task: Float[Array, " T"]
+    support: Float[Array, "T n_support"]
+    query: Float[Array, "T n_query"]
+    info: SolveInfo
+
+
+@runtime_checkable
+class Response(Protocol):
+    """λ(w) to first order in the data weights: made once, asked as often as wanted.
+
+    Attributes:
+      meta_params: λ at the weights.
+      weights: w.
+      info: what its making found.
+    """
+
+    meta_params: PyTree
+    weights: Weights
+    info: Any
+
+    def jvp(self, direction: Weights) -> Influence:
+        """The change of λ along a direction in w, or along several on a leading axis."""
+
+    def vjp(self, slope: PyTree) -> tuple[Weights, Any]:
+        """dφ/dw of a target with the slope ∇φ, or of several on a leading axis; and a report."""
+
+
+class ScoresOfTarget(Protocol):
+    """What `scores` makes."""
+
+    def __call__(self, *target_args: Any) -> Scores:
+        """Scores for the target at these arguments."""
+
+
+@maker
+def scores(at: Response, target: Callable[..., Array]) -> ScoresOfTarget:
+    """Makes (*target_args) -> Scores of all tasks and all examples, by one question to a response.
+
+    A score is − w · dφ/dw at the response's weights.
+
+    Args:
+      at: a response, as made by `optimum`.
+      target: φ: (meta_params, *target_args) -> scalar, as made by `query_loss`.
+
+    Raises:
+      TypeError: `at` is no response, or `target` cannot be called so.
+      ValueError: a target that is no scalar.
+    """
+    if not isinstance(at, Response):
+        raise TypeError(f"at: expected a response, as made by metainfluence.optimum, got {type(at).__name__}")
+    check_target(target)
+
+    def run(*target_args: Any) -> Scores:
+        slope = target_gradient(target, at.meta_params, target_args)
+        return removal_scores(at.weights, *at.vjp(slope))
+
+    return run
+
+
+def check_target(target: Any) -> None:
+    """Raises TypeError unless the target can be called."""
+    if not callable(target):
+        expected = "a function (meta_params, *target_args) -> scalar"
+        raise TypeError(f"target: expected {expected}, got {type(target).__name__}")
+
+
+def removal_scores(weights: Weights, sensitivity: Weights, info: Any) -> Scores:
+    """− w · dφ/dw."""
+    task, support, query = jax.tree.map(lambda w, s: -w * s, weights, sensitivity)
+    return Scores(task, support, query, info)
+
+
+def leading_axis(tree: PyTree, single: PyTree) -> int | None:
+    """The length of the axis that `tree` has before those of `single`; None without one."""
+    first, like = jax.tree.leaves(tree)[0], jax.tree.leaves(single)[0]
+    return None if jnp.ndim(first) == jnp.ndim(like) else jnp.shape(first)[0]

@@ -1,0 +1,350 @@
+"""The response of a training run that is known by a few checkpoints.
+
+Between checkpoints the optimiser is taken for the gradient flow of a quadratic: with the curvature H and the mixed
+derivative g = ∂_w D_λF of one checkpoint, over the time τ, dψ/dt = − P⁻¹ (H ψ + g) for ψ = dλ/dw, so that
+
+    ψ ← P^-½ [exp(−τ H̃) P^½ ψ − φ(H̃) P^-½ g],    H̃ = P^-½ H P^-½,    φ(h) = (1 − exp(−τ h)) / h,
+
+and, backwards along a target's slope v, dφ/dw −= gᵀ P^-½ φ(H̃) P^-½ v, then v ← P^½ exp(−τ H̃) P^-½ v. Negative
+eigenvalues are taken for 0, where φ is τ: along them a run is no answer to the data, but a departure.
+
+Bae, Lin, Lorraine and Grosse, Training Data Attribution via Approximate Unrolled Differentiation, NeurIPS 2024, with
+the total Hessian itself in place of its Kronecker factors. What P owes to the weights is left out, as there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int, PyTree
+
+from metainfluence._checks import concrete, maker
+from metainfluence._chunks import Chunks
+from metainfluence.curvature import Curvature, exact
+from metainfluence.data import Task, Weights, name_not_finite, resolve_weights
+from metainfluence.operators import Domain, Operator, from_matvec
+from metainfluence.problem import Bilevel, check_meta_params
+from metainfluence.response._checkpoints import Checkpoint, check_checkpoints
+from metainfluence.response._decay import Decay, decay
+from metainfluence.response._options import Options
+from metainfluence.response._response import Influence
+from metainfluence.response._sums import Expansion, gradient_map
+from metainfluence.solvers import SolveStatus
+
+RANK = 12
+TOL = 1e-2
+
+
+class SegmentsInfo(NamedTuple):
+    """Report on a response by K segments; on several questions with a leading axis.
+
+    Attributes:
+      status: `[]`, see `SolveStatus`: CONVERGED where the errors of the segments add up to at most `tol`, MAX_STEPS
+        where `rank` products were too few for that.
+      num_matvecs: `[]`, products with Hessians, of all segments.
+      relative_error: `[K]`, estimate of the relative error by which each segment's functions of H̃ are off, from the
+        last Lanczos coefficient; a bound where H is positive semidefinite.
+      min_curvature: `[K]`, the smallest Ritz value of H̃ that was seen; a negative one was taken for 0.
+      outer_gradient_norm: `[K]`, ‖D_λF‖ at the checkpoints.
+    """
+
+    status: Int[Array, "..."]
+    num_matvecs: Int[Array, "..."]
+    relative_error: Float[Array, "... K"]
+    min_curvature: Float[Array, "... K"]
+    outer_gradient_norm: Float[Array, "... K"]
+
+
+class _Method(NamedTuple):
+    """What a response does not need as data."""
+
+    options: Options
+    chunks: Chunks
+    rank: int
+    tol: float
+
+
+class _Run(NamedTuple):
+    """Checkpoints stacked, with a leading axis `[K]`; `scale` is P^½."""
+
+    meta_params: PyTree
+    time: Float[Array, " K"]
+    weight_decay: Float[Array, " K"]
+    scale: PyTree | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """How the end of a run answers the data weights, by its checkpoints; made by `segments`, a registered pytree.
+
+    Attributes:
+      meta_params: λ of the last checkpoint.
+      outer_gradient_norm: `[K]`, ‖D_λF‖ at the checkpoints.
+    """
+
+    meta_params: PyTree
+    outer_gradient_norm: Float[Array, " K"]
+    run: _Run
+    tasks: Task
+    weights: Weights
+    method: _Method = dataclasses.field(metadata={"static": True})
+
+    @property
+    def info(self) -> SegmentsInfo:
+        """What is known before a question: the gradients' norms."""
+        zeros = jnp.zeros_like(self.outer_gradient_norm)
+        count = jnp.zeros((), jnp.int32)
+        return SegmentsInfo(count, count, zeros, jnp.full_like(zeros, jnp.inf), self.outer_gradient_norm)
+
+    def vjp(self, slope: PyTree) -> tuple[Weights, SegmentsInfo]:
+        """dφ/dw of a target with the slope ∇φ at `meta_params`; of several targets, on a leading axis, in step.
+
+        Raises:
+          ValueError: a slope whose structure or shapes are not λ's.
+        """
+        many = _leading("slope", slope, self.meta_params)
+        slope = jax.tree.map(lambda leaf, like: jnp.asarray(leaf).astype(like.dtype), slope, self.meta_params)
+        rank, tol = self.method.rank, _share(self.method.tol, self.run.time)
+
+        def segment(expansion: Expansion, run: _Run, slope: PyTree) -> tuple[PyTree, Weights, Decay]:
+            operator = _scaled_operator(expansion.operator, run)
+            start = operator.domain.ravel(_divided(slope, run.scale))
+            found = decay(operator, start, run.time, rank, tol)
+            decayed, integrated = map(operator.domain.unravel, (found.decayed, found.integrated))
+            change = jax.tree.map(jnp.negative, expansion.mixed_transposed(_divided(integrated, run.scale)))
+            return _multiplied(decayed, run.scale), change, found
+
+        if many:
+            segment = jax.vmap(segment, in_axes=(None, None, 0))
+
+        def step(carry: tuple[PyTree, Weights], run: _Run) -> tuple[tuple[PyTree, Weights], Decay]:
+            slope, total = carry
+            slope, change, found = segment(self._expansion(run), run, slope)
+            return (slope, jax.tree.map(jnp.add, total, change)), found
+
+        lead = (jax.tree.leaves(slope)[0].shape[0],) if many else ()
+        zero = jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), self.weights)
+        with self.method.options.traced():
+            (_, total), found = jax.lax.scan(step, (slope, zero), self.run, reverse=True)
+        return total, self._report(found)
+
+    def jvp(self, direction: Weights) -> Influence:
+        """The change of λ along a direction in the data weights; along several, on a leading axis, in step.
+
+        λ + delta predicts the end of a run at the weights w + direction.
+
+        Raises:
+          ValueError: a direction whose shapes are not those of the weights, or not finite.
+        """
+        many = isinstance(direction, Weights) and jnp.ndim(direction.task) == 2
+        for each in _rows(direction) if many else (direction,):
+            resolve_weights(each, self.tasks, name="direction")
+        direction = jax.tree.map(lambda leaf, like: jnp.asarray(leaf).astype(like.dtype), direction, self.weights)
+        rank, tol = self.method.rank, _share(self.method.tol, self.run.time)
+
+        def segment(expansion: Expansion, run: _Run, change: PyTree, direction: Weights) -> tuple[PyTree, Decay]:
+            operator = _scaled_operator(expansion.operator, run)
+            slope = _divided(expansion.mixed(direction), run.scale)
+            starts = jnp.stack([operator.domain.ravel(tree) for tree in (_multiplied(change, run.scale), slope)])
+            found = jax.vmap(lambda start: decay(operator, start, run.time, rank, tol))(starts)
+            change = operator.domain.unravel(found.decayed[0] - found.integrated[1])
+            both = found._replace(
+                error=jnp.max(found.error),
+                smallest=jnp.min(found.smallest),
+                num_matvecs=jnp.sum(found.num_matvecs, dtype=jnp.int32),
+            )
+            return _divided(change, run.scale), both
+
+        if many:
+            segment = jax.vmap(segment, in_axes=(None, None, 0, 0))
+
+        def step(change: PyTree, run: _Run) -> tuple[PyTree, Decay]:
+            return segment(self._expansion(run), run, change, direction)
+
+        lead = (direction.task.shape[0],) if many else ()
+        zero = jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), self.meta_params)
+        with self.method.options.traced():
+            change, found = jax.lax.scan(step, zero, self.run)
+        info: Any = self._report(found)
+        return Influence(change, info)
+
+    def _expansion(self, run: _Run) -> Expansion:
+        return self.method.options.expanded(run.meta_params, self.tasks, self.weights, self.method.chunks)
+
+    def _report(self, found: Decay) -> SegmentsInfo:
+        error, smallest, products = (
+            jnp.moveaxis(leaf, 0, -1) for leaf in (found.error, found.smallest, found.num_matvecs)
+        )
+        finite = jnp.all(jnp.isfinite(error), axis=-1)
+        unsolved = jnp.where(finite, jnp.int32(SolveStatus.MAX_STEPS), jnp.int32(SolveStatus.NONFINITE))
+        good = jnp.sum(error, axis=-1) <= len(self.run.time) * _share(self.method.tol, self.run.time)
+        return SegmentsInfo(
+            jnp.where(good, jnp.int32(SolveStatus.CONVERGED), unsolved),
+            jnp.sum(products, axis=-1, dtype=jnp.int32),
+            error,
+            smallest,
+            jnp.broadcast_to(self.outer_gradient_norm, error.shape),
+        )
+
+
+class SegmentsOf(Protocol):
+    """What `segments` makes."""
+
+    def __call__(self, checkpoints: Sequence[Checkpoint], tasks: Task, weights: Weights | None = None) -> Segments:
+        """The response of a run known by its checkpoints."""
+
+
+@maker
+def segments(
+    problem: Bilevel,
+    *,
+    curvature: Curvature | None = None,
+    rank: int = RANK,
+    tol: float = TOL,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    precision: str | None = "highest",
+    hvp: str | None = None,
+) -> SegmentsOf:
+    """Makes (checkpoints, tasks, weights=None) -> Segments, how the end of a run answers the data weights.
+
+    For a run of which only a few λ are left, or which is too rough for its derivative to mean anything, and for the
+    removal of many data at once. One segment with τ → ∞ is the response of the optimum, many short ones are that of
+    the gradient flow. The functions of H are those of Lanczos' method, which ends early where it is exact enough.
+
+    Args:
+      problem: the problem.
+      curvature: one of `metainfluence.curvature`; None for `exact()`.
+      rank: Hessian products at most for a segment and a vector. About √(τ ‖H̃‖) are needed, and a stable run has
+        τ ‖H̃‖ ≤ 2 · steps of the segment.
+      tol: relative error, as estimated, that the segments may have together; the products of each end at its share.
+      batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once where they fit.
+      mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
+      precision: of matrix products; None for JAX's own, which on some devices is less than float32.
+      hvp: how derivatives of gradients are taken, see `bilevel`; None for the problem's own.
+
+    Returns:
+      Function of a sequence of `Checkpoint` in the order of training, stacked tasks and weights.
+
+    Raises:
+      TypeError: no `Bilevel`, `Curvature` or sequence of `Checkpoint`.
+      ValueError: a rank or a tol that is not positive; checkpoints out of order, that differ in structure or shapes, or
+        are not finite; tasks or weights that are malformed or not finite.
+    """
+    options = Options.of(problem, curvature=curvature, batch_size=batch_size, mesh=mesh, hvp=hvp, precision=precision)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank: expected a positive integer, got {rank!r}")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
+        raise ValueError(f"tol: expected a number from 0 on, got {tol!r}")
+
+    def run(checkpoints: Sequence[Checkpoint], tasks: Task, weights: Weights | None = None) -> Segments:
+        known = check_checkpoints(checkpoints)
+        meta_params = known[-1].meta_params
+        check_meta_params(meta_params)
+        weights = resolve_weights(weights, tasks)
+        with options.traced():
+            chunks = options.chunks(meta_params, tasks)
+        stacked = _stacked(known)
+        gradient = gradient_map(options.problem, chunks, mesh)
+
+        def norm(meta_params: PyTree) -> Array:
+            return optax.tree.norm(gradient(exact(), meta_params, tasks, meta_params, weights)[0])
+
+        with options.traced():
+            norms = jax.lax.map(norm, stacked.meta_params)
+        name_not_finite(norms, tasks, "tasks")
+        method = _Method(options, chunks, rank, float(tol))
+        return Segments(meta_params, norms, stacked, tasks, weights, method)
+
+    return run
+
+
+def _stacked(checkpoints: Sequence[Checkpoint]) -> _Run:
+    dtype = Domain.of(checkpoints[0].meta_params).dtype
+
+    def stack(*leaves: Any) -> Array:
+        return jnp.stack([jnp.asarray(leaf) for leaf in leaves])
+
+    scale = None
+    if checkpoints[0].preconditioner is not None:
+        like = checkpoints[0].meta_params
+        scale = jax.tree.map(stack, *(each.preconditioner for each in checkpoints))
+        scale = jax.tree.map(lambda leaf, own: jnp.sqrt(leaf).astype(jnp.result_type(own)), scale, like)
+    return _Run(
+        jax.tree.map(stack, *(each.meta_params for each in checkpoints)),
+        jnp.stack([jnp.asarray(each.time, dtype) for each in checkpoints]),
+        jnp.stack([jnp.asarray(each.weight_decay, dtype) for each in checkpoints]),
+        scale,
+    )
+
+
+def _scaled_operator(operator: Operator, run: _Run) -> Operator:
+    """H̃ = P^-½ H P^-½, and what decoupled decay adds: in these coordinates a multiple of the identity."""
+    return from_matvec(Partial(_scaled_product, operator, run.scale, run.weight_decay), operator.domain.zeros())
+
+
+def _scaled_product(operator: Operator, scale: PyTree | None, decay: Array, vector: PyTree) -> PyTree:
+    product = _divided(operator.matvec(_divided(vector, scale)), scale)
+    return jax.tree.map(lambda p, v: p + decay.astype(v.dtype) * v, product, vector)
+
+
+def _divided(tree: PyTree, scale: PyTree | None) -> PyTree:
+    return tree if scale is None else jax.tree.map(jnp.divide, tree, scale)
+
+
+def _multiplied(tree: PyTree, scale: PyTree | None) -> PyTree:
+    return tree if scale is None else jax.tree.map(jnp.multiply, tree, scale)
+
+
+def _share(tol: float, times: Float[Array, " K"]) -> float:
+    """The error that one of K segments may have, and no less than rounding makes of it."""
+    return max(tol / len(times), 100 * float(jnp.finfo(times.dtype).eps))
+
+
+def _rows(directions: Weights) -> list[Weights]:
+    """Directions one by one where they have values; else the first for all."""
+    count = len(directions.task) if concrete(directions) else 1
+    return [Weights(*(leaf[index] for leaf in directions)) for index in range(count)]
+
+
+def _leading(name: str, tree: PyTree, like: PyTree) -> bool:
+    """Whether a pytree like λ has one more axis in front."""
+    domain = Domain.of(like)
+    leaves = jax.tree.leaves(tree)
+    many = len(leaves) == len(domain.leaves) and all(
+        jnp.ndim(leaf) == len(own.shape) + 1 for leaf, own in zip(leaves, domain.leaves, strict=True)
+    )
+    lead = {jnp.shape(leaf)[0] for leaf in leaves} if many else set()
+    if len(lead) == 1:
+        domain.check(name, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], leaf.dtype), tree))
+        return True
+    domain.check(name, tree)
+    return False
+
+
+def problems_of_segments(info: SegmentsInfo) -> list[str]:
+    """What is wrong with an answer of `Segments`, in words; empty where nothing is. For use outside jit."""
+    found, status = [], np.asarray(info.status)
+    if np.any(status == SolveStatus.NONFINITE):
+        found.append(
+            "NaN or infinity in the answer: look for it in the checkpoints, the slope, the weights or the data"
+        )
+    if np.any(status == SolveStatus.MAX_STEPS):
+        errors = np.asarray(info.relative_error)[status == SolveStatus.MAX_STEPS].reshape(
+            -1, np.shape(info.relative_error)[-1]
+        )
+        where = int(np.unravel_index(np.argmax(errors), errors.shape)[1])
+        found.append(
+            f"the segments' functions of the Hessian are off by about {np.max(np.sum(errors, axis=-1)):.1e}, most in "
+            f"segment {where}: raise rank, or tol"
+        )
+    return found

@@ -1,0 +1,38 @@
+"""What a result's numbers rest on: read a response, a result, or a problem."""
+
+from metainfluence.trust._check import ErrorBudget as ErrorBudget
+from metainfluence.trust._check import SlopeWarning as SlopeWarning
+from metainfluence.trust._check import SolveError as SolveError
+from metainfluence.trust._check import check as check
+from metainfluence.trust._check import error_budget as error_budget
+from metainfluence.trust._check import remedy as remedy
+from metainfluence.trust._choose import Chosen as Chosen
+from metainfluence.trust._choose import choose as choose
+from metainfluence.trust._coupling import Coupling as Coupling
+from metainfluence.trust._coupling import CouplingWarning as CouplingWarning
+from metainfluence.trust._coupling import coupling as coupling
+from metainfluence.trust._preflight import FREE_SHARE as FREE_SHARE
+from metainfluence.trust._preflight import Plan as Plan
+from metainfluence.trust._preflight import free_memory as free_memory
+from metainfluence.trust._preflight import preflight as preflight
+from metainfluence.trust._smoothness import Smoothness as Smoothness
+from metainfluence.trust._smoothness import smoothness as smoothness
+from metainfluence.trust._spectrum import spectrum as spectrum
+
+__all__ = [
+    "Chosen",
+    "Coupling",
+    "CouplingWarning",
+    "ErrorBudget",
+    "Plan",
+    "SlopeWarning",
+    "Smoothness",
+    "SolveError",
+    "check",
+    "choose",
+    "coupling",
+    "error_budget",
+    "preflight",
+    "smoothness",
+    "spectrum",
+]

@@ -1,0 +1,79 @@
+"""Which of the three responses to believe."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from metainfluence.trust._smoothness import SMOOTH, Smoothness
+
+# To be judged by measurement: how far each estimator's agreement with retraining is from the best of the three.
+STATIONARY = 1e-3
+LARGE_REMOVAL = 0.3
+
+
+class Chosen(NamedTuple):
+    """An estimator and why.
+
+    Attributes:
+      estimator: "optimum", "trajectory" or "segments".
+      reason: a sentence.
+    """
+
+    estimator: str
+    reason: str
+
+
+def choose(
+    *,
+    gradient_norm: Any = None,
+    smoothness: Smoothness | float | None = None,
+    share_removed: float = 0.0,
+    run: bool = False,
+    checkpoints: bool = False,
+) -> Chosen:
+    """The rule by which one of `optimum`, `trajectory` and `segments` answers a question.
+
+    λ at a stationary point: `optimum`, which forgets how λ came there. A run at hand that is smooth: `trajectory`,
+    whose derivative is exact for it. A run that is rough, of which only checkpoints are left, or of which a large part
+    of the data is to be removed: `segments`. Only λ: `optimum`, damped.
+
+    Args:
+      gradient_norm: ‖D_λF‖ at λ over that at the start of training; None where it is not known.
+      smoothness: as measured by `metainfluence.smoothness`, or its score; None where it was not.
+      share_removed: share of the tasks that is to be removed at once; 0 for single data.
+      run: whether the run can be run again.
+      checkpoints: whether checkpoints of it are left.
+
+    Raises:
+      ValueError: numbers out of range.
+    """
+    score = float(smoothness.score) if isinstance(smoothness, Smoothness) else smoothness
+    if score is not None and not -1 <= score <= 1:
+        raise ValueError(f"smoothness: expected a Smoothness, or its score in [-1, 1], got {smoothness!r}")
+    if gradient_norm is not None and not float(gradient_norm) >= 0:
+        raise ValueError(f"gradient_norm: expected a number from 0 on, got {gradient_norm!r}")
+    if not 0 <= share_removed <= 1:
+        raise ValueError(f"share_removed: expected a number from 0 to 1, got {share_removed!r}")
+    if gradient_norm is not None and float(gradient_norm) <= STATIONARY:
+        return Chosen(
+            "optimum", f"λ is stationary: the gradient is {float(gradient_norm):.1e} of that at the start of training"
+        )
+    known = run or checkpoints
+    if not known:
+        return Chosen(
+            "optimum",
+            'only λ is at hand, and it is not known to be stationary: take damping="auto", and mind the budget',
+        )
+    if share_removed >= LARGE_REMOVAL:
+        return Chosen(
+            "segments", f"{share_removed:.0%} of the tasks are too many for a derivative at the run's weights"
+        )
+    if not run:
+        return Chosen("segments", "the run cannot be run again, and its checkpoints are left")
+    if score is None:
+        return Chosen(
+            "trajectory", "the run is at hand; whether it is smooth was not measured: metainfluence.smoothness"
+        )
+    if score >= SMOOTH:
+        return Chosen("trajectory", f"the run is at hand, and smooth ({score:.2f})")
+    return Chosen("segments", f"the run is not smooth ({score:.2f}): its derivative is exact, and tells little")

@@ -1,0 +1,116 @@
+"""Which part of a training run bends: the same run with all parts but one replaced by their tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from metainfluence.data import Task, Weights
+from metainfluence.differentiation import taylor
+from metainfluence.problem import Bilevel, meta_regularization, total_objective
+from metainfluence.training import Run, floats_of, taken, with_floats
+
+
+class Bent(NamedTuple):
+    """λ at the ends of runs at other weights, `[D, ...]`, less λ at the end of the run itself.
+
+    Attributes:
+      optimizer: where the gradient is replaced by its tangent in (λ, w), and the optimiser is itself.
+      gradient: where the optimiser's update is replaced by its tangent in (gradient, state), and the gradient is not.
+    """
+
+    optimizer: PyTree
+    gradient: PyTree
+
+
+def bent_ends(
+    run: Run, problem: Bilevel, optimizer: optax.GradientTransformation
+) -> Callable[[PyTree, Task, Weights, Weights], Bent]:
+    """Makes (start, tasks, weights, changes of the weights `[D, ...]`) -> Bent.
+
+    Along the run itself every part has a tangent. With all of them in place of the parts the end is linear in w, and
+    its derivative is the run's own; so what a run with one part itself is off from linear, that part alone has bent.
+    """
+
+    def update(gradient: PyTree, state: PyTree) -> PyTree:
+        meta_params, inner = state
+        updates, inner = optimizer.update(gradient, inner, meta_params)
+        return optax.apply_updates(meta_params, updates), inner
+
+    def ends(start: PyTree, tasks: Task, weights: Weights, changes: Weights) -> Bent:
+        def step(carry: tuple[PyTree, PyTree, PyTree], each: Any) -> tuple[tuple[PyTree, PyTree, PyTree], None]:
+            state, curved, flat = carry
+            _, row = each
+            batch, own = taken(row, tasks, weights)
+            gradient_map = jax.grad(total_objective(problem))
+
+            def gradient(meta_params: PyTree, weights: Weights) -> PyTree:
+                return gradient_map(meta_params, batch, weights)
+
+            def updated(slope: PyTree, floats: list[Array]) -> list[Array]:
+                return floats_of(update(slope, with_floats(state, floats)))
+
+            slope, tangent = jax.linearize(gradient, state[0], own)
+            after = update(slope, state)
+
+            def single(curved: PyTree, flat: PyTree, change: Weights) -> tuple[PyTree, PyTree]:
+                (moved,) = taken(row, change)
+                rate = tangent(_less(curved[0], state[0]), moved)
+                curved = update(jax.tree.map(jnp.add, slope, rate), curved)
+                there = gradient(flat[0], jax.tree.map(jnp.add, own, moved))
+                along = (_less(there, slope), _less(floats_of(flat), floats_of(state)))
+                shift = jax.jvp(updated, (slope, floats_of(state)), along)[1]
+                return curved, with_floats(after, jax.tree.map(jnp.add, floats_of(after), shift))
+
+            curved, flat = jax.vmap(single)(curved, flat, changes)
+            return (after, curved, flat), None
+
+        state = run.begin(start)
+        count = changes.task.shape[0]
+        copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), state)
+        each = (jnp.arange(run.num_steps), run.batches(weights.task.shape[0]))
+        (end, curved, flat), _ = jax.lax.scan(step, (state, copies, copies), each)
+        return Bent(*(jax.vmap(_less, in_axes=(0, None))(moved[0], end[0]) for moved in (curved, flat)))
+
+    return ends
+
+
+def inner_share(problem: Bilevel) -> Callable[[PyTree, PyTree, Task, Weights], Float[Array, ""]]:
+    """Makes (meta_params, changes `[D, ...]`, tasks, weights) -> how much of the gradient's bend θ(λ) makes, 0 to 1.
+
+    The outer loss bends alone where θ(λ) is replaced by its tangent at λ; what is bent beyond that is the adaptation's.
+    """
+    adapt = problem.adapt
+    assert adapt is not None
+
+    def bend(gradient: Callable[[PyTree], PyTree], at: PyTree, change: PyTree) -> PyTree:
+        value, rate = jax.jvp(gradient, (at,), (change,))
+        return _less(_less(gradient(jax.tree.map(jnp.add, at, change)), value), rate)
+
+    def share(meta_params: PyTree, changes: PyTree, tasks: Task, weights: Weights) -> Array:
+        def with_tangent(point: PyTree) -> Array:
+            def single(task: Task, own: Weights) -> Array:
+                tangent = taylor(lambda m: (adapt(m, task, own), None), meta_params, problem.hvp)[1]
+                return problem.outer(tangent(point), point, task, own)
+
+            losses = jax.vmap(single)(tasks, weights)
+            return jnp.vdot(losses, weights.task) / losses.shape[0] + meta_regularization(problem, point)
+
+        def single(change: PyTree) -> tuple[Array, Array]:
+            whole = bend(lambda m: jax.grad(total_objective(problem))(m, tasks, weights), meta_params, change)
+            outer = bend(jax.grad(with_tangent), meta_params, change)
+            return optax.tree.norm(_less(whole, outer)), optax.tree.norm(outer)
+
+        inner, outer = map(jnp.sum, jax.vmap(single)(changes))
+        return inner / jnp.maximum(inner + outer, float(jnp.finfo(inner.dtype).tiny))
+
+    return share
+
+
+def _less(left: PyTree, right: PyTree) -> PyTree:
+    return jax.tree.map(jnp.subtract, left, right)

@@ -1,0 +1,223 @@
+"""The response of an optimum as an object: made once, asked many times, by programs of their own."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metainfluence as mi
+from metainfluence.lab.bench import programs
+
+DAMPINGS = (0.5, "auto")
+
+
+@pytest.fixture(scope="module")
+def case():
+    return programs.cases()["implicit head"]
+
+
+@pytest.fixture(scope="module")
+def at(case):
+    make = jax.jit(mi.optimum(case.problem, damping=2.0))
+    return make(case.meta_params, case.tasks)
+
+
+def slopes(case, count):
+    rng = np.random.default_rng(5)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=(count, *leaf.shape))), case.meta_params)
+
+
+def direction(case, seed=3, lead=()):
+    rng = np.random.default_rng(seed)
+    unit = mi.unit_weights(case.tasks)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=(*lead, *leaf.shape))), unit)
+
+
+def vdot(left, right):
+    return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("solver", [None, mi.solvers.cg(tol=1e-10), mi.solvers.block_cg(tol=1e-10)], ids=repr)
+def test_scores_are_those_of_influence_scores(case, solver, damping):
+    target = mi.query_loss(case.problem)
+    options = {"solver": solver, "damping": damping}
+
+    @jax.jit
+    def both(meta_params, tasks, held_out):
+        at = mi.optimum(case.problem, **options)(meta_params, tasks)
+        direct = mi.influence_scores(case.problem, target, **options)(meta_params, tasks, held_out)
+        return mi.scores(at, target)(held_out), direct
+
+    found, expected = both(case.meta_params, case.tasks, case.held_out)
+    # Of a basis that chose the damping, one program goes on in the same loop and the other in a second one.
+    chex.assert_trees_all_close(found[:3], expected[:3], rtol=1e-4, atol=1e-7)
+    chex.assert_trees_all_close(found.info.damping, expected.info.damping, rtol=1e-9)
+    assert found.info.status == expected.info.status
+
+
+def test_it_crosses_from_one_compiled_function_to_another(case, at):
+    ask = jax.jit(lambda at, slope: at.vjp(slope))
+    slope = jax.tree.map(lambda leaf: leaf[0], slopes(case, 1))
+    found, info = ask(at, slope)
+    expected, _ = mi.optimum(case.problem, damping=2.0)(case.meta_params, case.tasks).vjp(slope)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert info.status == mi.SolveStatus.CONVERGED
+    chex.assert_trees_all_equal(at.meta_params, case.meta_params)
+
+
+def test_a_second_question_traces_nothing_of_the_problem():
+    calls = []
+    case = programs.cases(lambda: calls.append(1))["implicit head"]
+    at = jax.jit(mi.optimum(case.problem, damping=2.0))(case.meta_params, case.tasks)
+    made = len(calls)
+    assert made > 0
+    jax.jit(lambda at, slope: at.vjp(slope)).lower(at, case.meta_params)
+    jax.jit(lambda at, direction: at.jvp(direction)).lower(at, direction(case))
+    assert len(calls) == made
+
+
+def test_a_question_is_a_solve_and_no_more(case, at):
+    making = programs.lines(mi.optimum(case.problem, damping=2.0), (case.meta_params, case.tasks))
+    asking = programs.lines(lambda at, slope: at.vjp(slope), (at, case.meta_params))
+    assert asking < 0.8 * making
+    first = at.vjp(jax.tree.map(lambda leaf: leaf[0], slopes(case, 2)))[1]
+    second = at.vjp(jax.tree.map(lambda leaf: leaf[1], slopes(case, 2)))[1]
+    # Of this solver each solve's products are its own.
+    assert at.info.num_matvecs == 0
+    assert 0 < int(first.num_matvecs) < 200
+    assert 0 < int(second.num_matvecs) < 200
+
+
+def test_many_targets_are_stepped_together(case, at):
+    many = slopes(case, 16)
+    together, info = jax.jit(lambda at, many: at.vjp(many))(at, many)
+    assert info.status.tolist() == [mi.SolveStatus.CONVERGED] * 16
+    one = jax.jit(lambda at, slope: at.vjp(slope))
+    for k in (0, 15):
+        alone, single = one(at, jax.tree.map(lambda leaf, k=k: leaf[k], many))
+        row = jax.tree.map(lambda leaf, k=k: leaf[k], together)
+        chex.assert_trees_all_close(row, alone, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(alone.task))))
+        # Products are counted for the basis that all share.
+        assert int(info.num_matvecs[k]) < 16 * int(single.num_matvecs)
+    # One batched product a step: the program for sixteen is hardly longer than that for one.
+    lines = [programs.lines(lambda at, slope: at.vjp(slope), (at, slope)) for slope in (case.meta_params, many)]
+    assert lines[1] < 1.5 * lines[0]
+
+
+def test_forward_and_reverse_are_transposes(case):
+    at = mi.optimum(case.problem, solver=mi.solvers.cg(tol=1e-12), damping=2.0)(case.meta_params, case.tasks)
+    toward, slope = direction(case), jax.tree.map(lambda leaf: leaf[0], slopes(case, 1))
+    forward = vdot(slope, at.jvp(toward).delta)
+    np.testing.assert_allclose(vdot(at.vjp(slope)[0], toward), forward, rtol=1e-8)
+
+
+def test_several_directions(case, at):
+    two = direction(case, lead=(2,))
+    found = at.jvp(two)
+    alone = at.jvp(jax.tree.map(lambda leaf: leaf[1], two))
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[1], found.delta), alone.delta, rtol=1e-4, atol=1e-6)
+    assert found.info.status.shape == (2,)
+
+
+def test_a_slope_of_another_structure_is_refused(case, at):
+    with pytest.raises(ValueError, match=r"slope: expected a pytree of structure .*, got PyTreeDef\(\*\)"):
+        at.vjp(jnp.ones(3))
+    wrong = {**case.meta_params, "first": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match=r"slope\['first'\]: expected shape \(6, 16\), got \(2, 2\)"):
+        at.vjp(wrong)
+
+
+def test_a_slope_of_another_dtype_is_refused(case, at):
+    wrong = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), case.meta_params)
+    with pytest.raises(TypeError, match=r"slope\['bias'\]: expected float64 as λ has, got float32; make the response"):
+        at.vjp(wrong)
+
+
+def test_a_direction_that_is_not_the_weights_is_refused(case, at):
+    with pytest.raises(TypeError, match=r"direction: expected metainfluence.Weights, got dict"):
+        at.jvp({"task": jnp.ones(30)})
+    good = direction(case)
+    with pytest.raises(ValueError, match=r"direction.support: expected shape \(30, 5\), got \(30, 4\)"):
+        at.jvp(good._replace(support=jnp.ones((30, 4))))
+    with pytest.raises(ValueError, match=r"direction.task: expected finite numbers, got NaN or infinity"):
+        at.jvp(good._replace(task=jnp.full(30, jnp.nan)))
+
+
+def test_scores_of_what_is_no_response_are_refused(case):
+    with pytest.raises(TypeError, match=r"at: expected a response, as made by metainfluence.optimum, got Bilevel"):
+        mi.scores(case.problem, mi.query_loss(case.problem))
+    at = mi.optimum(case.problem, damping=2.0)(case.meta_params, case.tasks)
+    with pytest.raises(TypeError, match=r"target: expected a function"):
+        mi.scores(at, 3)
+
+
+def test_mixed_up_calls_name_both(case):
+    with pytest.raises(TypeError, match=r"optimum\(problem, …\)\(meta_params, tasks\)"):
+        mi.optimum(case.problem, case.meta_params, case.tasks)
+
+
+def test_scores_of_every_response_are_checked():
+    """A run's answers are told apart from a solve's, and good ones pass."""
+    problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+    tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+    start = jnp.asarray(1.0)
+    run = mi.training(problem, optax.sgd(0.5), 8)
+    for at in (
+        mi.optimum(problem)(start, tasks),
+        mi.trajectory(run)(start, tasks),
+        mi.segments(problem)([mi.Checkpoint(start, 1.0), mi.Checkpoint(start, 2.0)], tasks),
+    ):
+        assert isinstance(at, mi.Response)
+        assert mi.check(at) is at
+        found = mi.scores(at, lambda m: m**2)()
+        assert found.task.shape == (3,)
+        assert np.ptp(np.asarray(found.task)) > 0
+        assert mi.check(found) is found
+        assert mi.error_budget(found).precision < 1e-9
+
+
+def test_a_run_that_has_no_digits_left_is_told_of_scores():
+    problem = mi.from_task_loss(lambda m, task, w: jnp.sum(w.query * jnp.cos(30.0 * (m - task.query))))
+    tasks = mi.Task((), jnp.asarray([[0.0], [1.0]]))
+    at = mi.trajectory(mi.training(problem, optax.sgd(1.0), 10))(jnp.asarray(0.3), tasks)
+    with pytest.raises(mi.SolveError, match=r"cotangents grow by"):
+        mi.check(mi.scores(at, lambda m: m)())
+
+
+def test_how_far_from_stationary_is_told_in_units_of_the_meta_parameters():
+    """The same problem in other units has the same budget."""
+
+    def scores(scale):
+        problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.mean(w.query * (m - task.query) ** 2))
+        tasks = mi.Task((), scale * jnp.asarray([[1.0], [2.0], [6.0]]))
+        return mi.influence_scores(problem, lambda m: m / scale)(jnp.asarray(2.0 * scale), tasks)
+
+    for scale in (1e-4, 1.0, 1e4):
+        budget = mi.error_budget(scores(scale))
+        np.testing.assert_allclose(budget.outer_stationarity, 0.5, rtol=1e-9)
+        with pytest.raises(mi.SolveError, match="outer_stationarity 5.0e-01"):
+            mi.check(scores(scale), tol=0.1)
+
+
+def test_a_leaf_that_nothing_reads_is_a_flat_direction():
+    """H is exactly singular; the answer is the one without the leaf."""
+
+    def loss(meta_params, task, w):
+        return 0.5 * jnp.mean(w.query * jnp.sum((meta_params["used"][None] - task.query) ** 2, axis=-1))
+
+    problem = mi.from_task_loss(loss)
+    queries = jnp.asarray([[[0.0, 1.0]], [[1.0, 3.0]], [[5.0, 2.0]]])
+    tasks, used = mi.Task((), queries), jnp.mean(queries, axis=(0, 1))
+    for unused in ({}, {"unused": jnp.ones(3)}):
+        for solver in (None, mi.solvers.dense(), mi.solvers.cg()):
+            found = mi.influence_scores(problem, lambda m: m["used"][0] ** 2, solver=solver)(
+                {"used": used, **unused}, tasks
+            )
+            np.testing.assert_allclose(found.task, [4.0 * 2 / 3, 4.0 / 3, -12.0 / 3], rtol=1e-9)
+            mi.check(found, tol=0.1)
+            if solver is None:
+                assert int(found.info.flat_directions) == 3 * bool(unused)
+                assert ("flat directions: 3" in mi.error_budget(found).advice) == bool(unused)

@@ -1,0 +1,98 @@
+"""Programs stay small: lines of the lowered program, calls of the user's functions, precision of matrix products."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import metainfluence as mi
+from metainfluence.lab.bench import programs
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return programs.cases()
+
+
+@pytest.mark.parametrize("program", programs.BARS)
+@pytest.mark.parametrize("name", ["implicit head", "unrolled SGD"])
+def test_lines_over_those_of_one_product(cases, name, program):
+    case = cases[name]
+    ratio = programs.lines(*programs.programs(case)[program]) / programs.lines(*programs.product(case))
+    assert 1.5 < ratio <= programs.BARS[program]
+
+
+@pytest.mark.parametrize("name", ["implicit head", "unrolled SGD"])
+@pytest.mark.parametrize(("program", "most"), [("influence_scores, default solver", 10), ("edit, damping auto", 10)])
+def test_calls_of_the_inner_loss(name, program, most):
+    calls = []
+    case = programs.cases(lambda: calls.append(1))[name]
+    function, args = programs.programs(case)[program]
+    jax.jit(function).lower(*args)
+    # The outer loss is the same function here.
+    assert 1 <= len(calls) <= most
+
+
+@pytest.mark.parametrize("name", ["implicit head", "unrolled SGD"])
+def test_calls_of_the_inner_loss_by_task_losses(name):
+    calls = []
+    case = programs.cases(lambda: calls.append(1))[name]
+    jax.jit(jax.vmap(mi.task_loss(case.problem), in_axes=(None, 0))).lower(case.meta_params, case.tasks)
+    assert 1 <= len(calls) <= 3
+
+
+def precisions(text):
+    found = re.findall(r"stablehlo\.dot_general[^\n]*", text)
+    assert found
+    return {"HIGHEST" if "HIGHEST" in line else "DEFAULT" for line in found}
+
+
+@pytest.mark.parametrize("name", ["implicit head", "unrolled SGD"])
+@pytest.mark.parametrize("solver", [None, mi.solvers.cg()])
+def test_matrix_products_are_at_full_precision(cases, name, solver):
+    case = cases[name]
+    data = (case.meta_params, case.tasks, case.held_out)
+    target = mi.query_loss(case.problem)
+    highest = mi.influence_scores(case.problem, target, solver=solver, damping=0.01)
+    assert precisions(jax.jit(highest).lower(*data).as_text()) == {"HIGHEST"}
+    left = mi.influence_scores(case.problem, target, solver=solver, damping=0.01, precision=None)
+    assert "DEFAULT" in precisions(jax.jit(left).lower(*data).as_text())
+
+
+def test_makers_trace_at_full_precision(cases):
+    case = cases["implicit head"]
+    data, weights = (case.meta_params, case.tasks), mi.unit_weights(case.tasks)
+    task = jax.tree.map(lambda leaf: leaf[0], case.tasks)
+    for function, args in (
+        (mi.task_loss(case.problem), (case.meta_params, task)),
+        (mi.total_gradient(case.problem), (case.meta_params, task)),
+        (mi.total_objective(case.problem), data),
+        (mi.query_loss(case.problem), data),
+        (mi.edit(case.problem, damping=0.1), (*data, weights)),
+        (mi.damping.auto(case.problem), data),
+        (mi.spectrum(case.problem, rank=3), data),
+        (lambda m, t: mi.total_hessian(case.problem)(m, t).matvec(m), data),
+        (lambda m, t: mi.optimum(case.problem, damping=0.1)(m, t).vjp(m), data),
+    ):
+        assert precisions(jax.jit(function).lower(*args).as_text()) == {"HIGHEST"}, function
+
+
+def test_an_unknown_precision_is_refused(cases):
+    with pytest.raises(ValueError, match=r"precision: expected None or one of .*, got 'exact'"):
+        mi.optimum(cases["implicit head"].problem, precision="exact")
+
+
+def test_nothing_is_compiled_while_tracing(cases, monkeypatch):
+    case = cases["unrolled SGD"]
+    function = mi.influence_scores(case.problem, mi.query_loss(case.problem))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("compiled while tracing")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    large = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((5000, *leaf.shape[1:]), leaf.dtype), case.tasks)
+    text = jax.jit(function).lower(case.meta_params, large, case.held_out).as_text()
+    # So many tasks are taken in chunks.
+    assert "stablehlo.while" in text
+    assert jnp.ndim(case.meta_params["bias"]) == 1
