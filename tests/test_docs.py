@@ -20,6 +20,7 @@ import yaml
 
 import metainfluence as mi
 from metainfluence.lab.commands import cli
+from printed import all_printed, shown, without_numbers
 from spectra import build, solve, unravel
 from wrapping.page import SECTIONS, as_a_reader, execute
 
@@ -48,6 +49,14 @@ def solver():
         return execute(blocks("contributing")[:1], {})["chebyshev"]
 
 
+@pytest.fixture
+def restored_precision():
+    """`train` sets the precision of its process."""
+    before = jax.config.jax_enable_x64
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_code_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -56,11 +65,35 @@ def test_code_runs(name, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     if name == "index":
         assert printed.split() == ["4"]
+    if name == "episodes":
+        assert printed.split() == ["7", "episode-0", "support", str(scope["listed"][0].support["id"][0])]
+    if name == "lab":
+        assert printed == "7 flipped labels\n"
     if name == "contributing":
         assert 0 < float(printed) < 1e-5
     if name == "many_devices":
         np.testing.assert_allclose(scope["in_a_run"].task, scope["in_one_call"].task, rtol=1e-4, atol=1e-7)
         assert len(mi.read_scores(tmp_path / "scores.parquet").score) == 12 * 11
+
+
+@pytest.mark.usefixtures("restored_precision")
+def test_commands_print_what_the_page_says(tmp_path):
+    """Line by line, but for the numbers, which are those of one machine; `python tests/printed.py` writes them."""
+    with as_a_reader(x64=True):
+        found = list(all_printed(tmp_path))
+    names = {command.split()[1] for command, _, _ in found}
+    assert {"train", "score", "edit", "evaluate", "report", "bench", "--help"} <= names
+    assert {command for command in cli.COMMANDS if f"$ metainfluence {command} " not in PAGES["command_line"]} == set()
+    for command, expected, printed in found:
+        assert without_numbers(printed) == without_numbers(expected), command
+    # What was asked for happened, and the numbers that no machine changes are the page's.
+    assert (tmp_path / "train-output" / "scores.html").is_file()
+    assert found[0][2].splitlines()[0].split(":")[0] == found[0][1].splitlines()[0].split(":")[0]
+
+
+def test_lines_that_are_too_long_are_cut_between_words():
+    assert shown("one two\n" + "word " * 30) == "one two\n" + "word " * 22 + "word …\n"
+    assert without_numbers("a  -1.5e-07 b2 12%, 3:4") == ["a 0 b2 0%, 0"]
 
 
 def test_the_tests_of_wrapping_run_all_code_of_that_page():
