@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from metainfluence._checks import check_finite_floats, leaf_name, maker
 from metainfluence.curvature import Curvature
-from metainfluence.data import Task, Weights, name_not_finite, resolve_weights
+from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.operators import Domain, Operator, flat_norm
 from metainfluence.problem import Bilevel, check_meta_params
 from metainfluence.response._damping import RANK, rule, rule_of
@@ -274,7 +274,6 @@ def optimum_at(options: Options, meta_params: PyTree, tasks: Task, weights: Weig
     chunks = options.chunks(meta_params, tasks, vectors)
     expansion = options.expanded(meta_params, tasks, weights, chunks)
     norm = flat_norm(expansion.gradient)
-    name_not_finite(norm, tasks, "tasks")
     about = (expansion.gradient, meta_params)
     damping, state, matvecs = _prepared(options.solver, options.damping, expansion.operator, about)
     info = OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs), flat_norm(meta_params))
@@ -284,7 +283,6 @@ def optimum_at(options: Options, meta_params: PyTree, tasks: Task, weights: Weig
 def solve_once(options: Options, expansion: Expansion, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
     """H⁻¹ times a pytree like λ, for a response that is asked once."""
     norm = flat_norm(expansion.gradient)
-    name_not_finite(norm, expansion.tasks, "tasks")
     about = (expansion.gradient, expansion.meta_params)
     solution, info, damping, matvecs = solve_alone(options.solver, options.damping, expansion.operator, about, rhs)
     at = OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs), flat_norm(expansion.meta_params))

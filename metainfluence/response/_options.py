@@ -13,7 +13,9 @@ from metainfluence._checks import check_batch_size, check_damping, check_mesh, c
 from metainfluence._chunks import Chunks
 from metainfluence.curvature import Curvature, check_curvature, exact
 from metainfluence.data import Task, Weights
+from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel, with_hvp
+from metainfluence.response._blame import without_spoilt
 from metainfluence.response._choice import fitting_chunks
 from metainfluence.response._sums import Expansion, Sums
 from metainfluence.solvers import Solver
@@ -83,5 +85,12 @@ class Options(NamedTuple):
         return fitting_chunks(self.problem, self.curvature, meta_params, tasks, vectors, self.mesh, self.batch_size)
 
     def expanded(self, meta_params: PyTree, tasks: Task, weights: Weights, chunks: Chunks) -> Expansion:
-        """The gradient map to first order; arguments are the caller's to check."""
-        return Sums(self.problem, self.curvature, chunks, self.mesh).expand(meta_params, tasks, weights)
+        """The gradient map to first order; arguments are the caller's to check.
+
+        Raises:
+          ValueError: outside jit, a gradient that is not finite and can be laid to tasks.
+        """
+        expand = Sums(self.problem, self.curvature, chunks, self.mesh).expand
+        found = expand(meta_params, tasks, weights)
+        rest = without_spoilt(self.problem, flat_norm(found.gradient), meta_params, tasks, weights)
+        return found if rest is None else expand(meta_params, rest, weights)

@@ -221,3 +221,36 @@ def test_a_leaf_that_nothing_reads_is_a_flat_direction():
             if solver is None:
                 assert int(found.info.flat_directions) == 3 * bool(unused)
                 assert ("flat directions: 3" in mi.error_budget(found).advice) == bool(unused)
+
+
+def spoilt_problem():
+    """The norm of a zero vector has no derivative, and the data are finite."""
+    problem = mi.from_task_loss(
+        lambda m, task, w: jnp.sum(w.query * (m[0] - task.query[:, 0]) ** 2) + jnp.linalg.norm(m * task.query[0, 1])
+    )
+    query = jnp.stack([jnp.arange(7.0), jnp.ones(7)], axis=1)[:, None]
+    return problem, mi.Task((), query.at[4, 0, 1].set(0.0))
+
+
+def test_a_task_whose_program_gives_nan_is_named():
+    problem, tasks = spoilt_problem()
+    for call in (
+        lambda: mi.influence_scores(problem, lambda m: m[0])(jnp.ones(2), tasks),
+        lambda: mi.optimum(problem)(jnp.ones(2), tasks),
+        lambda: mi.task_if(problem)(jnp.ones(2), tasks),
+    ):
+        with pytest.raises(ValueError, match=r"NaN or infinity from the program of task 4, whose data are finite"):
+            call()
+
+
+def test_a_task_of_weight_zero_is_absent_whatever_its_program_gives():
+    problem, tasks = spoilt_problem()
+    weights = mi.drop(mi.unit_weights(tasks), tasks=[4])
+    found = mi.influence_scores(problem, lambda m: m[0], damping=0.1)(jnp.ones(2), tasks, weights=weights)
+    rest = [0, 1, 2, 3, 5, 6]
+    others = jax.tree.map(lambda leaf: leaf[np.asarray(rest)], tasks)
+    # F is a mean over all tasks, the absent one among them.
+    alone = mi.from_task_loss(lambda m, task, w: 6 / 7 * problem.outer(None, m, task, w))
+    expected = mi.influence_scores(alone, lambda m: m[0], damping=0.1)(jnp.ones(2), others)
+    np.testing.assert_allclose(found.task[np.asarray(rest)], expected.task, rtol=1e-9)
+    assert found.task[4] == 0

@@ -344,7 +344,7 @@ def test_growth_that_leaves_no_digits_is_told(optimizer: Any, num_steps: int, dt
     # All finite, and not a digit of it true.
     assert bool(jnp.all(jnp.isfinite(scores.task)))
     assert info.growth * jnp.finfo(dtype).eps > 1e-2
-    (told,) = problems_of(info)
+    (told,) = problems_of_run(info)
     assert f"cotangents grow by {float(info.growth):.1e}" in told
     assert f"the most at step {int(jnp.argmax(info.cotangent_norms))} of {num_steps}" in told
 
