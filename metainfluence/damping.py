@@ -18,9 +18,7 @@ from metainfluence.data import Task, Weights, name_not_finite
 from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel
 from metainfluence.response import RANK, Damping, Options, checked, rule, target_gradient
-from metainfluence.solvers import SolveInfo
-from metainfluence.solvers._block_cg import grown
-from metainfluence.solvers._kit import Preconditioner, reachable
+from metainfluence.solvers import Preconditioner, SolveInfo, grown, reachable
 
 __all__ = ["Damping", "Sweep", "auto", "rule", "sweep"]
 

@@ -31,7 +31,7 @@ from metainfluence._checks import (
 from metainfluence._chunks import reduce_tasks
 from metainfluence.adaptation import Adaptation, Loss
 from metainfluence.data import Task, Weights, coefficients, fill_padding, resolve_weights, sizes, weighted_sum
-from metainfluence.differentiation import FORWARD, check_hvp
+from metainfluence.differentiation import FORWARD, check_forward, check_hvp
 
 
 class Bilevel(NamedTuple):
@@ -270,6 +270,19 @@ def evaluate(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights
     params, norm = problem.measure(meta_params, task, weights)
     loss = problem.outer(params, meta_params, task, weights)
     return loss, norm_or_zero(norm, loss)
+
+
+def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weights) -> None:
+    """Raises TypeError where the problem is to be differentiated in forward mode and cannot, see `check_forward`."""
+    if problem.hvp != FORWARD:
+        return
+
+    def check(at: PyTree, tasks: Task, weights: Weights) -> None:
+        first = jax.tree.map(lambda leaf: leaf[0], (tasks, weights))
+        check_forward(lambda m: evaluate(problem, m, *first)[0], at, twice=True)
+
+    # The user's functions see JAX's arrays, whatever the data are.
+    jax.eval_shape(check, at, tasks, weights)
 
 
 def norm_or_zero(norm: Array | None, loss: Array) -> Array:

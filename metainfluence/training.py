@@ -21,8 +21,7 @@ from jaxtyping import Array, Int, PyTree
 from metainfluence._checks import calling, check_floating, check_function, check_mesh, concrete, leaf_name, refuse_half
 from metainfluence.data import Task, Weights, resolve_weights, sizes
 from metainfluence.differentiation import REVERSE
-from metainfluence.problem import Bilevel, total_objective, with_hvp
-from metainfluence.response._sums import check_derivatives
+from metainfluence.problem import Bilevel, check_derivatives, total_objective, with_hvp
 
 __all__ = ["Run", "training", "training_loop"]
 

@@ -15,3 +15,16 @@ from metainfluence.baselines._projected import tlxml as tlxml
 from metainfluence.baselines._projected import trak as trak
 from metainfluence.baselines._proxies import plain_loss as plain_loss
 from metainfluence.baselines._proxies import random_scores as random_scores
+
+__all__ = [
+    "direct_if",
+    "ekfac_if",
+    "fine_tune",
+    "gradient_ascent",
+    "gradient_similarity",
+    "plain_loss",
+    "random_scores",
+    "tlxml",
+    "tracin",
+    "trak",
+]

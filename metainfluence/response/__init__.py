@@ -37,7 +37,6 @@ from metainfluence.response._sums import batch_gradient as batch_gradient
 from metainfluence.response._sums import batch_pull as batch_pull
 from metainfluence.response._sums import batch_sensitivities as batch_sensitivities
 from metainfluence.response._sums import batch_shift as batch_shift
-from metainfluence.response._sums import check_derivatives as check_derivatives
 from metainfluence.response._sums import expand as expand
 from metainfluence.response._sums import gradient_map as gradient_map
 from metainfluence.response._sums import mean as mean

@@ -46,7 +46,7 @@ def without_spoilt(problem: Bilevel, norm: Array, meta_params: PyTree, tasks: Ta
         named = f"{'task' if spoilt.size == 1 else 'tasks'} {', '.join(map(str, spoilt[:8]))}"
         raise ValueError(
             f"tasks: expected finite gradients, got NaN or infinity from the program of {named}"
-            f"{' …' if spoilt.size > 8 else ''}, whose data are finite: a norm, root, logarithm or quotient at 0, as in "
+            f"{' …' if spoilt.size > 8 else ''}, whose data are finite: a norm, root, log or quotient at 0, as in "
             "clipping a gradient that is 0 or a class without examples; add a small number inside it, or drop the task"
         )
     rows = np.arange(len(each))

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, PyTree
 from metainfluence._chunks import Chunks, reduce_tasks
 from metainfluence.curvature import Curvature, exact
 from metainfluence.data import Task, Weights, coefficients, weighted_sum
-from metainfluence.differentiation import FORWARD, REVERSE, check_forward
+from metainfluence.differentiation import REVERSE
 from metainfluence.operators import Domain, FlatProduct, Losses, Operator, from_matvec
-from metainfluence.problem import Bilevel, evaluate, meta_regularization, weighted_losses
+from metainfluence.problem import Bilevel, check_derivatives, meta_regularization, weighted_losses
 
 
 @jax.tree_util.register_dataclass
@@ -151,19 +151,6 @@ def regularizer_gradient(problem: Bilevel, meta_params: PyTree) -> PyTree:
 def regularizer_product(problem: Bilevel, meta_params: PyTree, vector: PyTree) -> PyTree:
     """∇²R v."""
     return jax.vjp(functools.partial(regularizer_gradient, problem), meta_params)[1](vector)[0]
-
-
-def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weights) -> None:
-    """Raises TypeError where the problem is to be differentiated in forward mode and cannot, see `check_forward`."""
-    if problem.hvp != FORWARD:
-        return
-
-    def check(at: PyTree, tasks: Task, weights: Weights) -> None:
-        first = jax.tree.map(lambda leaf: leaf[0], (tasks, weights))
-        check_forward(lambda m: evaluate(problem, m, *first)[0], at, twice=True)
-
-    # The user's functions see JAX's arrays, whatever the data are.
-    jax.eval_shape(check, at, tasks, weights)
 
 
 def gradient_map(problem: Bilevel, chunks: Chunks, mesh: Mesh | None = None) -> Callable[..., tuple[PyTree, Array]]:

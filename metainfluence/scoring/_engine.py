@@ -23,12 +23,11 @@ from metainfluence._progress import Progress, Reporter, reporter
 from metainfluence.curvature import Curvature, exact
 from metainfluence.data import sizes
 from metainfluence.operators import Domain, Operator, flat_norm
-from metainfluence.problem import Bilevel, check_meta_params, meta_regularization
+from metainfluence.problem import Bilevel, check_derivatives, check_meta_params, meta_regularization
 from metainfluence.response import (
     RANK,
     Options,
     batch_pull,
-    check_derivatives,
     check_target,
     name_target_not_finite,
     rule,

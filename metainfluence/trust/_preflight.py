@@ -14,8 +14,8 @@ from metainfluence import _memory
 from metainfluence._checks import check_positive, concrete, maker
 from metainfluence.curvature import Curvature
 from metainfluence.data import Task, resolve_weights, sizes, stack_tasks
-from metainfluence.problem import Bilevel, check_meta_params
-from metainfluence.response import Options, batch_pull, check_derivatives, linearised_bytes
+from metainfluence.problem import Bilevel, check_derivatives, check_meta_params
+from metainfluence.response import Options, batch_pull, linearised_bytes
 
 # A chunk that stays in a core's cache takes half the time, and a larger one brings nothing; an accelerator is filled.
 _CACHE_BYTES = 4.5e6

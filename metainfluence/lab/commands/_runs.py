@@ -17,7 +17,7 @@ from metainfluence.lab.experiments import setting
 from metainfluence.lab.experiments.ranges import Count, Positive, Size, Ways
 from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.learners import Learner
-from metainfluence.scoring._source import ids_of
+from metainfluence.scoring import ids_of
 
 CONFIG, CHECKPOINTS, TRAINED = "train.toml", "checkpoints", "trained.npz"
 

@@ -26,7 +26,7 @@ from metainfluence.lab.experiments.ranges import Count, NotNegative, Size
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.printing import OF_EDIT, check_solve, facts, say, say_budget, say_table
 from metainfluence.response import gradient_map
-from metainfluence.scoring._source import ids_of
+from metainfluence.scoring import ids_of
 
 EDITED, CHANGE = "edited.npz", "edited.json"
 MOST_SHOWN = 20

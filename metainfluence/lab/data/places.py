@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import metainfluence as mi
-from metainfluence.scoring._source import ids_of
+from metainfluence.scoring import ids_of
 
 SIDES = ("support", "query")
 

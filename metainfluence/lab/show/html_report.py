@@ -19,7 +19,7 @@ import metainfluence as mi
 from metainfluence.lab.show.gallery import Shown
 from metainfluence.lab.show.page_data import Measured, cell, packed
 from metainfluence.lab.show.printing import facts
-from metainfluence.scoring._table import info_of
+from metainfluence.scoring import info_of
 from metainfluence.trust import remedy
 
 

@@ -11,8 +11,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, Percent
 from numpy.typing import ArrayLike
 
 import metainfluence as mi
-from metainfluence.evaluation import detection_curve
-from metainfluence.evaluation._bootstrap import flags, numbers
+from metainfluence.evaluation import detection_curve, flags, numbers
 from metainfluence.lab.data.fewshot import CLEAN, FLIPPED, NOISE, SHORTCUT, WRONG_DOMAIN
 
 HARM_COLORS = {
