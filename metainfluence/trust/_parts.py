@@ -89,8 +89,11 @@ def inner_share(problem: Bilevel) -> Callable[[PyTree, PyTree, Task, Weights], F
     assert adapt is not None
 
     def bend(gradient: Callable[[PyTree], PyTree], at: PyTree, change: PyTree) -> PyTree:
-        value, rate = jax.jvp(gradient, (at,), (change,))
-        return _less(_less(gradient(jax.tree.map(jnp.add, at, change)), value), rate)
+        # Both points in one batch, so that the program holds one copy of the gradient and its derivative.
+        points = jax.tree.map(lambda leaf, step: jnp.stack([leaf, leaf + step]), at, change)
+        steps = jax.tree.map(lambda step: jnp.stack([step, jnp.zeros_like(step)]), change)
+        values, rates = jax.vmap(lambda point, step: jax.jvp(gradient, (point,), (step,)))(points, steps)
+        return jax.tree.map(lambda value, rate: value[1] - value[0] - rate[0], values, rates)
 
     def share(meta_params: PyTree, changes: PyTree, tasks: Task, weights: Weights) -> Array:
         def with_tangent(point: PyTree) -> Array:
