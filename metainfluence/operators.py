@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence._checks import leaf_name
 
+__all__ = ["Domain", "FlatProduct", "Losses", "Operator", "from_matvec"]
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
