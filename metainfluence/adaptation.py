@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence import _lapack, operators, solvers
 from metainfluence._checks import calling, check_floating, check_function, check_losses, check_scalar
+from metainfluence._outline import outline
 from metainfluence.data import weighted_sum
 from metainfluence.minimizers import (
     Minimizer,
@@ -98,8 +99,7 @@ def _inner_objective(inner_loss: Loss, regularizer: Regularizer | None) -> Calla
             return total
         return total + check_scalar(regularizer(params, meta_params), "regularizer")
 
-    # Compiled as a function of its own, so that JAX traces the user's losses once, however often they are called.
-    return jax.jit(objective)
+    return outline(inner_loss, regularizer)(objective)
 
 
 def unrolled(
@@ -183,7 +183,8 @@ def implicit(
     _check_functions(inner_loss, init, regularizer)
     minimize = newton_cg() if minimizer is None else minimizer
     objective = _inner_objective(inner_loss, regularizer)
-    gradient = jax.jit(jax.grad(objective))
+    outlined = outline(inner_loss, init, regularizer, minimize, linear_solver)
+    gradient = outlined(jax.grad(objective))
 
     def inner_losses(params: PyTree, operands: tuple[PyTree, PyTree, Array]) -> operators.Losses:
         meta_params, support, coefficients = operands
@@ -195,7 +196,7 @@ def implicit(
             regularizer=None if regularizer is None else lambda params: regularizer(params, meta_params),
         )
 
-    @jax.jit
+    @outlined
     def linearised(params: PyTree, operands: Any) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
         """The gradient, and its derivative in params as a pytree: a fixed tool, through which no derivative runs."""
         params, operands = jax.lax.stop_gradient((params, operands))
@@ -288,7 +289,7 @@ def closed_form(fn: Callable[[PyTree, PyTree, Array], PyTree]) -> Adaptation:
       TypeError: `fn` cannot be called so.
     """
     check_function("fn", fn, "(meta_params, support, coefficients) -> params", *"msc")
-    return Adaptation(jax.jit(lambda *operands: fn(*operands)))
+    return Adaptation(outline(fn)(lambda *operands: fn(*operands)))
 
 
 def _depends(fn: Callable[[PyTree], PyTree], point: PyTree) -> bool:

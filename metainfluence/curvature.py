@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 from metainfluence.data import Task, Weights
 from metainfluence.differentiation import taylor
-from metainfluence.problem import Bilevel, evaluate, norm_or_zero
+from metainfluence.problem import Bilevel, adapted, evaluate, norm_or_zero
 
 __all__ = ["Curvature", "direct", "exact", "gamma", "gauss_newton", "linearized"]
 
@@ -51,8 +51,7 @@ class Curvature(NamedTuple):
 
 def _measured(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> tuple[PyTree, Array | None]:
     """The adapted parameters at λ0, held fixed, and ‖∂_θ L_in‖ there."""
-    assert problem.measure is not None
-    return jax.lax.stop_gradient(problem.measure(at, task, weights))
+    return jax.lax.stop_gradient(adapted(problem, at, task, weights))
 
 
 def exact() -> Curvature:
@@ -66,9 +65,7 @@ def exact() -> Curvature:
 
 
 def _linearized(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Callable[[PyTree], Any]:
-    measure = problem.measure
-    assert measure is not None
-    _, tangent, norm = taylor(lambda m: measure(m, task, weights), at, problem.hvp)
+    _, tangent, norm = taylor(lambda m: adapted(problem, m, task, weights), at, problem.hvp)
 
     def loss(meta_params: PyTree) -> tuple[Array, Array]:
         value = problem.outer(tangent(meta_params), meta_params, task, weights)
@@ -101,13 +98,12 @@ def gauss_newton() -> Curvature:
     """
 
     def surrogate(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Callable[[PyTree], Any]:
-        assert problem.measure is not None
         assert problem.outputs is not None
         assert problem.head is not None
-        measure, model, head = problem.measure, problem.outputs, problem.head
+        model, head = problem.outputs, problem.head
 
         def forward(meta_params: PyTree) -> tuple[PyTree, Array | None]:
-            params, norm = measure(meta_params, task, weights)
+            params, norm = adapted(problem, meta_params, task, weights)
             return model(params, meta_params, task), norm
 
         _, tangent, norm = taylor(forward, at, problem.hvp)

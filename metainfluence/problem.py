@@ -29,6 +29,7 @@ from metainfluence._checks import (
     traced_at,
 )
 from metainfluence._chunks import reduce_tasks
+from metainfluence._outline import outline
 from metainfluence.adaptation import Adaptation, Loss
 from metainfluence.data import Task, Weights, coefficients, fill_padding, resolve_weights, sizes, weighted_sum
 from metainfluence.differentiation import FORWARD, check_forward, check_hvp
@@ -42,8 +43,6 @@ class Bilevel(NamedTuple):
       adapt: (meta_params, task, weights) -> params; None where the task loss is not split into levels.
       query_losses: (params, meta_params, task) -> losses `[n_query]`; None where adapt is.
       inner_gradient_norm: (params, meta_params, task, weights) -> ‖∂_θ L_in‖; None unless adaptation is implicit.
-      measure: (meta_params, task, weights) -> (params, ‖∂_θ L_in‖), the norm None where it means nothing; None where
-        adapt is.
       outputs: (params, meta_params, task) -> the model's outputs on the query set; None without a head.
       head: (outputs, task, weights) -> L_k; None without a head.
       meta_regularizer: (meta_params) -> R; None for 0.
@@ -54,7 +53,6 @@ class Bilevel(NamedTuple):
     adapt: Callable[[PyTree, Task, Weights], PyTree] | None = None
     query_losses: Callable[[PyTree, PyTree, Task], Array] | None = None
     inner_gradient_norm: Callable[[PyTree, PyTree, Task, Weights], Array] | None = None
-    measure: Callable[[PyTree, Task, Weights], tuple[PyTree, Array | None]] | None = None
     outputs: Callable[[PyTree, PyTree, Task], PyTree] | None = None
     head: Callable[[PyTree, Task, Weights], Array] | None = None
     meta_regularizer: Callable[[PyTree], Array] | None = None
@@ -113,7 +111,7 @@ def bilevel(
         with calling("adapt", "(meta_params, support, coefficients)"):
             return chosen.measured(*operands(meta_params, task, weights))
 
-    @jax.jit
+    @outline(outer_loss)
     def called(params: PyTree, meta_params: PyTree, query: PyTree) -> PyTree:
         with calling("outer_loss", "(params, meta_params, query)"):
             return outer_loss(params, meta_params, query)
@@ -138,6 +136,9 @@ def bilevel(
     def outer(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         return head(outputs(params, meta_params, task), task, weights)
 
+    # Kept at the function itself, so that a problem whose `adapt` was replaced is not asked for what it did before.
+    adapted.measured = measured  # type: ignore[attr-defined]
+
     def inner_gradient_norm(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         assert chosen.inner_gradient_norm is not None
         return chosen.inner_gradient_norm(params, *operands(meta_params, task, weights))
@@ -147,7 +148,6 @@ def bilevel(
         adapt=adapted,
         query_losses=query_losses,
         inner_gradient_norm=None if chosen.inner_gradient_norm is None else inner_gradient_norm,
-        measure=measured,
         outputs=None if outer_head is None else outputs,
         head=None if outer_head is None else head,
         meta_regularizer=meta_regularizer,
@@ -180,7 +180,7 @@ def from_task_loss(
     check_function("task_loss", task_loss, "(meta_params, task, weights) -> scalar", *"mtw")
     _check_meta_regularizer(meta_regularizer)
 
-    @jax.jit
+    @outline(task_loss)
     def called(meta_params: PyTree, task: Task, weights: Weights) -> Array:
         with calling("task_loss", "(meta_params, task, weights)"):
             return check_scalar(task_loss(meta_params, task, weights), "task_loss")
@@ -264,10 +264,10 @@ def check_meta_params(meta_params: PyTree) -> None:
 
 def evaluate(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) -> tuple[Array, Array]:
     """L_k and ‖∂_θ L_in‖ of one task, by one adaptation."""
-    if problem.measure is None:
+    if problem.adapt is None:
         loss = problem.outer(None, meta_params, task, weights)
         return loss, jnp.zeros_like(loss)
-    params, norm = problem.measure(meta_params, task, weights)
+    params, norm = adapted(problem, meta_params, task, weights)
     loss = problem.outer(params, meta_params, task, weights)
     return loss, norm_or_zero(norm, loss)
 
@@ -283,6 +283,20 @@ def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weight
 
     # The user's functions see JAX's arrays, whatever the data are.
     jax.eval_shape(check, at, tasks, weights)
+
+
+def adapted(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) -> tuple[PyTree, Array | None]:
+    """θ_k, and ‖∂_θ L_in‖ there, through which no derivative runs; None where there is no inner minimum."""
+    assert problem.adapt is not None
+    measured = getattr(problem.adapt, "measured", None)
+    if measured is not None:
+        params, norm = measured(meta_params, task, weights)
+        return params, norm
+    params = problem.adapt(meta_params, task, weights)
+    if problem.inner_gradient_norm is None:
+        return params, None
+    frozen = jax.lax.stop_gradient((params, meta_params, weights))
+    return params, problem.inner_gradient_norm(frozen[0], frozen[1], task, frozen[2])
 
 
 def norm_or_zero(norm: Array | None, loss: Array) -> Array:

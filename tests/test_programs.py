@@ -2,8 +2,10 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import metainfluence as mi
@@ -97,3 +99,34 @@ def test_nothing_is_compiled_while_tracing(cases, monkeypatch):
     # So many tasks are taken in chunks.
     assert "stablehlo.while" in text
     assert jnp.ndim(case.meta_params["bias"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["unrolled", "closed form", "task loss"])
+def test_problems_may_close_over_traced_values(kind):
+    """A problem that is made inside a function that is differentiated, mapped or compiled."""
+    task = mi.Task(jnp.asarray([[0.5], [2.0], [1.0]]), jnp.asarray([[1.0], [3.0], [2.0]]))
+
+    def loss(params, meta_params, batch):
+        return (params - batch) ** 2 + meta_params**2
+
+    def scores(strength):
+        start = {"regularizer": lambda params, meta_params: strength * (params - meta_params) ** 2}
+        adapt = {
+            "implicit": lambda: mi.adaptation.implicit(loss, lambda m, s: jnp.zeros(()), **start),
+            "unrolled": lambda: mi.adaptation.unrolled(loss, lambda m, s: m, optax.sgd(0.1), 3, **start),
+            "closed form": lambda: mi.adaptation.closed_form(lambda m, s, c: (c @ s + strength * m) / (1 + strength)),
+        }
+        if kind == "task loss":
+            problem = mi.from_task_loss(lambda m, t, w: jnp.mean(w.query * (m - strength * t.query) ** 2))
+        else:
+            problem = mi.bilevel(loss, adapt[kind]())
+        found = mi.influence_scores(problem, lambda m: m**2, damping=0.1)(jnp.asarray(0.3), task)
+        return found.task
+
+    strengths = jnp.asarray([0.5, 2.0])
+    expected = jnp.stack([scores(float(each)) for each in strengths])
+    chex.assert_trees_all_close(jax.jit(jax.vmap(scores))(strengths), expected, rtol=1e-6)
+    slope = jax.jit(jax.jacfwd(scores))(strengths[0])
+    step = 1e-5
+    numeric = (scores(0.5 + step) - scores(0.5 - step)) / (2 * step)
+    chex.assert_trees_all_close(slope, numeric, rtol=1e-4, atol=1e-7)

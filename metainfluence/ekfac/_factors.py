@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence import _lapack
@@ -157,6 +158,13 @@ def _summed(see: Callable[..., _Seen], groups: Any, batch_size: int | None) -> C
     number = groups[1].shape[0]
     chunked = batch_size is not None and batch_size < number
     seen = None if chunked else jax.vmap(see)(groups)
+
+    if chunked:
+        # Groups without weight fill up the last chunk.
+        assert batch_size is not None
+        rows = np.arange(-(-number // batch_size) * batch_size)
+        data, coefficients = jax.tree.map(lambda leaf: jnp.asarray(leaf)[np.minimum(rows, number - 1)], groups)
+        groups = (data, jnp.where(rows[:, None] < number, coefficients, 0))
 
     def add(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), tree)

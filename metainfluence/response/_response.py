@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -100,7 +101,7 @@ def check_target(target: Any) -> None:
     """Raises TypeError unless the target can be called."""
     if not callable(target):
         expected = "a function (meta_params, *target_args) -> scalar"
-        raise TypeError(f"target: expected {expected}, got {type(target).__name__}")
+        raise TypeError(f"target: expected {expected}, got {reprlib.repr(target)}")
 
 
 def removal_scores(weights: Weights, sensitivity: Weights, info: Any) -> Scores:

@@ -19,6 +19,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence._chunks import Chunks, reduce_tasks
+from metainfluence._outline import closes_over_traced
 from metainfluence.curvature import Curvature, exact
 from metainfluence.data import Task, Weights, coefficients, weighted_sum
 from metainfluence.differentiation import REVERSE
@@ -35,15 +36,22 @@ class Pull:
       turned: the same map, leaf by leaf.
       domain: of λ.
       both: of λ and w.
+      outlined: whether it is a function of its own in the program, which it cannot be with traced values in it.
     """
 
     turned: Callable[[PyTree], Any]
     domain: Domain = dataclasses.field(metadata={"static": True})
     both: Domain = dataclasses.field(metadata={"static": True})
+    outlined: bool = dataclasses.field(metadata={"static": True})
 
     def __call__(self, vector: PyTree) -> tuple[PyTree, Weights]:
         """Pulls a vector back."""
-        return self.both.unravel(_pulled(self.domain, self.turned, self.domain.ravel(vector)))
+        return self.both.unravel(self.flat(self.domain.ravel(vector)))
+
+    def flat(self, vector: Float[Array, " size"]) -> Array:
+        """Both results, flat and one after the other."""
+        pulled = _pulled if self.outlined else _pulled_in_place
+        return pulled(self.domain, self.turned, vector)
 
     def product(self) -> FlatProduct:
         """The Hessian product alone."""
@@ -91,13 +99,15 @@ class Expansion:
             num_groups=self.weights.task.shape[0],
         )
 
-    def mixed(self, direction: Weights) -> PyTree:
-        """∂_w D_λF · direction, a pytree like λ."""
-        return self._sums.mixed(self, direction)
+    @property
+    def mixed(self) -> Callable[[Weights], PyTree]:
+        """(direction in w) -> ∂_w D_λF · direction, a pytree like λ; itself a pytree."""
+        return Partial(self._sums.mixed, self)
 
-    def mixed_transposed(self, vector: PyTree) -> Weights:
-        """∂_w ⟨D_λF, vector⟩."""
-        return self._sums.mixed_transposed(self, vector)
+    @property
+    def mixed_transposed(self) -> Callable[[PyTree], Weights]:
+        """(vector like λ) -> ∂_w ⟨D_λF, vector⟩; itself a pytree."""
+        return Partial(self._sums.mixed_transposed, self)
 
 
 def batch_gradient(
@@ -273,7 +283,7 @@ def _linearised(
 def _pull(problem: Bilevel, linear: Callable[..., Any], at: PyTree, weights: Weights) -> Pull:
     """The pullback, in either mode."""
     turn, both = _call if problem.hvp == REVERSE else _transposed, Domain.of((at, weights))
-    return Pull(Partial(turn, both, linear), Domain.of(at), both)
+    return Pull(Partial(turn, both, linear), Domain.of(at), both, not closes_over_traced(problem, set()))
 
 
 # These take the linear map as an argument, since Partial(linear) of a map that is itself a Partial would take its
@@ -289,8 +299,7 @@ def _transposed(domain: Domain, linear: Callable[..., PyTree], vector: PyTree) -
     return jax.linear_transpose(linear, *jax.tree.unflatten(domain.structure, domain.leaves))(vector)
 
 
-@jax.jit
-def _pulled(domain: Domain, turned: Callable[[PyTree], Any], vector: Float[Array, " size"]) -> Array:
+def _pulled_in_place(domain: Domain, turned: Callable[[PyTree], Any], vector: Float[Array, " size"]) -> Array:
     """One function of one flat result, whichever part of it is asked for.
 
     A program that multiplies in one place and scores in another then holds it once.
@@ -308,5 +317,8 @@ def _pulled(domain: Domain, turned: Callable[[PyTree], Any], vector: Float[Array
     return jax.core.eval_jaxpr(needed, whole.consts, *jax.tree.leaves((turned, vector)))[0]
 
 
+_pulled = jax.jit(_pulled_in_place)
+
+
 def _product(pull: Pull, vector: Float[Array, " size"]) -> Float[Array, " size"]:
-    return _pulled(pull.domain, pull.turned, vector)[: pull.domain.size].astype(vector.dtype)
+    return pull.flat(vector)[: pull.domain.size].astype(vector.dtype)
