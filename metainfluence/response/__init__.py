@@ -4,6 +4,7 @@ Every influence is one derivative of one map, w ↦ λ(w). A response offers its
 in w to the change of λ, and `vjp`, from the slope of a target to dφ/dw of every datum together.
 """
 
+from metainfluence.response._blame import finite_gradients as finite_gradients
 from metainfluence.response._checkpoints import Checkpoint as Checkpoint
 from metainfluence.response._checkpoints import checkpoints as checkpoints
 from metainfluence.response._choice import DEVICE_SHARE as DEVICE_SHARE

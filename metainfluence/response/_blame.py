@@ -15,6 +15,15 @@ from metainfluence.problem import Bilevel, evaluate
 _AT_ONCE = 64
 
 
+def finite_gradients(problem: Bilevel, meta_params: PyTree, tasks: Task, weights: Weights) -> Array:
+    """Which tasks' own total gradients are finite, `[T]`."""
+
+    def finite(data: tuple[Task, Weights]) -> Array:
+        return jnp.isfinite(flat_norm(jax.grad(lambda m: evaluate(problem, m, *data)[0])(meta_params)))
+
+    return jax.lax.map(finite, (tasks, weights), batch_size=_AT_ONCE)
+
+
 def without_spoilt(problem: Bilevel, norm: Array, meta_params: PyTree, tasks: Task, weights: Weights) -> Task | None:
     """Tasks in which those of weight 0 that spoil the sum have another one's data; None where nothing is spoilt.
 
@@ -35,10 +44,7 @@ def without_spoilt(problem: Bilevel, norm: Array, meta_params: PyTree, tasks: Ta
         return None
     name_not_finite(norm, tasks, "tasks")
 
-    def finite(data: tuple[Task, Weights]) -> Array:
-        return jnp.isfinite(flat_norm(jax.grad(lambda m: evaluate(problem, m, *data)[0])(meta_params)))
-
-    each = jax.jit(lambda data: jax.lax.map(finite, data, batch_size=_AT_ONCE))((tasks, weights))
+    each = jax.jit(lambda *data: finite_gradients(problem, *data))(meta_params, tasks, weights)
     spoilt = np.flatnonzero(~np.asarray(each))
     if not spoilt.size or spoilt.size == len(each):
         return None

@@ -460,6 +460,12 @@ def _slope(passes: Passes, store: Store) -> Slope:
         slope = Slope(*(jnp.asarray(saved[name]) for name in Slope._fields))
         return slope._replace(gradient=domain.unravel(slope.gradient))
     slope = passes.slope()
+    if holds_nan(slope.gradient) and (spoilt := passes.spoilt()):
+        named = ", ".join(map(repr, spoilt[:8])) + (" …" if len(spoilt) > 8 else "")
+        raise ValueError(
+            f"source: expected finite gradients, got NaN or infinity from tasks {named}: of their data, or of a norm, "
+            "root, log or quotient at 0 in the problem's functions; mend it there, or leave these tasks out"
+        )
     share(passes.reader)
     flat = slope._replace(gradient=domain.ravel(slope.gradient))
     arrays = {name: np.asarray(value) for name, value in flat._asdict().items()}

@@ -138,6 +138,20 @@ class Passes:
         gradient = mean(gradient, count, regularizer)
         return Slope(gradient, shift / count.astype(shift.dtype), count, norm)
 
+    def spoilt(self) -> list[Any]:
+        """Ids of the tasks whose own gradients are not finite, by a pass of its own."""
+
+        def prepare(number: int, batch: Batch) -> Callable[[], Any]:
+            return self._programs.finite.prepare(self._at, batch)
+
+        found: list[Any] = []
+        numbers = range(self.reader.num_batches)
+        with contextlib.closing(self._mapped(prepare, numbers, lambda number: True)) as results:
+            for number, _, finite in results:
+                rows = number * self.reader.batch_size + np.flatnonzero(~np.asarray(finite))
+                found += [self.reader.ids[row] for row in rows.tolist() if row < len(self.reader.ids)]
+        return found
+
     def operator(
         self, slope: Slope, around: Callable[[Callable[[PyTree], PyTree]], Callable[[PyTree], PyTree]] = lambda fn: fn
     ) -> Operator:

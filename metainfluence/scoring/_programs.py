@@ -21,6 +21,7 @@ from metainfluence.response import (
     batch_pull,
     batch_sensitivities,
     batch_shift,
+    finite_gradients,
     regularizer_gradient,
     regularizer_product,
 )
@@ -114,7 +115,12 @@ class Programs:
             peaks = jax.tree.map(jnp.maximum, total.peaks, part.peaks)
             return Part(jax.tree.map(jnp.add, total.sums, part.sums), peaks)
 
+        def finite(at: PyTree, batch: Batch) -> Array:
+            # What could not be read has weight 0.
+            return finite_gradients(problem, at, *batch) | (batch.weights.task == 0)
+
         self.gradient = Program(gradient, whole)
+        self.finite = Program(finite, whole)
         self.product = Program(
             lambda at, vectors, batch: _products(batch_pull(problem, curvature, at, *batch), vectors),
             whole,

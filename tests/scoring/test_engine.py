@@ -1,6 +1,7 @@
 """What the engine computes is what `influence_scores` computes, from any source, by any route."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -183,3 +184,21 @@ def test_nan_in_the_data_stays_nan():
     tasks[3].query["y"][0] = np.nan
     programs = setting.programs()
     assert np.all(np.isnan(setting.passes(programs, setting.reader(tasks, 4), 0.0).slope().gradient["scale"]))
+
+
+def test_tasks_whose_program_gives_nan_are_named(tmp_path):
+    """The norm of a zero vector has no derivative, and the data are finite."""
+    problem = mi.from_task_loss(
+        lambda m, task, w: jnp.sum(w.query * (m - task.query) ** 2) + jnp.linalg.norm(m * task.query[:1])
+    )
+    source = [mi.Task((), np.full(1, float(k))) for k in (2, 1, 0, 3)]
+    with pytest.raises(ValueError, match=r"source: expected finite gradients, got NaN or infinity from tasks 2:"):
+        mi.scoring.score(
+            problem,
+            lambda m: m,
+            jnp.asarray(1.0),
+            source,
+            out=tmp_path / "scores.parquet",
+            batch_size=2,
+            progress=False,
+        )
