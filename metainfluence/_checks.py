@@ -151,6 +151,11 @@ def check_floating(tree: PyTree, name: str) -> None:
     if not jax.tree.leaves(tree):
         raise ValueError(f"{name}: expected at least one array, got a pytree without leaves")
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not is_array(leaf):
+            raise TypeError(
+                f"{leaf_name(name, path)}: expected an array, got {type(leaf).__name__} {reprlib.repr(leaf)}; leave "
+                "what is not differentiated out of this pytree"
+            )
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
                 f"{leaf_name(name, path)}: expected floating-point numbers, got {jnp.result_type(leaf)}; leave what is "

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from metainfluence import _disk
-from metainfluence._checks import check_positive
+from metainfluence._checks import check_floating, check_positive
 from metainfluence._disk import Store
 from metainfluence._progress import Progress, Reporter, reporter
 from metainfluence.curvature import Curvature, exact
@@ -153,6 +153,7 @@ def score(
         check_positive("memory", memory)
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
+    check_floating(meta_params, "meta_params")
     meta_params = widened(jax.tree.map(jnp.asarray, meta_params))
     check_meta_params(meta_params)
     ids_of(source)

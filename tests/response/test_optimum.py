@@ -223,6 +223,32 @@ def test_a_leaf_that_nothing_reads_is_a_flat_direction():
                 assert ("flat directions: 3" in mi.error_budget(found).advice) == bool(unused)
 
 
+@pytest.mark.parametrize("leaf", ["relu", jnp.tanh, None, [1.0, "a"]])
+def test_a_leaf_that_is_no_array_is_named(leaf, tmp_path):
+    problem, tasks = spoilt_problem()
+    if leaf is None:
+        leaf = jax.nn.relu
+    meta_params = {"w": jnp.ones(2), "act": leaf}
+    for call in (
+        lambda: mi.influence_scores(problem, lambda m: m["w"][0])(meta_params, tasks),
+        lambda: mi.task_if(problem)(meta_params, tasks),
+        lambda: mi.edit(problem)(meta_params, tasks, mi.unit_weights(tasks)),
+        lambda: mi.total_objective(problem)(meta_params, tasks),
+        lambda: mi.spectrum(problem)(meta_params, tasks),
+        lambda: mi.damping.auto(problem)(meta_params, tasks),
+        lambda: mi.scoring.score(problem, lambda m: 0.0, meta_params, [tasks], out=tmp_path / "s.parquet"),
+    ):
+        with pytest.raises(TypeError, match=r"meta_params\['act'\].*: expected an array, got "):
+            call()
+
+
+def test_a_traced_index_takes_numpy_tasks(case):
+    tasks = jax.tree.map(np.asarray, case.tasks)
+    find = mi.instance_if(case.problem, "query", damping=2.0)
+    traced = jax.jit(lambda index: find(case.meta_params, tasks, index).delta)(1)
+    chex.assert_trees_all_close(traced, find(case.meta_params, tasks, 1).delta, rtol=1e-5, atol=1e-8)
+
+
 def spoilt_problem():
     """The norm of a zero vector has no derivative, and the data are finite."""
     problem = mi.from_task_loss(
