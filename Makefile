@@ -47,7 +47,7 @@ test-slow: $(STAMP)
 $(OLDEST_STAMP): pyproject.toml tests/oldest.txt
 	@python="$$(for p in python3.11 python3.12 '$(PYTHON)'; do if $$p -c '$(USABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)"; \
 	"$$python" -m venv --clear .venv-oldest
-	.venv-oldest/bin/pip install $(if $(CI),--quiet) -e . -c tests/oldest.txt hypothesis lineax pytest pytest-xdist scipy
+	.venv-oldest/bin/pip install $(if $(CI),--quiet) -e . -c tests/oldest.txt chex hypothesis lineax pytest pytest-xdist scipy
 	@touch $@
 
 test-oldest: $(OLDEST_STAMP)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "metainfluence"
 NOT_CORE = {"lab", "__main__.py"}
 CORE = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in NOT_CORE)
-CORE_DEPENDENCIES = {"chex", "jax", "jaxtyping", "numpy", "optax"}
+CORE_DEPENDENCIES = {"jax", "jaxtyping", "numpy", "optax"}
 LAB_PACKAGES = {
     "array_record",
     "flax",

@@ -190,7 +190,7 @@ def markdown(
         ),
         "",
         (
-            f"`import metainfluence` against `import jax, optax, chex`: {imports['ratio']:.2f} × "
+            f"`import metainfluence` against `import jax, optax`: {imports['ratio']:.2f} × "
             f"({imports['metainfluence']:.2f} s against {imports['dependencies']:.2f} s)"
         ),
         "",

@@ -6,7 +6,7 @@ import sys
 import time
 
 OURS = "import metainfluence"
-DEPENDENCIES = "import jax, optax, chex"
+DEPENDENCIES = "import jax, optax"
 
 
 def _seconds(statement: str) -> float:
@@ -16,7 +16,7 @@ def _seconds(statement: str) -> float:
 
 
 def measure(repeats: int = 7) -> dict[str, float]:
-    """Time `import metainfluence` against `import jax, optax, chex`, each run in a new interpreter.
+    """Time `import metainfluence` against `import jax, optax`, each run in a new interpreter.
 
     The two take turns, so that a change of the machine's load meets both alike, and an untimed run of each comes first,
     since it may have to compile bytecode and to read from a cold disk.
