@@ -187,8 +187,16 @@ def test_no_file_names_a_path_of_one_machine():
 def test_constraints_are_exact_versions_and_nothing_else():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if not line.startswith("#")]
+    exact = re.compile(r'([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.!+]*)(?:; python_version (<|>=) "(3\.\d+)")?')
+    found = [exact.fullmatch(pin) for pin in pins]
+    assert all(found)
     assert pins
-    assert not [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.!+]*", pin)]
+    # One version of each for every Python.
+    for minor in (11, 12, 13):
+        holds = {None: True, "<": minor < 12, ">=": minor >= 12}
+        names = [match[1] for match in found if match[4] in (None, "3.12") and holds[match[3]]]
+        assert len(names) == len(set(names))
+        assert set(names) == {match[1] for match in found}
 
 
 @pytest.mark.slow
