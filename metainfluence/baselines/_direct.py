@@ -38,6 +38,7 @@ def direct_if(
       ValueError: a problem made by `from_task_loss`, and as `influence_scores`.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.bilevel(
@@ -45,7 +46,7 @@ def direct_if(
       ...     mi.adaptation.closed_form(lambda m, support, coefficients: m),
       ... )
       >>> tasks = mi.Task(jnp.zeros((3, 1)), jnp.asarray([[0.0], [1.0], [5.0]]))
-      >>> score = mi.baselines.direct_if(problem, lambda m: m, solver=mi.solvers.dense())
+      >>> score = jax.jit(mi.baselines.direct_if(problem, lambda m: m))
       >>> scores = score(jnp.asarray(1.0), tasks)  # (2 - query) / 3: twice the influence, since dθ/dλ = 1 is ignored
       >>> [round(x, 3) for x in scores.task.tolist()]
       [0.667, 0.333, -1.0]
@@ -88,6 +89,7 @@ def ekfac_if(
       ValueError: as `direct_if` and `solvers.ekfac`.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> layer = mi.ekfac.Dense(kernel="w")
@@ -96,7 +98,7 @@ def ekfac_if(
       ...     mi.adaptation.closed_form(lambda m, support, coefficients: ()),
       ... )
       >>> query = {"x": jnp.ones((3, 1, 1)), "y": jnp.asarray([[[0.0]], [[1.0]], [[5.0]]])}
-      >>> score = mi.baselines.ekfac_if(problem, lambda m: m["w"][0, 0])
+      >>> score = jax.jit(mi.baselines.ekfac_if(problem, lambda m: m["w"][0, 0]))
       >>> scores = score({"w": jnp.asarray([[2.0]])}, mi.Task(jnp.zeros((3, 1)), query))
       >>> [round(x, 3) for x in scores.task.tolist()]  # (2 - y) / 3
       [0.667, 0.333, -1.0]

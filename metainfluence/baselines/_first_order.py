@@ -97,11 +97,12 @@ def gradient_similarity(
       ValueError: as `influence_scores`.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
-      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum((m[None] - task.query) ** 2))
+      >>> problem = mi.from_task_loss(lambda m, task, w: jnp.sum(w.query[:, None] * (m[None] - task.query) ** 2))
       >>> tasks = mi.Task((), jnp.asarray([[[3.0, 0.0]], [[0.0, 4.0]], [[-3.0, 4.0]]]))
-      >>> score = mi.baselines.gradient_similarity(problem, lambda m: m[0])
+      >>> score = jax.jit(mi.baselines.gradient_similarity(problem, lambda m: m[0]))
       >>> [round(x, 3) for x in score(jnp.zeros(2), tasks).task.tolist()]  # of (1, 0) and - query
       [-1.0, 0.0, 0.6]
     """

@@ -62,11 +62,12 @@ def trak(
       ValueError: `dim` no positive integer, damping negative, and as `influence_scores`.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
       >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
-      >>> score = mi.baselines.trak(problem, lambda m: m, dim=1, damping=0.0)
+      >>> score = jax.jit(mi.baselines.trak(problem, lambda m: m, dim=1, damping=0.0))
       >>> scores = score(jnp.asarray(2.0), tasks)  # (2 - query) / 3, over 14 / 3 for the mean square of the gradients
       >>> [round(x, 3) for x in scores.task.tolist()]
       [0.143, 0.071, -0.214]
@@ -160,6 +161,7 @@ def tlxml(
         `influence_scores`.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.bilevel(
@@ -168,7 +170,7 @@ def tlxml(
       ...     outer_head=lambda outputs, query: 0.5 * (outputs - query["y"]) ** 2,
       ... )
       >>> query = {"x": jnp.ones((3, 1)), "y": jnp.asarray([[0.0], [1.0], [5.0]])}
-      >>> score = mi.baselines.tlxml(problem, lambda m: m[0])  # the model does not see m[1]: its eigenvalue is 0
+      >>> score = jax.jit(mi.baselines.tlxml(problem, lambda m: m[0]))  # nothing is seen of m[1]: its eigenvalue is 0
       >>> scores = score(jnp.asarray([2.0, 7.0]), mi.Task(jnp.zeros((3, 1)), query))
       >>> [round(x, 3) for x in scores.task.tolist()]
       [0.667, 0.333, -1.0]

@@ -147,8 +147,8 @@ def score(
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
       >>> tasks = [mi.Task((), jnp.asarray([query])) for query in (0.0, 1.0, 5.0)]  # any sequence
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     out = Path(folder) / "scores.parquet"
-      ...     result = mi.scoring.score(problem, lambda m: m, jnp.asarray(2.0), tasks, out=out, progress=False)
+      ...     options = {"out": Path(folder) / "scores.parquet", "solver": mi.solvers.cg(), "progress": False}
+      ...     result = mi.scoring.score(problem, lambda m: m, jnp.asarray(2.0), tasks, **options)
       >>> result.task.round(3).tolist(), result.ids.tolist()  # (2 - query) / 3
       ([0.667, 0.333, -1.0], [0, 1, 2])
     """
