@@ -368,6 +368,19 @@ def training(
       TypeError: no problem, or no optax optimiser.
       ValueError: `num_steps` or `tasks_per_step` no positive integer, `seed` no integer; at the call, more tasks per
         step than there are.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> import optax
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> run = mi.training(problem, optax.sgd(0.5), num_steps=2)
+      >>> run(jnp.asarray(0.0), tasks).tolist()  # half of the way to the mean, 2, in each step
+      1.5
+      >>> without = mi.drop(mi.unit_weights(tasks), tasks=[2])
+      >>> round(float(run(jnp.asarray(0.0), tasks, without)), 3)
+      0.278
     """
     problem = with_hvp(problem, None)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
@@ -404,6 +417,16 @@ def training_loop(
       ValueError: `num_steps` no positive integer, `seed` no integer; at the call, a step that changes the structure, a
         shape or a dtype of its state, indices that are out of range, of another number than in step 0, or not the same
         when asked twice.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> def step(m, tasks, weights, key):
+      ...     return m - 0.5 * jnp.mean(weights.task * (m - tasks.query[:, 0]))
+      >>> run = mi.training_loop(step, 3, meta_params=lambda m: m, batch=lambda number: [number])
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> run(jnp.asarray(0.0), tasks).tolist()  # to 0, half of the way to 1, half of the way to 5
+      2.75
     """
     check_function("step", step, "(state, tasks, weights, key) -> state", *"stwk")
     check_function("meta_params", meta_params, "(state) -> meta-parameters", "s")

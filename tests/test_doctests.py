@@ -8,6 +8,18 @@ import pkgutil
 import pytest
 
 PUBLIC = ("metainfluence.solvers", "metainfluence.operators")
+PUBLIC_RUNS = (
+    "metainfluence.training",
+    "metainfluence.response._trajectory",
+    "metainfluence.response._segments",
+    "metainfluence.response._checkpoints",
+    "metainfluence.trust._smoothness",
+    "metainfluence.trust._choose",
+    "metainfluence.baselines",
+    "metainfluence.evaluation",
+    "metainfluence.scoring",
+    "metainfluence.ekfac",
+)
 
 
 def functions_of(name):
@@ -25,7 +37,7 @@ def modules_of(name):
     return [name, *(f"{name}.{part.name}" for part in inside)]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", PUBLIC + PUBLIC_RUNS)
 def test_every_public_function_has_an_example(name):
     functions = functions_of(name)
     assert functions
@@ -33,7 +45,7 @@ def test_every_public_function_has_an_example(name):
     assert not bare, f"without an example in the docstring: {bare}"
 
 
-@pytest.mark.parametrize("module", [part for name in PUBLIC for part in modules_of(name)])
+@pytest.mark.parametrize("module", [part for name in PUBLIC + PUBLIC_RUNS for part in modules_of(name)])
 def test_examples_show_what_comes_out(module):
     failed, _ = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0

@@ -36,6 +36,20 @@ def direct_if(
 
     Raises:
       ValueError: a problem made by `from_task_loss`, and as `influence_scores`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.bilevel(
+      ...     lambda params, m, query: 0.5 * (params + m - query) ** 2,
+      ...     mi.adaptation.closed_form(lambda m, support, coefficients: m),
+      ... )
+      >>> tasks = mi.Task(jnp.zeros((3, 1)), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> score = jax.jit(mi.baselines.direct_if(problem, lambda m: m))
+      >>> scores = score(jnp.asarray(1.0), tasks)  # (2 - query) / 3: twice the influence, since dθ/dλ = 1 is ignored
+      >>> [round(x, 3) for x in scores.task.tolist()]
+      [0.667, 0.333, -1.0]
     """
     if problem.adapt is None:
         raise ValueError(
@@ -73,6 +87,21 @@ def ekfac_if(
 
     Raises:
       ValueError: as `direct_if` and `solvers.ekfac`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> layer = mi.ekfac.Dense(kernel="w")
+      >>> problem = mi.bilevel(
+      ...     lambda params, m, query: 0.5 * (layer(m, query["x"]) - query["y"])[:, 0] ** 2,
+      ...     mi.adaptation.closed_form(lambda m, support, coefficients: ()),
+      ... )
+      >>> query = {"x": jnp.ones((3, 1, 1)), "y": jnp.asarray([[[0.0]], [[1.0]], [[5.0]]])}
+      >>> score = jax.jit(mi.baselines.ekfac_if(problem, lambda m: m["w"][0, 0]))
+      >>> scores = score({"w": jnp.asarray([[2.0]])}, mi.Task(jnp.zeros((3, 1)), query))
+      >>> [round(x, 3) for x in scores.task.tolist()]  # (2 - y) / 3
+      [0.667, 0.333, -1.0]
     """
     solver = ekfac(reestimate=reestimate, batch_size=batch_size)
     return direct_if(problem, target, solver=solver, damping=damping, batch_size=batch_size)

@@ -42,6 +42,16 @@ def gradient_ascent(
     Raises:
       ValueError: a learning rate or a number of steps that is not positive, new weights of the wrong shape or not
         finite, and for tasks, weights or meta_params that are malformed or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> without = mi.drop(mi.unit_weights(tasks), tasks=[2])
+      >>> edited = mi.baselines.gradient_ascent(problem, 0.3, num_steps=1)(jnp.asarray(2.0), tasks, without)
+      >>> round(float(edited.meta_params), 3)  # away from 5: 2 + 0.3 / 3 * (2 - 5)
+      1.7
     """
     check_positive("learning_rate", learning_rate)
 
@@ -70,6 +80,20 @@ def fine_tune(
     Raises:
       TypeError: no optimiser.
       ValueError: as `gradient_ascent`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> import optax
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> without = mi.drop(mi.unit_weights(tasks), tasks=[2])
+      >>> tune = mi.baselines.fine_tune(problem, optax.sgd(0.5), num_steps=20)
+      >>> edited = tune(jnp.asarray(2.0), tasks, without)
+      >>> round(float(edited.meta_params), 2)  # the mean of 0 and 1
+      0.5
+      >>> round(float(edited.info.outer_gradient_norm[-1]), 2)
+      0.0
     """
     if not isinstance(optimizer, (optax.GradientTransformation, optax.GradientTransformationExtraArgs)):
         raise TypeError(f"optimizer: expected one of optax, as optax.adam(1e-3), got {optimizer!r}")

@@ -45,6 +45,16 @@ def tracin(
     Raises:
       ValueError: learning rates that are no vector or not finite, checkpoints of another number, and as
         `influence_scores`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> score = mi.baselines.tracin(problem, lambda m: m, learning_rates=[0.5, 0.5])
+      >>> scores = score(jnp.asarray([0.0, 2.0]), tasks)  # of two checkpoints, 0 and 2
+      >>> [round(x, 3) for x in scores.task.tolist()]  # of task 2: 0.5 / 3 * (0 - 5) + 0.5 / 3 * (2 - 5)
+      [0.333, 0.0, -1.333]
     """
     if not is_array(learning_rates) and not isinstance(learning_rates, (list, tuple)):
         raise TypeError(f"learning_rates: expected numbers [C], got {learning_rates!r}")
@@ -85,6 +95,16 @@ def gradient_similarity(
 
     Raises:
       ValueError: as `influence_scores`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: jnp.sum(w.query[:, None] * (m[None] - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[[3.0, 0.0]], [[0.0, 4.0]], [[-3.0, 4.0]]]))
+      >>> score = jax.jit(mi.baselines.gradient_similarity(problem, lambda m: m[0]))
+      >>> [round(x, 3) for x in score(jnp.zeros(2), tasks).task.tolist()]  # of (1, 0) and - query
+      [-1.0, 0.0, 0.6]
     """
     products = influence_scores(problem, target, solver=identity(), batch_size=batch_size)
     squares = self_influence(problem, solver=no_solve(), batch_size=batch_size)

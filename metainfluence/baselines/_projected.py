@@ -60,6 +60,17 @@ def trak(
 
     Raises:
       ValueError: `dim` no positive integer, damping negative, and as `influence_scores`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> score = jax.jit(mi.baselines.trak(problem, lambda m: m, dim=1, damping=0.0))
+      >>> scores = score(jnp.asarray(2.0), tasks)  # (2 - query) / 3, over 14 / 3 for the mean square of the gradients
+      >>> [round(x, 3) for x in scores.task.tolist()]
+      [0.143, 0.071, -0.214]
     """
     check_positive("dim", dim, integer=True)
     check_damping(damping)
@@ -148,6 +159,21 @@ def tlxml(
     Raises:
       ValueError: a problem without outer_head, a threshold outside [0, 1), `rank` no positive integer, and as
         `influence_scores`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.bilevel(
+      ...     lambda params, m, query: m[0] * query["x"],
+      ...     mi.adaptation.closed_form(lambda m, support, coefficients: m),
+      ...     outer_head=lambda outputs, query: 0.5 * (outputs - query["y"]) ** 2,
+      ... )
+      >>> query = {"x": jnp.ones((3, 1)), "y": jnp.asarray([[0.0], [1.0], [5.0]])}
+      >>> score = jax.jit(mi.baselines.tlxml(problem, lambda m: m[0]))  # nothing is seen of m[1]: its eigenvalue is 0
+      >>> scores = score(jnp.asarray([2.0, 7.0]), mi.Task(jnp.zeros((3, 1)), query))
+      >>> [round(x, 3) for x in scores.task.tolist()]
+      [0.667, 0.333, -1.0]
     """
     if isinstance(threshold, (bool, str)) or not 0 <= threshold < 1:
         raise ValueError(f"threshold: expected a number from 0 to 1, 1 excluded, got {threshold!r}")

@@ -38,6 +38,15 @@ def plain_loss(
 
     Raises:
       ValueError: for tasks, weights or meta_params that are malformed or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> scores = mi.baselines.plain_loss(problem)(jnp.asarray(2.0), tasks)
+      >>> scores.task.tolist(), int(scores.info.num_matvecs)
+      ([-2.0, -0.5, -4.5], 0)
     """
     del target
     check_batch_size(batch_size)
@@ -99,6 +108,17 @@ def random_scores(
 
     Raises:
       ValueError: for tasks, weights or meta_params that are malformed or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> weights = mi.drop(mi.unit_weights(tasks), tasks=[1])
+      >>> one, same, other = (
+      ...     mi.baselines.random_scores(seed=seed)(jnp.asarray(2.0), tasks, weights=weights).task for seed in (0, 0, 1)
+      ... )
+      >>> (one == same).tolist(), (one == other).tolist(), float(one[1])
+      ([True, True, True], [False, True, False], 0.0)
     """
     del problem, target
 

@@ -10,3 +10,5 @@ from metainfluence.ekfac._factors import estimate as estimate
 from metainfluence.ekfac._layers import Conv as Conv
 from metainfluence.ekfac._layers import Dense as Dense
 from metainfluence.ekfac._layers import outputs as outputs
+
+__all__ = ["Block", "Conv", "Dense", "Factors", "estimate", "outputs"]

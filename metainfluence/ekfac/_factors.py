@@ -125,6 +125,18 @@ def estimate(losses: Losses, domain: Domain, *, reestimate: bool = True, batch_s
 
     Raises:
       ValueError: a parameter that no layer covers, and what else of the losses' program EK-FAC cannot treat.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> layer, params = mi.ekfac.Dense(kernel="w"), {"w": jnp.zeros((2, 1))}
+      >>> losses = mi.operators.Losses(
+      ...     lambda params, x: 0.5 * layer(params, x)[:, 0] ** 2, params, jnp.asarray([[[2.0, 0.0], [0.0, 1.0]]]),
+      ...     coefficients=jnp.asarray([[0.5, 0.5]]), regularizer=None,
+      ... )
+      >>> (block,) = mi.ekfac.estimate(losses, mi.operators.Domain.of(params)).blocks
+      >>> sorted(round(x, 3) for x in block.values.ravel().tolist())  # of (x_1 x_1ᵀ + x_2 x_2ᵀ) / 2
+      [0.5, 2.0]
     """
     program, dtype = trace(losses), domain.dtype
     places = _places(program, [leaf.shape for leaf in domain.leaves])

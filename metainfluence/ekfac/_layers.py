@@ -173,6 +173,21 @@ def outputs(tree: PyTree) -> PyTree:
 
     The Gauss–Newton matrix that EK-FAC approximates takes the losses' Hessian in these outputs. Without the mark they
     are the outputs of the last layer that is called.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> layer, params = mi.ekfac.Dense(kernel="w"), {"w": jnp.ones((1, 1))}
+      >>> def curvature(mark):
+      ...     data, coefficients = jnp.ones((1, 1, 1)), jnp.ones((1, 1))
+      ...     def loss(params, x):
+      ...         return 0.5 * mark(layer(params, x)[:, 0] ** 2) ** 2
+      ...     losses = mi.operators.Losses(loss, params, data, coefficients, regularizer=None)
+      ...     return mi.ekfac.estimate(losses, mi.operators.Domain.of(params)).blocks[0].values
+      >>> round(float(curvature(mi.ekfac.outputs)[0, 0]), 3)  # (2w)²
+      4.0
+      >>> round(float(curvature(lambda squares: squares)[0, 0]), 3)  # the Hessian of w⁴ / 2
+      6.0
     """
     leaves, structure = jax.tree.flatten(tree)
     if not capturing.value or not leaves:

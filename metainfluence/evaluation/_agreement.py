@@ -75,6 +75,15 @@ def linear_datamodeling_score(
     Raises:
       TypeError: `kept` holds no booleans.
       ValueError: shapes that do not match, nothing to compare, or values that are not finite.
+
+    Example:
+      >>> import numpy as np
+      >>> import metainfluence as mi
+      >>> scores = np.asarray([0.667, 0.333, -1.0])  # of the mean of 0, 1 and 5
+      >>> kept = np.asarray([[False, True, True], [True, False, True], [True, True, False]])
+      >>> outcomes = np.asarray([3.0, 2.5, 0.5])  # the means of what is kept
+      >>> float(mi.evaluation.linear_datamodeling_score(scores, kept, outcomes).mean.value.round(3))
+      1.0
     """
     values, results = numbers("scores", scores, (1, 2)), numbers("outcomes", outcomes, (1, 2))
     if values.ndim != results.ndim or values.shape[:-1] != results.shape[1:]:
@@ -110,6 +119,15 @@ def loo_correlation(scores: Float[ArrayLike, " n"], changes: Float[ArrayLike, " 
 
     Raises:
       ValueError: shapes that differ, no data, or values that are not finite.
+
+    Example:
+      >>> import numpy as np
+      >>> import metainfluence as mi
+      >>> scores = np.asarray([0.667, 0.333, -1.0])  # of the mean of 0, 1 and 5
+      >>> changes = np.asarray([3.0, 2.5, 0.5]) - 2.0
+      >>> found = mi.evaluation.loo_correlation(scores, changes)
+      >>> [float(each.value.round(3)) for each in found]
+      [1.0, 1.0]
     """
     predicted, found = numbers("scores", scores, (1,)), numbers("changes", changes, (1,))
     if predicted.shape != found.shape:
@@ -137,6 +155,13 @@ def seed_agreement(outcomes: Float[ArrayLike, "seeds m"], **options: Any) -> Est
 
     Raises:
       ValueError: fewer than two seeds, no interventions, or values that are not finite.
+
+    Example:
+      >>> import numpy as np
+      >>> import metainfluence as mi
+      >>> outcomes = np.asarray([[1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]])
+      >>> float(mi.evaluation.seed_agreement(outcomes).value.round(3))  # 1 - 6 (1 + 1) / (4 (16 - 1))
+      0.8
     """
     results = numbers("outcomes", outcomes, (2,))
     if len(results) < 2:
@@ -159,6 +184,14 @@ def step_agreement(predicted: PyTree, retrained: PyTree) -> StepAgreement:
 
     Raises:
       ValueError: structures or shapes that differ, or values that are not finite.
+
+    Example:
+      >>> import numpy as np
+      >>> import metainfluence as mi
+      >>> predicted, retrained = np.asarray([[3.0, 4.0]]), np.asarray([[6.0, 8.0]])
+      >>> found = mi.evaluation.step_agreement(predicted, retrained)
+      >>> [each.tolist() for each in found]  # the right direction, half of the length
+      [[1.0], [0.5], [0.5]]
     """
     expected: Any = jax.tree.structure(predicted)
     if jax.tree.structure(retrained) != expected:

@@ -25,6 +25,13 @@ def detection_curve(scores: Float[np.ndarray, " N"], damaged: Bool[np.ndarray, "
     Raises:
       TypeError: `damaged` holds no booleans.
       ValueError: shapes that differ, no data, or scores that are not finite.
+
+    Example:
+      >>> import numpy as np
+      >>> import metainfluence as mi
+      >>> scores, damaged = np.asarray([0.3, -0.9, 0.1, -0.2]), np.asarray([False, True, True, False])
+      >>> mi.evaluation.detection_curve(scores, damaged).tolist()
+      [0.0, 0.5, 0.5, 1.0, 1.0]
     """
     scores = numbers("scores", scores, (1,))
     found = np.cumsum(flags("damaged", damaged, scores.shape)[np.argsort(scores, kind="stable")])
@@ -37,6 +44,13 @@ def found_at(scores: Float[np.ndarray, " N"], damaged: Bool[np.ndarray, " N"], s
     Raises:
       TypeError: as `detection_curve`.
       ValueError: as `detection_curve`; a share outside [0, 1].
+
+    Example:
+      >>> import numpy as np
+      >>> import metainfluence as mi
+      >>> scores, damaged = np.asarray([0.3, -0.9, 0.1, -0.2]), np.asarray([False, True, True, False])
+      >>> mi.evaluation.found_at(scores, damaged, 0.5)  # one of the two most harmful, of two that are damaged
+      0.5
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
@@ -59,6 +73,13 @@ def roc_auc(scores: Float[np.ndarray, " N"], damaged: Bool[np.ndarray, " N"]) ->
     Raises:
       TypeError: as `detection_curve`.
       ValueError: as `detection_curve`.
+
+    Example:
+      >>> import numpy as np
+      >>> import metainfluence as mi
+      >>> scores, damaged = np.asarray([0.3, -0.9, 0.1, -0.2]), np.asarray([False, True, True, False])
+      >>> mi.evaluation.roc_auc(scores, damaged)  # three of the four pairs are in order
+      0.75
     """
     from scipy.stats import rankdata
 
@@ -85,6 +106,14 @@ def roc_auc_difference(
     Raises:
       TypeError: as `roc_auc`.
       ValueError: as `roc_auc` and `bootstrap`.
+
+    Example:
+      >>> import numpy as np
+      >>> import metainfluence as mi
+      >>> damaged = np.asarray([False, True, True, False])
+      >>> scores, others = np.asarray([0.3, -0.9, -0.6, 0.2]), np.zeros(4)  # all in order, and all ties
+      >>> [float(end) for end in mi.evaluation.roc_auc_difference(scores, others, damaged)]
+      [0.5, 0.5, 0.5]
     """
 
     def difference(scores: np.ndarray, others: np.ndarray, damaged: np.ndarray) -> float:

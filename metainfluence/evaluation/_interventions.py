@@ -30,6 +30,16 @@ def leave_one_out(weights: Weights, tasks: Any = (), support: Any = (), query: A
     Raises:
       TypeError: as `metainfluence.drop`.
       ValueError: as `metainfluence.drop`; no datum named.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> weights = mi.unit_weights(mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]])))
+      >>> found = mi.evaluation.leave_one_out(weights, tasks=[0, 2], query=[(1, 0)])
+      >>> found.task.tolist()
+      [[0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+      >>> found.query[..., 0].tolist()
+      [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 0.0, 1.0]]
     """
     named = {"tasks": tasks, "support": support, "query": query}
     drop(weights, **named)
@@ -53,6 +63,16 @@ def leave_groups_out(weights: Weights, groups: Sequence[Any]) -> Weights:
     Raises:
       TypeError: as `metainfluence.drop`; a mapping with other names.
       ValueError: as `metainfluence.drop`; no groups.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> weights = mi.unit_weights(mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]])))
+      >>> found = mi.evaluation.leave_groups_out(weights, [[0, 1], {"tasks": [2], "query": [(0, 0)]}])
+      >>> found.task.tolist()
+      [[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
+      >>> found.query[..., 0].tolist()
+      [[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]]
     """
     if len(groups) == 0:
         raise ValueError("groups: expected at least one group, got none")
@@ -99,6 +119,14 @@ def random_subsets(
     Raises:
       TypeError: `weights` is no `Weights`.
       ValueError: `num_subsets` not positive, a share outside (0, 1), or one that keeps no task or all.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> weights = mi.unit_weights(mi.Task((), jnp.asarray([[0.0], [1.0], [5.0], [6.0]])))
+      >>> found, kept = mi.evaluation.random_subsets(weights, num_subsets=3, share=0.75, seed=0)
+      >>> found.task.sum(axis=1).tolist(), (kept == (found.task == 1)).all().tolist()
+      ([3.0, 3.0, 3.0], True)
     """
     if not isinstance(weights, Weights):
         raise TypeError(f"weights: expected metainfluence.Weights, got {type(weights).__name__}")
@@ -150,6 +178,17 @@ def brittleness(
 
     Raises:
       ValueError: scores of another shape or not finite, counts outside their range, or outcomes of another length.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> weights = mi.unit_weights(mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]])))
+      >>> scores = jnp.asarray([0.667, 0.333, -1.0])  # of the mean of 0, 1 and 5
+      >>> def mean(weights):
+      ...     return weights.task @ jnp.asarray([0.0, 1.0, 5.0]) / weights.task.sum(axis=-1)
+      >>> found = mi.evaluation.brittleness(scores, mean, weights, counts=[1, 2])
+      >>> found.outcomes.tolist(), found.changes.tolist()
+      ([3.0, 5.0], [1.0, 3.0])
     """
     total = weights.task.shape[0]
     values = numbers("scores", scores, (1,))

@@ -42,6 +42,16 @@ def retrain(
       TypeError: `train` is no function, or interventions that are no `Weights`.
       ValueError: interventions or keys without a common leading axis, none of them, or a cache that belongs to others;
         the message names what differs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> def train(weights, tasks):
+      ...     return jnp.vdot(weights.task, tasks.query) / jnp.sum(weights.task)
+      >>> without = mi.evaluation.leave_one_out(mi.unit_weights(tasks), tasks=[0, 1, 2])
+      >>> mi.evaluation.retrain(train)(without, tasks).tolist()
+      [3.0, 2.5, 0.5]
     """
     if not callable(train):
         raise TypeError(f"train: expected a function (weights, *args) -> meta_params, got {train!r}")

@@ -16,6 +16,8 @@ from metainfluence._checks import concrete, described, is_array, leaf_name
 from metainfluence.operators import Domain
 from metainfluence.problem import check_meta_params
 
+__all__ = ["Checkpoint", "checkpoints"]
+
 PLACES = ("end", "middle")
 
 
@@ -79,6 +81,14 @@ def checkpoints(
     Raises:
       ValueError: steps that do not rise, are not known, or do not divide evenly; rates that are not positive numbers;
         an optimiser state without the moments asked for, or with several.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> kept = [(jnp.asarray(1.5), None), (jnp.asarray(2.0), None)]
+      >>> found = mi.checkpoints(kept, num_steps=10, learning_rate=0.1, momentum=0.5)
+      >>> [(each.step, round(each.time, 3)) for each in found]  # 5 steps of 0.1 / (1 - 0.5)
+      [(5, 1.0), (10, 1.0)]
     """
     states = list(states)
     if not states or not all(isinstance(state, tuple) and len(state) == 2 for state in states):

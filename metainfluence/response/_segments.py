@@ -39,6 +39,8 @@ from metainfluence.response._response import Influence
 from metainfluence.response._sums import Expansion, gradient_map
 from metainfluence.solvers import SolveStatus
 
+__all__ = ["Segments", "SegmentsInfo", "segments"]
+
 RANK = 12
 TOL = 1e-2
 
@@ -239,6 +241,19 @@ def segments(
       TypeError: no `Bilevel`, `Curvature` or sequence of `Checkpoint`.
       ValueError: a rank or a tol that is not positive; checkpoints out of order, that differ in structure or shapes, or
         are not finite; tasks or weights that are malformed or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> def scores(time):
+      ...     at = mi.segments(problem)([mi.Checkpoint(jnp.asarray(2.0), time)], tasks)
+      ...     return [round(x, 3) for x in mi.scores(at, lambda m: m)().task.tolist()]
+      >>> scores(time=50.0)  # as of the optimum: (2 - query) / 3
+      [0.667, 0.333, -1.0]
+      >>> scores(time=0.6931)  # with e**-time = 1/2: the run is half of the way there
+      [0.333, 0.167, -0.5]
     """
     options = Options.of(problem, curvature=curvature, batch_size=batch_size, mesh=mesh, hvp=hvp, precision=precision)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:

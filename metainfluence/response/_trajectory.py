@@ -35,6 +35,8 @@ from metainfluence.response._response import Influence
 from metainfluence.response._sweeps import Steps
 from metainfluence.training import Run, taken
 
+__all__ = ["RunInfo", "Trajectory", "trajectory"]
+
 _NO_DIGITS = 1e-3
 
 
@@ -199,6 +201,17 @@ def trajectory(
       ValueError: an unknown `store` or `keep`; at the call, a start that is not finite, a folder that holds another
         run, with the difference named; and as the run's maker says.
       BlockingIOError: another process is writing to the folder.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> import optax
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> run = mi.training(problem, optax.sgd(0.5), num_steps=2)
+      >>> at = mi.trajectory(run)(jnp.asarray(0.0), tasks)
+      >>> at.meta_params.tolist(), [round(x, 3) for x in mi.scores(at, lambda m: m)().task.tolist()]
+      (1.5, [0.167, -0.083, -1.083])
     """
     if not isinstance(run, Run):
         raise TypeError(f"run: expected one made by metainfluence.training or training_loop, got {type(run).__name__}")

@@ -138,6 +138,19 @@ def score(
       BlockingIOError: another process is writing to `out`.
       OSError: `out` cannot be written to; what was finished is kept.
       ModuleNotFoundError: pyarrow is missing.
+
+    Example:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = [mi.Task((), jnp.asarray([query])) for query in (0.0, 1.0, 5.0)]  # any sequence
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     options = {"out": Path(folder) / "scores.parquet", "solver": mi.solvers.cg(), "progress": False}
+      ...     result = mi.scoring.score(problem, lambda m: m, jnp.asarray(2.0), tasks, **options)
+      >>> result.task.round(3).tolist(), result.ids.tolist()  # (2 - query) / 3
+      ([0.667, 0.333, -1.0], [0, 1, 2])
     """
     _table.arrow()
     # Now rather than when all is computed.

@@ -69,6 +69,22 @@ def read_scores(path: Path | str) -> ScoreTable:
       ValueError: no Parquet file, a damaged one, one that holds no scores, or one of more rows than fit in the memory.
       FileNotFoundError: there is no such file.
       ModuleNotFoundError: pyarrow is missing.
+
+    Example:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> scores = mi.influence_scores(problem, lambda m: m, solver=mi.solvers.dense())(jnp.asarray(2.0), tasks)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     mi.scoring.write_scores(Path(folder) / "scores.parquet", scores, tasks)
+      ...     table = mi.read_scores(Path(folder) / "scores.parquet")
+      >>> table.role.tolist()
+      ['task', 'query', 'task', 'query', 'task', 'query']
+      >>> table.score[table.role == "task"].round(3).tolist(), table.metadata["solve"]["status"]
+      ([0.667, 0.333, -1.0], 'CONVERGED')
     """
     metadata = metadata_of(path)
     with _refused(path):
@@ -141,6 +157,21 @@ def write_scores(
     Raises:
       ValueError: scores, tasks and source of different numbers of tasks.
       ModuleNotFoundError: pyarrow is missing.
+
+    Example:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> scores = mi.influence_scores(problem, lambda m: m, solver=mi.solvers.dense())(jnp.asarray(2.0), tasks)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = Path(folder) / "scores.parquet"
+      ...     mi.scoring.write_scores(path, scores, tasks, metadata={"model": "a mean"})
+      ...     table = mi.read_scores(path)
+      >>> table.score.round(3).tolist(), table.metadata["model"]  # each task's row, and its query example's
+      ([0.667, 0.667, 0.333, 0.333, -1.0, -1.0], 'a mean')
     """
     size = sizes(tasks)
     shapes = size.shapes()

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from metainfluence.trust._smoothness import SMOOTH, Smoothness
 
+__all__ = ["Chosen", "choose"]
+
 # To be judged by measurement: how far each estimator's agreement with retraining is from the best of the three.
 STATIONARY = 1e-3
 LARGE_REMOVAL = 0.3
@@ -46,6 +48,15 @@ def choose(
 
     Raises:
       ValueError: numbers out of range.
+
+    Example:
+      >>> import metainfluence as mi
+      >>> mi.choose(smoothness=0.95, run=True).estimator
+      'trajectory'
+      >>> mi.choose(smoothness=0.95, run=True, share_removed=0.5).estimator
+      'segments'
+      >>> mi.choose(gradient_norm=1e-5, run=True).reason
+      'λ is stationary: the gradient is 1.0e-05 of that at the start of training'
     """
     score = float(smoothness.score) if isinstance(smoothness, Smoothness) else smoothness
     if score is not None and not -1 <= score <= 1:

@@ -19,6 +19,8 @@ from metainfluence.response import trajectory
 from metainfluence.training import Run
 from metainfluence.trust._parts import bent_ends, inner_share
 
+__all__ = ["Smoothness", "smoothness"]
+
 # Where a run passes for smooth, and where for rough: to be judged by measurement, as by LOO against retraining.
 SMOOTH = 0.9
 ROUGH = 0.5
@@ -107,6 +109,19 @@ def smoothness(
     Raises:
       TypeError: no run, or a target that cannot be called so.
       ValueError: step sizes, directions or a share out of range; a start, tasks or weights that are not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> import optax
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(jnp.zeros((3, 1)), jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> def measured(rate):
+      ...     run = mi.training(problem, optax.sgd(rate), num_steps=10)
+      ...     found = mi.smoothness(run, lambda m: m, step_sizes=(0.25, 1.0), parts=False)(jnp.asarray(0.0), tasks)
+      ...     return round(found.score, 1), found.verdict
+      >>> measured(0.1), measured(2.5)  # steps of more than 2 overshoot further each time
+      ((1.0, 'smooth'), (0.6, 'between'))
     """
     if not isinstance(run, Run):
         raise TypeError(f"run: expected one made by metainfluence.training or training_loop, got {type(run).__name__}")
