@@ -207,3 +207,11 @@ def test_the_rule(known, estimator, reason):
 def test_a_rule_of_bad_numbers_is_refused(known, message):
     with pytest.raises(ValueError, match=message):
         mi.choose(**known)
+
+
+def test_tasks_without_a_support_set_have_a_smoothness():
+    problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+    tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
+    run = mi.training(problem, optax.sgd(0.5), 3)
+    found = mi.smoothness(run, num_directions=1, parts=False)(jnp.asarray(1.0), tasks)
+    np.testing.assert_allclose(found.sign, 1.0)

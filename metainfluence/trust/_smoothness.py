@@ -145,7 +145,9 @@ def smoothness(
         def ends(start: PyTree, tasks: Task, weights: Weights, steps: Array) -> PyTree:
             """λ at the end at w + h d, `[2H, D, ...]`."""
             grid = jax.tree.map(lambda d: jnp.tensordot(steps.astype(d.dtype), d, 0), directions)
-            moved = jax.tree.map(lambda w, d: (w[None, None] + d).reshape(-1, *w.shape), weights, grid)
+            moved = jax.tree.map(
+                lambda w, d: (w[None, None] + d).reshape(d.shape[0] * d.shape[1], *w.shape), weights, grid
+            )
             found = jax.lax.map(lambda w: run(start, tasks, w), moved, batch_size=runs_at_once or len(moved.task))
             return jax.tree.map(lambda leaf: leaf.reshape(len(steps), -1, *leaf.shape[1:]), found)
 
