@@ -133,7 +133,8 @@ def unrolled(
       >>> import metainfluence as mi
       >>> import optax
       >>> squares = lambda params, meta_params, support: (params - support) ** 2
-      >>> adapt = mi.adaptation.unrolled(squares, lambda meta_params, support: meta_params, optax.sgd(0.25), num_steps=2)
+      >>> start = lambda meta_params, support: meta_params
+      >>> adapt = mi.adaptation.unrolled(squares, start, optax.sgd(0.25), num_steps=2)
       >>> data = jnp.asarray([0.0, 2.0]), jnp.asarray([0.5, 0.5])  # each step halves the distance from the mean, 1
       >>> float(adapt(jnp.asarray(5.0), *data)), float(jax.grad(adapt)(5.0, *data))
       (2.0, 0.25)
@@ -313,7 +314,7 @@ def closed_form(fn: Callable[[PyTree, PyTree, Array], PyTree]) -> Adaptation:
     Example:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
-      >>> adapt = mi.adaptation.closed_form(lambda meta_params, support, coefficients: meta_params * (coefficients @ support))
+      >>> adapt = mi.adaptation.closed_form(lambda m, support, coefficients: m * (coefficients @ support))
       >>> support = jnp.asarray([1.0, 3.0])
       >>> float(adapt(5.0, support, jnp.asarray([0.5, 0.5]))), float(adapt(5.0, support, jnp.asarray([0.5, 0.0])))
       (10.0, 2.5)

@@ -9,11 +9,16 @@ import pytest
 
 PUBLIC = (
     "metainfluence.adaptation",
+    "metainfluence.curvature",
+    "metainfluence.damping",
     "metainfluence.data",
+    "metainfluence.influence",
     "metainfluence.minimizers",
     "metainfluence.operators",
     "metainfluence.problem",
+    "metainfluence.response",
     "metainfluence.solvers",
+    "metainfluence.spectra",
 )
 
 
