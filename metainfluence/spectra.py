@@ -61,10 +61,11 @@ def of_operator(operator: Operator, *, rank: int = 50, num_probes: int = 0, seed
     """The spectrum of any operator, its shift included.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([4.0, 1.0, 2.0]) * v, jnp.zeros(3))
-      >>> mi.spectra.of_operator(operator).values.round(3).tolist()
+      >>> jax.jit(mi.spectra.of_operator)(operator).values.round(3).tolist()
       [1.0, 2.0, 4.0]
     """
     check_positive("rank", rank, integer=True)

@@ -19,6 +19,7 @@ PUBLIC = (
     "metainfluence.response",
     "metainfluence.solvers",
     "metainfluence.spectra",
+    "metainfluence.trust",
 )
 
 

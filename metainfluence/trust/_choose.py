@@ -46,6 +46,15 @@ def choose(
 
     Raises:
       ValueError: numbers out of range.
+
+    Example:
+      >>> import metainfluence as mi
+      >>> mi.choose(gradient_norm=1e-6).estimator
+      'optimum'
+      >>> mi.choose(run=True, smoothness=0.95).estimator
+      'trajectory'
+      >>> mi.choose(checkpoints=True, share_removed=0.5).estimator
+      'segments'
     """
     score = float(smoothness.score) if isinstance(smoothness, Smoothness) else smoothness
     if score is not None and not -1 <= score <= 1:

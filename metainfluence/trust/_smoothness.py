@@ -107,6 +107,17 @@ def smoothness(
     Raises:
       TypeError: no run, or a target that cannot be called so.
       ValueError: step sizes, directions or a share out of range; a start, tasks or weights that are not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> import optax
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=jnp.zeros((3, 1)), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> run = mi.training(problem, optax.sgd(0.1), num_steps=1)
+      >>> found = mi.smoothness(run, lambda m: m, step_sizes=[1.0])(jnp.asarray(0.0), tasks)
+      >>> round(found.score, 3), found.verdict  # λ after one step is linear in the weights
+      (1.0, 'smooth')
     """
     if not isinstance(run, Run):
         raise TypeError(f"run: expected one made by metainfluence.training or training_loop, got {type(run).__name__}")
