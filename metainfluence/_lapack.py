@@ -36,6 +36,13 @@ def linear_solve(matrix: Float[Array, "n n"], rhs: Float[Array, "n *k"]) -> Floa
 
     Raises:
       ValueError: a matrix that is not square, or a right-hand side of another length.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> matrix = jnp.asarray([[2.0, 1.0], [0.0, 4.0]])
+      >>> mi.adaptation.linear_solve(matrix, jnp.asarray([5.0, 4.0])).tolist()
+      [2.0, 1.0]
     """
     matrix, rhs = jnp.asarray(matrix), jnp.asarray(rhs)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:

@@ -126,6 +126,18 @@ def unrolled(
     Raises:
       TypeError: a function that cannot be called so.
       ValueError: `num_steps` is negative or no integer; at trace time, losses that are not one per example.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> import optax
+      >>> squares = lambda params, meta_params, support: (params - support) ** 2
+      >>> start = lambda meta_params, support: meta_params
+      >>> adapt = mi.adaptation.unrolled(squares, start, optax.sgd(0.25), num_steps=2)
+      >>> data = jnp.asarray([0.0, 2.0]), jnp.asarray([0.5, 0.5])  # each step halves the distance from the mean, 1
+      >>> float(adapt(jnp.asarray(5.0), *data)), float(jax.grad(adapt)(5.0, *data))
+      (2.0, 0.25)
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
         raise ValueError(f"num_steps: expected a non-negative integer, got {num_steps!r}")
@@ -179,6 +191,17 @@ def implicit(
       TypeError: a function that cannot be called so.
       ValueError: at trace time, losses that are not one per example, or an `init` that depends on meta_params where the
         inner objective does not, so that dθ/dλ is exactly zero.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> squares = lambda params, meta_params, support: (params - support) ** 2
+      >>> pull = lambda params, meta_params: (params - meta_params) ** 2
+      >>> adapt = mi.adaptation.implicit(squares, lambda meta_params, support: meta_params, regularizer=pull)
+      >>> data = jnp.asarray([0.0, 2.0]), jnp.asarray([0.5, 0.5])  # the minimum is halfway from λ to the mean, 1
+      >>> round(float(adapt(5.0, *data)), 3), round(float(jax.grad(adapt)(5.0, *data)), 3)
+      (3.0, 0.5)
     """
     _check_functions(inner_loss, init, regularizer)
     minimize = newton_cg() if minimizer is None else minimizer
@@ -287,6 +310,14 @@ def closed_form(fn: Callable[[PyTree, PyTree, Array], PyTree]) -> Adaptation:
 
     Raises:
       TypeError: `fn` cannot be called so.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> adapt = mi.adaptation.closed_form(lambda m, support, coefficients: m * (coefficients @ support))
+      >>> support = jnp.asarray([1.0, 3.0])
+      >>> float(adapt(5.0, support, jnp.asarray([0.5, 0.5]))), float(adapt(5.0, support, jnp.asarray([0.5, 0.0])))
+      (10.0, 2.5)
     """
     check_function("fn", fn, "(meta_params, support, coefficients) -> params", *"msc")
     return Adaptation(outline(fn)(lambda *operands: fn(*operands)))

@@ -55,7 +55,19 @@ def _measured(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> tup
 
 
 def exact() -> Curvature:
-    """The total Hessian itself, third-order terms included: forward over reverse through the adaptation."""
+    """The total Hessian itself, third-order terms included: forward over reverse through the adaptation.
+
+    Example:
+      For L = (λ² − 2)² / 2 at λ = 1 this is 6λ² − 4 = 2:
+
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> adapt = mi.adaptation.closed_form(lambda m, support, coefficients: m**2)
+      >>> problem = mi.bilevel(lambda params, m, query: 0.5 * (params - query) ** 2, adapt)
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[2.0]]))
+      >>> mi.total_hessian(problem, mi.curvature.exact())(jnp.asarray(1.0), tasks).dense().tolist()
+      [[2.0]]
+    """
 
     def surrogate(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Callable[[PyTree], Any]:
         del at
@@ -75,12 +87,36 @@ def _linearized(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> C
 
 
 def linearized() -> Curvature:
-    """Drops the terms with d²θ/dλ²: θ(λ) is replaced by its tangent at λ."""
+    """Drops the terms with d²θ/dλ²: θ(λ) is replaced by its tangent at λ.
+
+    Example:
+      For L = (λ² − 2)² / 2 at λ = 1 this is (2λ)² = 4. The term dropped is (λ² − 2) · d²λ²/dλ² = −2:
+
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> adapt = mi.adaptation.closed_form(lambda m, support, coefficients: m**2)
+      >>> problem = mi.bilevel(lambda params, m, query: 0.5 * (params - query) ** 2, adapt)
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[2.0]]))
+      >>> mi.total_hessian(problem, mi.curvature.linearized())(jnp.asarray(1.0), tasks).dense().tolist()
+      [[4.0]]
+    """
     return Curvature("linearized", _linearized, needs="adapt")
 
 
 def gamma() -> Curvature:
-    """Theorem 5.1 of arXiv 2501.15963: `linearized`, and Γ I with Γ = (1/T) Σ_k w_k ‖∂_θ L_k‖₁ for what it drops."""
+    """Theorem 5.1 of arXiv 2501.15963: `linearized`, and Γ I with Γ = (1/T) Σ_k w_k ‖∂_θ L_k‖₁ for what it drops.
+
+    Example:
+      For L = (λ² − 2)² / 2 at λ = 1 this is (2λ)² + |λ² − 2| = 5:
+
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> adapt = mi.adaptation.closed_form(lambda m, support, coefficients: m**2)
+      >>> problem = mi.bilevel(lambda params, m, query: 0.5 * (params - query) ** 2, adapt)
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[2.0]]))
+      >>> mi.total_hessian(problem, mi.curvature.gamma())(jnp.asarray(1.0), tasks).dense().tolist()
+      [[5.0]]
+    """
 
     def shift(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Array:
         params = _measured(problem, at, task, weights)[0]
@@ -95,6 +131,19 @@ def gauss_newton() -> Curvature:
     """Generalised Gauss–Newton: the head's Hessian between total Jacobians of the model's outputs.
 
     Positive semidefinite where the head is convex in the outputs. Needs `bilevel(model, adapt, outer_head=head)`.
+
+    Example:
+      For L = (λ² − 2)² / 2 at λ = 1 the Jacobian is 2λ and the head's Hessian 1, which makes (2λ)² = 4:
+
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> adapt = mi.adaptation.closed_form(lambda m, support, coefficients: m**2)
+      >>> problem = mi.bilevel(
+      ...     lambda params, m, query: params, adapt, outer_head=lambda outputs, query: 0.5 * (outputs - query) ** 2
+      ... )
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[2.0]]))
+      >>> mi.total_hessian(problem, mi.curvature.gauss_newton())(jnp.asarray(1.0), tasks).dense().tolist()
+      [[4.0]]
     """
 
     def surrogate(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Callable[[PyTree], Any]:
@@ -121,6 +170,17 @@ def direct() -> Curvature:
     """Ignores dθ/dλ, as if the adapted parameters were constants: ∂²_λ L_k.
 
     The mistake that the paper corrects, kept to be measured.
+
+    Example:
+      For L = (θ − 2)² / 2 with θ = λ² this is 0: λ enters through θ alone:
+
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> adapt = mi.adaptation.closed_form(lambda m, support, coefficients: m**2)
+      >>> problem = mi.bilevel(lambda params, m, query: 0.5 * (params - query) ** 2, adapt)
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[2.0]]))
+      >>> mi.total_hessian(problem, mi.curvature.direct())(jnp.asarray(1.0), tasks).dense().tolist()
+      [[0.0]]
     """
 
     def surrogate(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> Callable[[PyTree], Any]:

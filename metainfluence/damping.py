@@ -72,6 +72,18 @@ def auto(
 
     Raises:
       ValueError: as `total_hessian`; `rank` no positive integer.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> found = jax.jit(mi.damping.auto(problem))(jnp.asarray(1.0), tasks)
+      >>> round(float(found.value), 3)  # ‖D_λF‖ / (0.1 ‖λ‖) with D_λF = 1 − 2
+      10.0
+      >>> round(float(found.by_curvature), 3), round(float(found.smallest), 3)
+      (0.0, 1.0)
     """
     check_positive("rank", rank, integer=True)
     shared: dict[str, Any] = {
@@ -149,6 +161,19 @@ def sweep(
 
     Raises:
       ValueError: dampings that are not ascending and non-negative, and as `influence_scores`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> meta_params = jnp.asarray(2.0)  # the mean, which is the minimum
+      >>> test_tasks = mi.Task(support=(), query=jnp.asarray([[3.0]]))
+      >>> sweep = mi.damping.sweep(problem, mi.query_loss(problem), [0.0, 1.0])
+      >>> found = jax.jit(sweep)(meta_params, tasks, test_tasks)
+      >>> found.task.round(3).tolist()  # of the Hessian 1, and of 1 + 1
+      [[-0.667, -0.333, 1.0], [-0.333, -0.167, 0.5]]
     """
     shared: dict[str, Any] = {
         "curvature": curvature,

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from metainfluence._checks import check_finite_floats, concrete, leaf_name, refuse_half
 
+__all__ = ["Task", "Weights", "drop", "stack_tasks", "unit_weights"]
+
 
 class Task(NamedTuple):
     """One task, or stacked tasks with a leading axis `[T]` on every leaf.
@@ -159,6 +161,15 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
 
     Raises:
       ValueError: no tasks, or tasks that differ in structure, trailing shapes or dtypes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> short = mi.Task(support=jnp.asarray([1.0]), query=jnp.asarray([2.0]))
+      >>> long = mi.Task(support=jnp.asarray([3.0, 4.0]), query=jnp.asarray([5.0]))
+      >>> tasks = mi.stack_tasks([short, long])
+      >>> tasks.support.tolist(), tasks.support_mask.tolist()
+      ([[1.0, 1.0], [3.0, 4.0]], [[True, False], [True, True]])
     """
     tasks = list(tasks)
     if not tasks:
@@ -204,7 +215,15 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
 
 
 def unit_weights(tasks: Task) -> Weights:
-    """Weights of 1 for stacked tasks: `[T]`, `[T, n_support]`, `[T, n_query]`, in JAX's default float dtype."""
+    """Weights of 1 for stacked tasks: `[T]`, `[T, n_support]`, `[T, n_query]`, in JAX's default float dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> weights = mi.unit_weights(mi.Task(support=jnp.zeros((2, 3)), query=jnp.zeros((2, 1))))
+      >>> weights.task.tolist(), weights.support.shape, weights.query.shape
+      ([1.0, 1.0], (2, 3), (2, 1))
+    """
     return _ones(sizes(tasks))
 
 
@@ -247,6 +266,14 @@ def drop(weights: Weights, tasks: Any = (), support: Any = (), query: Any = ()) 
     Raises:
       TypeError: indices that are not integers.
       ValueError: pairs of another shape, or an index out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> weights = mi.unit_weights(mi.Task(support=jnp.zeros((2, 3)), query=jnp.zeros((2, 1))))
+      >>> without = mi.drop(weights, tasks=[1], support=[(0, 2)])
+      >>> without.task.tolist(), without.support.tolist()
+      ([1.0, 0.0], [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     """
     if not isinstance(weights, Weights):
         raise TypeError(f"weights: expected metainfluence.Weights, got {type(weights).__name__}")

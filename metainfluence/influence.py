@@ -141,6 +141,19 @@ def task_if(
 
     Raises:
       ValueError: as `total_hessian`; and for tasks, weights or meta_params that are malformed or not finite.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> meta_params = jnp.asarray(2.0)  # the mean, which is the minimum
+      >>> found = jax.jit(mi.task_if(problem))(meta_params, tasks)  # (query − 2) / 3
+      >>> found.delta.round(3).tolist()
+      [-0.667, -0.333, 1.0]
+      >>> (meta_params - found.delta[2]).round(3).tolist()  # predicted without the last task; retrained: 0.5
+      1.0
     """
     options = Options.of(**locals())
 
@@ -196,6 +209,17 @@ def instance_if(
 
     Raises:
       ValueError: an unknown side, an index out of range, and as `task_if`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0, 2.0], [4.0, 6.0]]))
+      >>> meta_params = jnp.asarray(3.0)  # the mean, which is the minimum
+      >>> found = jax.jit(mi.instance_if(problem, "query"))(meta_params, tasks, 1)
+      >>> found.delta.round(3).tolist()  # (query − 3) / 4
+      [0.25, 0.75]
     """
     given = {name: value for name, value in locals().items() if name != "side"}
     if side not in ("support", "query"):
@@ -250,6 +274,19 @@ def group_influence(
 
     Raises:
       ValueError: a direction of the wrong shape or not finite, and as `task_if`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> meta_params = jnp.asarray(2.0)  # the mean, which is the minimum
+      >>> weights = mi.unit_weights(tasks)
+      >>> direction = jax.tree.map(jnp.subtract, mi.drop(weights, tasks=[0, 1]), weights)
+      >>> found = jax.jit(mi.group_influence(problem))(meta_params, tasks, direction)
+      >>> (meta_params + found.delta).round(3).tolist()  # 2 + (2 − 0) / 3 + (2 − 1) / 3
+      3.0
     """
     options = Options.of(**locals())
 
@@ -299,6 +336,18 @@ def influence_scores(
 
     Raises:
       ValueError: a target that is no scalar, and as `task_if`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> meta_params = jnp.asarray(2.0)  # the mean, which is the minimum
+      >>> test_tasks = mi.Task(support=(), query=jnp.asarray([[3.0]]))
+      >>> found = jax.jit(mi.influence_scores(problem, mi.query_loss(problem)))(meta_params, tasks, test_tasks)
+      >>> found.task.round(3).tolist()  # (query − 2) / 3 · (3 − 2): the last task helps
+      [-0.667, -0.333, 1.0]
     """
     given = {name: value for name, value in locals().items() if name != "target"}
     check_target(target)
@@ -347,6 +396,16 @@ def self_influence(
 
     Returns:
       Function whose info has leaves `[T, 1 + n_support + n_query]`: the task, its support and its query examples.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> meta_params = jnp.asarray(2.0)  # the mean, which is the minimum
+      >>> jax.jit(mi.self_influence(problem))(meta_params, tasks).task.round(3).tolist()  # ((query − 2) / 3)²
+      [0.444, 0.111, 1.0]
     """
     options = Options.of(**locals())
 
@@ -410,6 +469,20 @@ def edit(
 
     Raises:
       ValueError: `num_newton_steps` negative, new weights of the wrong shape or not finite, and as `task_if`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> meta_params = jnp.asarray(2.0)  # the mean, which is the minimum
+      >>> without_last = mi.drop(mi.unit_weights(tasks), tasks=[2])
+      >>> found = jax.jit(mi.edit(problem))(meta_params, tasks, without_last)
+      >>> round(float(found.meta_params), 3)  # the mean of the other two
+      0.5
+      >>> found.info.outer_gradient_norm.round(3).tolist()  # after the first-order step, and after Newton's
+      [0.333, 0.0]
     """
     given = {name: value for name, value in locals().items() if name != "num_newton_steps"}
     if isinstance(num_newton_steps, bool) or not isinstance(num_newton_steps, int) or num_newton_steps < 0:

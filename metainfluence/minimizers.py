@@ -49,9 +49,11 @@ def newton_cg(*, tol: float | None = None, max_steps: int = 100) -> Minimizer:
     Raises:
       ValueError: `tol` or `max_steps` not positive.
 
-    >>> import jax.numpy as jnp
-    >>> newton_cg()(lambda x: jnp.sum((x - 2.0) ** 2), jnp.zeros(1)).tolist()
-    [2.0]
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> mi.adaptation.newton_cg()(lambda x: jnp.sum((x - 2.0) ** 2), jnp.zeros(1)).tolist()
+      [2.0]
     """
     if tol is not None:
         check_positive("tol", tol)
@@ -124,10 +126,13 @@ def optax_minimizer(optimizer: optax.GradientTransformation, num_steps: int, *, 
     Raises:
       ValueError: `num_steps` or `tol` not positive.
 
-    >>> import jax.numpy as jnp
-    >>> minimize = optax_minimizer(optax.sgd(0.5), num_steps=3)
-    >>> minimize(lambda x: jnp.sum((x - 2.0) ** 2), jnp.zeros(1)).tolist()
-    [2.0]
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> import optax
+      >>> minimize = mi.adaptation.optax_minimizer(optax.sgd(0.5), num_steps=3)
+      >>> minimize(lambda x: jnp.sum((x - 2.0) ** 2), jnp.zeros(1)).tolist()
+      [2.0]
     """
     check_positive("num_steps", num_steps, integer=True)
     if tol is not None:
@@ -161,8 +166,10 @@ def given() -> Minimizer:
     How good a minimum they are is reported as `SolveInfo.inner_gradient_norm`. `init` sees no weights, so results at
     weights other than 1 on the support set are not re-adapted.
 
-    >>> given()(None, {"head": 1.0})
-    {'head': 1.0}
+    Example:
+      >>> import metainfluence as mi
+      >>> mi.adaptation.given()(None, {"head": 1.0})
+      {'head': 1.0}
     """
     return lambda objective, params: params
 

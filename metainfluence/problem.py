@@ -34,6 +34,18 @@ from metainfluence.adaptation import Adaptation, Loss
 from metainfluence.data import Task, Weights, coefficients, fill_padding, resolve_weights, sizes, weighted_sum
 from metainfluence.differentiation import FORWARD, check_forward, check_hvp
 
+__all__ = [
+    "Bilevel",
+    "bilevel",
+    "from_task_loss",
+    "l2",
+    "per_example",
+    "query_loss",
+    "task_loss",
+    "total_gradient",
+    "total_objective",
+]
+
 
 class Bilevel(NamedTuple):
     """A meta-learning problem as pure functions of one task and its `Weights`; made by `bilevel`, `from_task_loss`.
@@ -83,6 +95,15 @@ def bilevel(
     Raises:
       TypeError: a function that cannot be called so.
       ValueError: an unknown `hvp`; at trace time, losses that are not one per example.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> adapt = mi.adaptation.closed_form(lambda m, support, coefficients: (m + coefficients @ support) / 2)
+      >>> problem = mi.bilevel(lambda params, m, query: (params - query) ** 2, adapt)
+      >>> task = mi.Task(support=jnp.asarray([0.0, 2.0]), query=jnp.asarray([4.0]))
+      >>> float(mi.task_loss(problem)(jnp.asarray(3.0), task))  # params are (3 + 1) / 2
+      4.0
     """
     returned = "losses [n_query]" if outer_head is None else "outputs"
     if isinstance(outer_loss, Adaptation):
@@ -175,6 +196,17 @@ def from_task_loss(
     Raises:
       TypeError: a function that cannot be called so.
       ValueError: an unknown `hvp`; at trace time, a loss that is no scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> def one_step(m, task, weights):
+      ...     params = m - 0.5 * jnp.mean(weights.support * (m - task.support))
+      ...     return jnp.sum(weights.query * (params - task.query) ** 2)
+      >>> problem = mi.from_task_loss(one_step)
+      >>> task = mi.Task(support=jnp.asarray([0.0, 2.0]), query=jnp.asarray([4.0]))
+      >>> float(mi.task_loss(problem)(jnp.asarray(3.0), task))  # params are 3 - 0.5 * (3 - 1)
+      4.0
     """
     check_hvp(hvp)
     check_function("task_loss", task_loss, "(meta_params, task, weights) -> scalar", *"mtw")
@@ -223,6 +255,13 @@ def per_example(scalar_loss: Callable[[PyTree, PyTree, PyTree], Array]) -> Loss:
 
     The loss is run on batches of one example each, under vmap; a loss whose examples influence each other, as through
     batch normalisation, is not the mean of these.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> losses = mi.per_example(lambda params, meta_params, batch: jnp.mean((params - batch) ** 2))
+      >>> losses(1.0, None, jnp.asarray([0.0, 1.0, 3.0])).tolist()
+      [1.0, 0.0, 4.0]
     """
 
     def losses(params: PyTree, meta_params: PyTree, batch: PyTree) -> Array:
@@ -240,6 +279,12 @@ def l2(delta: float) -> Callable[[PyTree], Array]:
 
     Raises:
       ValueError: `delta` is negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> float(mi.l2(0.5)({"slope": jnp.asarray([1.0, 1.0]), "bias": jnp.asarray(2.0)}))
+      1.5
     """
     if concrete(delta) and not (jnp.ndim(delta) == 0 and 0 <= float(delta) < float("inf")):
         raise ValueError(f"delta: expected a non-negative number, got {delta!r}")
@@ -347,6 +392,14 @@ def task_loss(problem: Bilevel, *, precision: str | None = "highest") -> TaskLos
     Args:
       problem: the problem.
       precision: of matrix products, the problem's own included, see `jax.default_matmul_precision`; None for JAX's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> loss = mi.task_loss(problem)
+      >>> float(loss(jnp.asarray(2.0), mi.Task(support=(), query=jnp.asarray([5.0]))))
+      4.5
     """
     check_precision(precision)
 
@@ -367,6 +420,15 @@ def total_gradient(problem: Bilevel, *, precision: str | None = "highest") -> Ta
     Args:
       problem: the problem.
       precision: as in `task_loss`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> jax.vmap(mi.total_gradient(problem), in_axes=(None, 0))(jnp.asarray(2.0), tasks).tolist()
+      [2.0, 1.0, -3.0]
     """
     gradient = jax.grad(task_loss(problem, precision=precision))
 
@@ -393,6 +455,16 @@ def total_objective(
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
       mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
       precision: as in `task_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [2.0], [6.0]]))
+      >>> objective = mi.total_objective(problem)
+      >>> without_last = mi.drop(mi.unit_weights(tasks), tasks=[2])  # whose part of the mean is then 0
+      >>> [round(float(objective(jnp.asarray(3.0), tasks, weights)), 3) for weights in (None, without_last)]
+      [3.167, 1.667]
     """
     check_batch_size(batch_size)
     check_mesh(mesh)
@@ -423,6 +495,14 @@ def query_loss(problem: Bilevel, *, batch_size: int | None = None, precision: st
       problem: the problem.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
       precision: as in `task_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> test_tasks = mi.Task(support=(), query=jnp.asarray([[2.0], [4.0]]))
+      >>> float(mi.query_loss(problem)(jnp.asarray(2.0), test_tasks))
+      1.0
     """
     plain = problem._replace(meta_regularizer=None)
     objective = total_objective(plain, batch_size=batch_size, precision=precision)

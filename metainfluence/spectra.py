@@ -58,7 +58,16 @@ class Spectrum(NamedTuple):
 
 
 def of_operator(operator: Operator, *, rank: int = 50, num_probes: int = 0, seed: int = 0) -> Spectrum:
-    """The spectrum of any operator, its shift included."""
+    """The spectrum of any operator, its shift included.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([4.0, 1.0, 2.0]) * v, jnp.zeros(3))
+      >>> jax.jit(mi.spectra.of_operator)(operator).values.round(3).tolist()
+      [1.0, 2.0, 4.0]
+    """
     check_positive("rank", rank, integer=True)
     if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 0:
         raise ValueError(f"num_probes: expected a non-negative integer, got {num_probes!r}")

@@ -50,4 +50,21 @@ from metainfluence.response._trajectory import Trajectory as Trajectory
 from metainfluence.response._trajectory import problems_of_run as problems_of_run
 from metainfluence.response._trajectory import trajectory as trajectory
 
-__all__ = ["Influence", "Optimum", "OptimumInfo", "Response", "Scores", "optimum", "scores"]
+__all__ = [
+    "Checkpoint",
+    "Influence",
+    "Optimum",
+    "OptimumInfo",
+    "Response",
+    "RunInfo",
+    "Scores",
+    "Segments",
+    "SegmentsInfo",
+    "Trajectory",
+    "checkpoints",
+    "optimum",
+    "scores",
+    "segments",
+    "total_hessian",
+    "trajectory",
+]

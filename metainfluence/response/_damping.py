@@ -41,7 +41,17 @@ class Damping(NamedTuple):
 
 
 def rule(operator: Operator, gradient: PyTree, meta_params: PyTree, rank: int = RANK) -> Damping:
-    """The rule of `auto` at a point; arguments are the caller's to check."""
+    """The rule of `auto` at a point; arguments are the caller's to check.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([-0.5, 1.0]) * v, jnp.zeros(2))
+      >>> found = jax.jit(mi.damping.rule)(operator, gradient=jnp.zeros(2), meta_params=jnp.ones(2))
+      >>> round(float(found.smallest), 3), round(float(found.value), 3)
+      (-0.5, 1.0)
+    """
     return rule_of(of_operator(operator, rank=rank), gradient, meta_params)
 
 

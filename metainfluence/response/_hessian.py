@@ -53,6 +53,15 @@ def total_hessian(
     Raises:
       ValueError: a curvature that needs what the problem lacks, a negative damping, or an unknown `hvp`.
       TypeError: at trace time, forward mode through a `custom_vjp`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> operator = mi.total_hessian(problem, damping=0.5)(jnp.asarray(2.0), tasks)
+      >>> float(operator.matvec(jnp.asarray(2.0)))  # (1 + 0.5) · 2
+      3.0
     """
     check_damping(damping)
     options = Options.of(**locals())

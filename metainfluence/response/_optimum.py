@@ -236,13 +236,16 @@ def optimum(
     Raises:
       ValueError: as `total_hessian`; and for tasks, weights or meta_params that are malformed or not finite.
 
-    >>> import jax.numpy as jnp, metainfluence as mi
-    >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
-    >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))
-    >>> at = mi.optimum(problem)(jnp.asarray(2.0), tasks)
-    >>> without_last = mi.Weights(jnp.asarray([0.0, 0.0, -1.0]), jnp.zeros((3, 0)), jnp.zeros((3, 1)))
-    >>> round(float(at.meta_params + at.jvp(without_last).delta), 3)
-    1.0
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> at = jax.jit(mi.optimum(problem))(jnp.asarray(2.0), tasks)
+      >>> without_last = mi.Weights(jnp.asarray([0.0, 0.0, -1.0]), jnp.zeros((3, 0)), jnp.zeros((3, 1)))
+      >>> round(float(at.meta_params + at.jvp(without_last).delta), 3)  # 2 + (2 − 5) / 3
+      1.0
     """
     options = Options.of(
         problem,

@@ -85,6 +85,19 @@ def scores(at: Response, target: Callable[..., Array]) -> ScoresOfTarget:
     Raises:
       TypeError: `at` is no response, or `target` cannot be called so.
       ValueError: a target that is no scalar.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> meta_params = jnp.asarray(2.0)  # the mean, which is the minimum
+      >>> at = jax.jit(mi.optimum(problem))(meta_params, tasks)
+      >>> test_tasks = mi.Task(support=(), query=jnp.asarray([[3.0]]))
+      >>> found = jax.jit(mi.scores(at, mi.query_loss(problem)))(test_tasks)
+      >>> found.task.round(3).tolist()  # (query − 2) / 3 · (3 − 2): the last task helps
+      [-0.667, -0.333, 1.0]
     """
     if not isinstance(at, Response):
         raise TypeError(f"at: expected a response, as made by metainfluence.optimum, got {type(at).__name__}")

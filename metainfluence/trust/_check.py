@@ -108,6 +108,17 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
 
     Raises:
       TypeError: `result` is none of these, or traced.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> found = jax.jit(mi.task_if(problem))(jnp.asarray(1.6), tasks)
+      >>> budget = mi.error_budget(found)
+      >>> budget.dominant, round(budget.outer_stationarity, 3)  # the minimum, 2, is 0.4 away from 1.6
+      ('outer_stationarity', 0.25)
     """
     info = _told_of(result)
     if not isinstance(info, SolveInfo):
@@ -181,6 +192,18 @@ def check(result: Any, *, tol: float | None = None) -> Any:
       SolveError: naming the right-hand sides that failed, how, and what to do; an inner problem without a minimum;
         with `tol`, a target whose gradient is exactly 0, or the term above `tol`.
       TypeError: `result` is none of these, or traced.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> hill = mi.from_task_loss(lambda m, task, w: -0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> found = jax.jit(mi.task_if(hill, solver=mi.solvers.cg()))(jnp.asarray(2.0), tasks)
+      >>> mi.check(found)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+          ...
+      metainfluence.trust._check.SolveError: 3 of 3 solves ended INDEFINITE (right-hand sides 0, 1, 2; ...
     """
     info = _told_of(result)
     if not isinstance(info, SolveInfo):

@@ -47,6 +47,17 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
 
     Raises:
       ValueError: a loss that is not finite, and as `total_gradient`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(
+      ...     lambda m, task, w: jnp.sum(w.query * (m - (task.query - jnp.mean(task.query))) ** 2)
+      ... )
+      >>> task = mi.Task(support=jnp.zeros(1), query=jnp.asarray([1.0, 3.0]))
+      >>> jax.jit(mi.coupling(problem))(jnp.asarray(3.0), task).query.tolist()  # 4 becomes 9, and 16 too
+      [1.25, 0.4375]
     """
     loss = task_loss(problem)
 

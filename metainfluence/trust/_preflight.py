@@ -128,6 +128,15 @@ def preflight(
     Raises:
       MemoryError: not one task, or not `batch_size` tasks, fit; with the numbers.
       TypeError: forward mode through a `custom_vjp`, see `bilevel`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[0.0], [1.0], [5.0]]))
+      >>> plan = mi.preflight(problem, memory=1e6)(jnp.asarray(2.0), tasks)
+      >>> plan.num_tasks, plan.num_meta_params, plan.batch_size, plan.kept_tasks  # all fit at once
+      (3, 1, 3, 3)
     """
     shared: dict[str, Any] = {
         "curvature": curvature,

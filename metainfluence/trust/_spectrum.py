@@ -63,6 +63,15 @@ def spectrum(
 
     Raises:
       ValueError: as `total_hessian`; `rank` no positive integer or `num_probes` negative.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (task.query @ m) ** 2))
+      >>> tasks = mi.Task(support=(), query=jnp.asarray([[[2.0, 0.0]], [[0.0, 4.0]]]))
+      >>> jax.jit(mi.spectrum(problem))(jnp.zeros(2), tasks).values.round(3).tolist()  # (2², 4²) / 2
+      [2.0, 8.0]
     """
     own = {"rank": rank, "num_probes": num_probes, "seed": seed}
     shared: dict[str, Any] = {
