@@ -81,6 +81,8 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
                 size = jnp.maximum(jnp.abs(before), jnp.finfo(before.dtype).tiny)
                 return jnp.where(real[example], jnp.abs(after - before) / size, 0)
 
+            if not own.size:
+                return jnp.zeros_like(own)
             return jax.lax.map(single, jnp.arange(own.shape[0]))
 
         found = Coupling(side("support"), side("query"))

@@ -91,3 +91,10 @@ def test_a_loss_that_is_not_finite_is_refused(task):
     problem = mi.from_task_loss(lambda meta_params, task, weights: jnp.sum(weights.query) * jnp.nan)
     with pytest.raises(ValueError, match="task: expected a finite loss"):
         mi.coupling(problem)(LAMBDA, task)
+
+
+def test_a_task_without_a_support_set_is_probed_on_its_query_set():
+    problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
+    found = mi.coupling(problem)(jnp.asarray(1.0), mi.Task((), jnp.asarray([1.0, 2.0, 4.0])))
+    assert found.support.shape == (0,)
+    assert found.query.tolist() == [0, 0, 0]
