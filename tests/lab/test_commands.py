@@ -496,7 +496,7 @@ def test_an_edit_that_goes_too_far_is_told(module, monkeypatch):
 def test_the_budget_is_not_printed_twice(monkeypatch):
     info = mi.SolveInfo(np.int32(1), np.int32(3), np.float64(0.1), np.float64(1), outer_gradient_norm=np.float64(1))
     with pytest.raises(mi.SolveError, match="MAX_STEPS") as caught:
-        printing.check_solve(info)
+        printing.check_solve(info, printing.OF_SCORE)
     assert "Error budget" not in str(caught.value)
 
 

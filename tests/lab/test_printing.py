@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import metainfluence as mi
-from metainfluence import diagnosis
 from metainfluence.lab.commands.edit import EditConfig
 from metainfluence.lab.commands.score import ScoreConfig
 from metainfluence.lab.experiments.demo import DemoConfig
 from metainfluence.lab.show import printing
+from metainfluence.trust import _check as diagnosis
 
 COMMANDS = {
     "score": (printing.OF_SCORE, ScoreConfig),

