@@ -20,7 +20,9 @@ COMMANDS = {
 
 
 def info(**fields):
-    known = dict(zip(mi.SolveInfo._fields[:9], map(np.asarray, (0, 9, 3e-7, 9e-3, 1e-9, 1e-9, 9e-3, 0, 0.1)), strict=True))
+    known = dict(
+        zip(mi.SolveInfo._fields[:9], map(np.asarray, (0, 9, 3e-7, 9e-3, 1e-9, 1e-9, 9e-3, 0, 0.1)), strict=True)
+    )
     return mi.SolveInfo(**(known | {name: np.asarray(value) for name, value in fields.items()}))
 
 
