@@ -37,7 +37,7 @@ def linear_solve(matrix: Float[Array, "n n"], rhs: Float[Array, "n *k"]) -> Floa
     Raises:
       ValueError: a matrix that is not square, or a right-hand side of another length.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> matrix = jnp.asarray([[2.0, 1.0], [0.0, 4.0]])

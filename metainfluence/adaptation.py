@@ -127,7 +127,7 @@ def unrolled(
       TypeError: a function that cannot be called so.
       ValueError: `num_steps` is negative or no integer; at trace time, losses that are not one per example.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -192,7 +192,7 @@ def implicit(
       ValueError: at trace time, losses that are not one per example, or an `init` that depends on meta_params where the
         inner objective does not, so that dθ/dλ is exactly zero.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -311,7 +311,7 @@ def closed_form(fn: Callable[[PyTree, PyTree, Array], PyTree]) -> Adaptation:
     Raises:
       TypeError: `fn` cannot be called so.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> adapt = mi.adaptation.closed_form(lambda m, support, coefficients: m * (coefficients @ support))

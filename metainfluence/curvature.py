@@ -57,7 +57,7 @@ def _measured(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> tup
 def exact() -> Curvature:
     """The total Hessian itself, third-order terms included: forward over reverse through the adaptation.
 
-    Example:
+    Examples:
       For L = (λ² − 2)² / 2 at λ = 1 this is 6λ² − 4 = 2:
 
       >>> import jax.numpy as jnp
@@ -89,7 +89,7 @@ def _linearized(problem: Bilevel, at: PyTree, task: Task, weights: Weights) -> C
 def linearized() -> Curvature:
     """Drops the terms with d²θ/dλ²: θ(λ) is replaced by its tangent at λ.
 
-    Example:
+    Examples:
       For L = (λ² − 2)² / 2 at λ = 1 this is (2λ)² = 4. The term dropped is (λ² − 2) · d²λ²/dλ² = −2:
 
       >>> import jax.numpy as jnp
@@ -106,7 +106,7 @@ def linearized() -> Curvature:
 def gamma() -> Curvature:
     """Theorem 5.1 of arXiv 2501.15963: `linearized`, and Γ I with Γ = (1/T) Σ_k w_k ‖∂_θ L_k‖₁ for what it drops.
 
-    Example:
+    Examples:
       For L = (λ² − 2)² / 2 at λ = 1 this is (2λ)² + |λ² − 2| = 5:
 
       >>> import jax.numpy as jnp
@@ -132,7 +132,7 @@ def gauss_newton() -> Curvature:
 
     Positive semidefinite where the head is convex in the outputs. Needs `bilevel(model, adapt, outer_head=head)`.
 
-    Example:
+    Examples:
       For L = (λ² − 2)² / 2 at λ = 1 the Jacobian is 2λ and the head's Hessian 1, which makes (2λ)² = 4:
 
       >>> import jax.numpy as jnp
@@ -171,7 +171,7 @@ def direct() -> Curvature:
 
     The mistake that the paper corrects, kept to be measured.
 
-    Example:
+    Examples:
       For L = (θ − 2)² / 2 with θ = λ² this is 0: λ enters through θ alone:
 
       >>> import jax.numpy as jnp

@@ -73,7 +73,7 @@ def auto(
     Raises:
       ValueError: as `total_hessian`; `rank` no positive integer.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -162,7 +162,7 @@ def sweep(
     Raises:
       ValueError: dampings that are not ascending and non-negative, and as `influence_scores`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

@@ -162,7 +162,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
     Raises:
       ValueError: no tasks, or tasks that differ in structure, trailing shapes or dtypes.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> short = mi.Task(support=jnp.asarray([1.0]), query=jnp.asarray([2.0]))
@@ -217,7 +217,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
 def unit_weights(tasks: Task) -> Weights:
     """Weights of 1 for stacked tasks: `[T]`, `[T, n_support]`, `[T, n_query]`, in JAX's default float dtype.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> weights = mi.unit_weights(mi.Task(support=jnp.zeros((2, 3)), query=jnp.zeros((2, 1))))
@@ -267,7 +267,7 @@ def drop(weights: Weights, tasks: Any = (), support: Any = (), query: Any = ()) 
       TypeError: indices that are not integers.
       ValueError: pairs of another shape, or an index out of range.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> weights = mi.unit_weights(mi.Task(support=jnp.zeros((2, 3)), query=jnp.zeros((2, 1))))

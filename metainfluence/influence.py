@@ -142,7 +142,7 @@ def task_if(
     Raises:
       ValueError: as `total_hessian`; and for tasks, weights or meta_params that are malformed or not finite.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -210,7 +210,7 @@ def instance_if(
     Raises:
       ValueError: an unknown side, an index out of range, and as `task_if`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -275,7 +275,7 @@ def group_influence(
     Raises:
       ValueError: a direction of the wrong shape or not finite, and as `task_if`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -337,7 +337,7 @@ def influence_scores(
     Raises:
       ValueError: a target that is no scalar, and as `task_if`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -397,7 +397,7 @@ def self_influence(
     Returns:
       Function whose info has leaves `[T, 1 + n_support + n_query]`: the task, its support and its query examples.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -470,7 +470,7 @@ def edit(
     Raises:
       ValueError: `num_newton_steps` negative, new weights of the wrong shape or not finite, and as `task_if`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

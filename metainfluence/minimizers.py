@@ -49,7 +49,7 @@ def newton_cg(*, tol: float | None = None, max_steps: int = 100) -> Minimizer:
     Raises:
       ValueError: `tol` or `max_steps` not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> mi.adaptation.newton_cg()(lambda x: jnp.sum((x - 2.0) ** 2), jnp.zeros(1)).tolist()
@@ -126,7 +126,7 @@ def optax_minimizer(optimizer: optax.GradientTransformation, num_steps: int, *, 
     Raises:
       ValueError: `num_steps` or `tol` not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> import optax
@@ -166,7 +166,7 @@ def given() -> Minimizer:
     How good a minimum they are is reported as `SolveInfo.inner_gradient_norm`. `init` sees no weights, so results at
     weights other than 1 on the support set are not re-adapted.
 
-    Example:
+    Examples:
       >>> import metainfluence as mi
       >>> mi.adaptation.given()(None, {"head": 1.0})
       {'head': 1.0}

@@ -190,7 +190,7 @@ def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
     Returns:
       Operator without damping.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

@@ -96,7 +96,7 @@ def bilevel(
       TypeError: a function that cannot be called so.
       ValueError: an unknown `hvp`; at trace time, losses that are not one per example.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> adapt = mi.adaptation.closed_form(lambda m, support, coefficients: (m + coefficients @ support) / 2)
@@ -197,7 +197,7 @@ def from_task_loss(
       TypeError: a function that cannot be called so.
       ValueError: an unknown `hvp`; at trace time, a loss that is no scalar.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> def one_step(m, task, weights):
@@ -256,7 +256,7 @@ def per_example(scalar_loss: Callable[[PyTree, PyTree, PyTree], Array]) -> Loss:
     The loss is run on batches of one example each, under vmap; a loss whose examples influence each other, as through
     batch normalisation, is not the mean of these.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> losses = mi.per_example(lambda params, meta_params, batch: jnp.mean((params - batch) ** 2))
@@ -280,7 +280,7 @@ def l2(delta: float) -> Callable[[PyTree], Array]:
     Raises:
       ValueError: `delta` is negative or not finite.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> float(mi.l2(0.5)({"slope": jnp.asarray([1.0, 1.0]), "bias": jnp.asarray(2.0)}))
@@ -393,7 +393,7 @@ def task_loss(problem: Bilevel, *, precision: str | None = "highest") -> TaskLos
       problem: the problem.
       precision: of matrix products, the problem's own included, see `jax.default_matmul_precision`; None for JAX's.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
@@ -421,7 +421,7 @@ def total_gradient(problem: Bilevel, *, precision: str | None = "highest") -> Ta
       problem: the problem.
       precision: as in `task_loss`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -456,7 +456,7 @@ def total_objective(
       mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
       precision: as in `task_loss`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
@@ -496,7 +496,7 @@ def query_loss(problem: Bilevel, *, batch_size: int | None = None, precision: st
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
       precision: as in `task_loss`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))

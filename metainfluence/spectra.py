@@ -60,7 +60,7 @@ class Spectrum(NamedTuple):
 def of_operator(operator: Operator, *, rank: int = 50, num_probes: int = 0, seed: int = 0) -> Spectrum:
     """The spectrum of any operator, its shift included.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

@@ -369,7 +369,7 @@ def training(
       ValueError: `num_steps` or `tasks_per_step` no positive integer, `seed` no integer; at the call, more tasks per
         step than there are.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> import optax
@@ -418,7 +418,7 @@ def training_loop(
         shape or a dtype of its state, indices that are out of range, of another number than in step 0, or not the same
         when asked twice.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> def step(m, tasks, weights, key):

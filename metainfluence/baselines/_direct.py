@@ -37,7 +37,7 @@ def direct_if(
     Raises:
       ValueError: a problem made by `from_task_loss`, and as `influence_scores`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -88,7 +88,7 @@ def ekfac_if(
     Raises:
       ValueError: as `direct_if` and `solvers.ekfac`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

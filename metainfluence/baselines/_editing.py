@@ -43,7 +43,7 @@ def gradient_ascent(
       ValueError: a learning rate or a number of steps that is not positive, new weights of the wrong shape or not
         finite, and for tasks, weights or meta_params that are malformed or not finite.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
@@ -81,7 +81,7 @@ def fine_tune(
       TypeError: no optimiser.
       ValueError: as `gradient_ascent`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> import optax

@@ -46,7 +46,7 @@ def tracin(
       ValueError: learning rates that are no vector or not finite, checkpoints of another number, and as
         `influence_scores`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
@@ -96,7 +96,7 @@ def gradient_similarity(
     Raises:
       ValueError: as `influence_scores`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

@@ -61,7 +61,7 @@ def trak(
     Raises:
       ValueError: `dim` no positive integer, damping negative, and as `influence_scores`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -160,7 +160,7 @@ def tlxml(
       ValueError: a problem without outer_head, a threshold outside [0, 1), `rank` no positive integer, and as
         `influence_scores`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

@@ -39,7 +39,7 @@ def plain_loss(
     Raises:
       ValueError: for tasks, weights or meta_params that are malformed or not finite.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))
@@ -109,7 +109,7 @@ def random_scores(
     Raises:
       ValueError: for tasks, weights or meta_params that are malformed or not finite.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))

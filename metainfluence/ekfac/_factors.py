@@ -126,7 +126,7 @@ def estimate(losses: Losses, domain: Domain, *, reestimate: bool = True, batch_s
     Raises:
       ValueError: a parameter that no layer covers, and what else of the losses' program EK-FAC cannot treat.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> layer, params = mi.ekfac.Dense(kernel="w"), {"w": jnp.zeros((2, 1))}

@@ -73,7 +73,7 @@ class Dense(Layer):
 
     Axes between the first, which holds the examples, and the last share the weights.
 
-    Example:
+    Examples:
       >>> layer = Dense(kernel="w", bias="b")
       >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
       >>> layer(params, jnp.ones((5, 3))).shape
@@ -174,7 +174,7 @@ def outputs(tree: PyTree) -> PyTree:
     The Gauss–Newton matrix that EK-FAC approximates takes the losses' Hessian in these outputs. Without the mark they
     are the outputs of the last layer that is called.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> layer, params = mi.ekfac.Dense(kernel="w"), {"w": jnp.ones((1, 1))}

@@ -76,7 +76,7 @@ def linear_datamodeling_score(
       TypeError: `kept` holds no booleans.
       ValueError: shapes that do not match, nothing to compare, or values that are not finite.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import metainfluence as mi
       >>> scores = np.asarray([0.667, 0.333, -1.0])  # of the mean of 0, 1 and 5
@@ -120,7 +120,7 @@ def loo_correlation(scores: Float[ArrayLike, " n"], changes: Float[ArrayLike, " 
     Raises:
       ValueError: shapes that differ, no data, or values that are not finite.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import metainfluence as mi
       >>> scores = np.asarray([0.667, 0.333, -1.0])  # of the mean of 0, 1 and 5
@@ -156,7 +156,7 @@ def seed_agreement(outcomes: Float[ArrayLike, "seeds m"], **options: Any) -> Est
     Raises:
       ValueError: fewer than two seeds, no interventions, or values that are not finite.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import metainfluence as mi
       >>> outcomes = np.asarray([[1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]])
@@ -185,7 +185,7 @@ def step_agreement(predicted: PyTree, retrained: PyTree) -> StepAgreement:
     Raises:
       ValueError: structures or shapes that differ, or values that are not finite.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import metainfluence as mi
       >>> predicted, retrained = np.asarray([[3.0, 4.0]]), np.asarray([[6.0, 8.0]])

@@ -42,7 +42,7 @@ def bootstrap(
     Raises:
       ValueError: no arrays, leading axes that differ or are empty, `num` not positive, `level` outside (0, 1).
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import metainfluence as mi
       >>> found = mi.evaluation.bootstrap(np.mean, np.asarray([0.0, 0.0, 1.0, 1.0]))

@@ -26,7 +26,7 @@ def detection_curve(scores: Float[np.ndarray, " N"], damaged: Bool[np.ndarray, "
       TypeError: `damaged` holds no booleans.
       ValueError: shapes that differ, no data, or scores that are not finite.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import metainfluence as mi
       >>> scores, damaged = np.asarray([0.3, -0.9, 0.1, -0.2]), np.asarray([False, True, True, False])
@@ -45,7 +45,7 @@ def found_at(scores: Float[np.ndarray, " N"], damaged: Bool[np.ndarray, " N"], s
       TypeError: as `detection_curve`.
       ValueError: as `detection_curve`; a share outside [0, 1].
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import metainfluence as mi
       >>> scores, damaged = np.asarray([0.3, -0.9, 0.1, -0.2]), np.asarray([False, True, True, False])
@@ -74,7 +74,7 @@ def roc_auc(scores: Float[np.ndarray, " N"], damaged: Bool[np.ndarray, " N"]) ->
       TypeError: as `detection_curve`.
       ValueError: as `detection_curve`.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import metainfluence as mi
       >>> scores, damaged = np.asarray([0.3, -0.9, 0.1, -0.2]), np.asarray([False, True, True, False])
@@ -107,7 +107,7 @@ def roc_auc_difference(
       TypeError: as `roc_auc`.
       ValueError: as `roc_auc` and `bootstrap`.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import metainfluence as mi
       >>> damaged = np.asarray([False, True, True, False])

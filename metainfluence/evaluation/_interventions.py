@@ -31,7 +31,7 @@ def leave_one_out(weights: Weights, tasks: Any = (), support: Any = (), query: A
       TypeError: as `metainfluence.drop`.
       ValueError: as `metainfluence.drop`; no datum named.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> weights = mi.unit_weights(mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]])))
@@ -64,7 +64,7 @@ def leave_groups_out(weights: Weights, groups: Sequence[Any]) -> Weights:
       TypeError: as `metainfluence.drop`; a mapping with other names.
       ValueError: as `metainfluence.drop`; no groups.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> weights = mi.unit_weights(mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]])))
@@ -120,7 +120,7 @@ def random_subsets(
       TypeError: `weights` is no `Weights`.
       ValueError: `num_subsets` not positive, a share outside (0, 1), or one that keeps no task or all.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> weights = mi.unit_weights(mi.Task((), jnp.asarray([[0.0], [1.0], [5.0], [6.0]])))
@@ -179,7 +179,7 @@ def brittleness(
     Raises:
       ValueError: scores of another shape or not finite, counts outside their range, or outcomes of another length.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> weights = mi.unit_weights(mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]])))

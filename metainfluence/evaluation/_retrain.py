@@ -43,7 +43,7 @@ def retrain(
       ValueError: interventions or keys without a common leading axis, none of them, or a cache that belongs to others;
         the message names what differs.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> tasks = mi.Task((), jnp.asarray([[0.0], [1.0], [5.0]]))

@@ -82,7 +82,7 @@ def checkpoints(
       ValueError: steps that do not rise, are not known, or do not divide evenly; rates that are not positive numbers;
         an optimiser state without the moments asked for, or with several.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> kept = [(jnp.asarray(1.5), None), (jnp.asarray(2.0), None)]

@@ -43,7 +43,7 @@ class Damping(NamedTuple):
 def rule(operator: Operator, gradient: PyTree, meta_params: PyTree, rank: int = RANK) -> Damping:
     """The rule of `auto` at a point; arguments are the caller's to check.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

@@ -54,7 +54,7 @@ def total_hessian(
       ValueError: a curvature that needs what the problem lacks, a negative damping, or an unknown `hvp`.
       TypeError: at trace time, forward mode through a `custom_vjp`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))

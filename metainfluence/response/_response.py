@@ -86,7 +86,7 @@ def scores(at: Response, target: Callable[..., Array]) -> ScoresOfTarget:
       TypeError: `at` is no response, or `target` cannot be called so.
       ValueError: a target that is no scalar.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

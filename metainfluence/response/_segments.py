@@ -242,7 +242,7 @@ def segments(
       ValueError: a rank or a tol that is not positive; checkpoints out of order, that differ in structure or shapes, or
         are not finite; tasks or weights that are malformed or not finite.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))

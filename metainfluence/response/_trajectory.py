@@ -202,7 +202,7 @@ def trajectory(
         run, with the difference named; and as the run's maker says.
       BlockingIOError: another process is writing to the folder.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> import optax

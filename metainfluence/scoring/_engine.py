@@ -139,7 +139,7 @@ def score(
       OSError: `out` cannot be written to; what was finished is kept.
       ModuleNotFoundError: pyarrow is missing.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> from pathlib import Path
       >>> import jax.numpy as jnp

@@ -70,7 +70,7 @@ def read_scores(path: Path | str) -> ScoreTable:
       FileNotFoundError: there is no such file.
       ModuleNotFoundError: pyarrow is missing.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> from pathlib import Path
       >>> import jax.numpy as jnp
@@ -158,7 +158,7 @@ def write_scores(
       ValueError: scores, tasks and source of different numbers of tasks.
       ModuleNotFoundError: pyarrow is missing.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> from pathlib import Path
       >>> import jax.numpy as jnp

@@ -41,7 +41,7 @@ def anytime(
     Raises:
       ValueError: a solver without steps, or `num_steps` no positive integer.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))

@@ -58,7 +58,7 @@ def auto(
     Raises:
       ValueError: `tol`, `max_size` or `memory` not positive, or `dense_size` negative.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))

@@ -47,7 +47,7 @@ def block_cg(
     Raises:
       ValueError: `tol`, `max_size` or `block_size` not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))

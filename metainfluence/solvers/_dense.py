@@ -59,7 +59,7 @@ def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
     Raises:
       ValueError: another `method`, or "cholesky" with `absolute`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))

@@ -45,7 +45,7 @@ def ekfac(*, reestimate: bool = True, tol: Any = 1e-6, batch_size: int | None = 
       ValueError: `tol` or `batch_size` not positive; at trace time, an operator without losses, a parameter that no
         layer covers, and what else EK-FAC cannot treat.
 
-    Example:
+    Examples:
       >>> import metainfluence as mi
       >>> mi.solvers.cg(preconditioner=mi.solvers.ekfac(reestimate=False))
       cg(preconditioner=ekfac(reestimate=False))

@@ -20,7 +20,7 @@ def identity() -> Solver:
     Influence becomes an inner product of gradients, as in TracIn (Pruthi et al., NeurIPS 2020) at one checkpoint. A
     baseline: its residual is reported like any other's, so `check` refuses it unless H is the identity.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))

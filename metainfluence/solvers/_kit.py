@@ -43,7 +43,7 @@ def from_map(
       name: how the solver is shown, as "jacobi(sweeps=3)". Runs that are resumed are told from others by it, so what
         decides the answer belongs into it. None for the names of `init` and `apply`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> jacobi = mi.solvers.from_map(
@@ -118,7 +118,7 @@ def from_steps(
       solve_matvecs: products that a solve takes, where it is to be a preconditioner; or (state) -> that.
       name: how the solver is shown, see `from_map`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> def richardson(rate, num_steps):
@@ -231,7 +231,7 @@ def preconditioner_of(solver: Solver | None, operator: Operator, state: Any) -> 
 def solution_of(solver: Solver, operator: Operator, state: Any, rhs: PyTree) -> PyTree:
     """The solution alone, without the product that a report on it takes.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))

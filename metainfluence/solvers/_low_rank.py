@@ -35,7 +35,7 @@ def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6
     Raises:
       ValueError: `rank` is no positive integer, or `tol` not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))
@@ -70,7 +70,7 @@ def nystrom(rank: int, *, seed: int = 0, tol: Any = 1e-6) -> Solver:
     Raises:
       ValueError: `rank` is no positive integer, or `tol` not positive.
 
-    Example:
+    Examples:
       >>> import metainfluence as mi
       >>> mi.solvers.cg(preconditioner=mi.solvers.nystrom(50))
       cg(preconditioner=nystrom(50))

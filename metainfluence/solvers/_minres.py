@@ -50,7 +50,7 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
     Raises:
       ValueError: `tol` or `max_steps` not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([-1.0, 2.0, 4.0]) * v, jnp.zeros(3))

@@ -70,7 +70,7 @@ def neumann(
     Raises:
       ValueError: `num_terms` < 1, or `scale` or `tol` not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> operator = mi.operators.from_matvec(lambda v: jnp.asarray([1.0, 2.0, 4.0]) * v, jnp.zeros(3))

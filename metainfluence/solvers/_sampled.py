@@ -42,7 +42,7 @@ def sampled(number: int | None = None, *, rank: int = 100, seed: int = 0, tol: A
     Raises:
       ValueError: `number` or `rank` is no positive integer; at `init`, an operator that is no mean over tasks.
 
-    Example:
+    Examples:
       >>> import metainfluence as mi
       >>> mi.solvers.cg(preconditioner=mi.solvers.sampled(64, rank=50))
       cg(preconditioner=sampled(64, rank=50))

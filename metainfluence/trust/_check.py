@@ -109,7 +109,7 @@ def error_budget(result: Any, meta_params: PyTree = None) -> ErrorBudget:
     Raises:
       TypeError: `result` is none of these, or traced.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -193,7 +193,7 @@ def check(result: Any, *, tol: float | None = None) -> Any:
         with `tol`, a target whose gradient is exactly 0, or the term above `tol`.
       TypeError: `result` is none of these, or traced.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

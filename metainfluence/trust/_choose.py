@@ -49,7 +49,7 @@ def choose(
     Raises:
       ValueError: numbers out of range.
 
-    Example:
+    Examples:
       >>> import metainfluence as mi
       >>> mi.choose(smoothness=0.95, run=True).estimator
       'trajectory'

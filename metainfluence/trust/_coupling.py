@@ -48,7 +48,7 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
     Raises:
       ValueError: a loss that is not finite, and as `total_gradient`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

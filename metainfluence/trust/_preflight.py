@@ -129,7 +129,7 @@ def preflight(
       MemoryError: not one task, or not `batch_size` tasks, fit; with the numbers.
       TypeError: forward mode through a `custom_vjp`, see `bilevel`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> problem = mi.from_task_loss(lambda m, task, w: 0.5 * jnp.sum(w.query * (m - task.query) ** 2))

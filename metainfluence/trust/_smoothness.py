@@ -110,7 +110,7 @@ def smoothness(
       TypeError: no run, or a target that cannot be called so.
       ValueError: step sizes, directions or a share out of range; a start, tasks or weights that are not finite.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
       >>> import optax

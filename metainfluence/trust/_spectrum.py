@@ -64,7 +64,7 @@ def spectrum(
     Raises:
       ValueError: as `total_hessian`; `rank` no positive integer or `num_probes` negative.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
