@@ -369,7 +369,7 @@ def _dense(table: Any) -> Dense:
         of_task = index[chosen]
         counts = np.bincount(of_task, minlength=total)
         first = np.cumsum(counts) - counts
-        found = np.zeros((total, counts.max(initial=0)), score.dtype)
+        found = np.zeros((total, int(np.max(counts, initial=0))), score.dtype)
         found[of_task, np.arange(len(of_task)) - first[of_task]] = score[chosen]
         return found
 
