@@ -317,14 +317,14 @@ def evaluate(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights
     return loss, norm_or_zero(norm, loss)
 
 
-def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weights) -> None:
+def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weights, *, twice: bool) -> None:
     """Raises TypeError where the problem is to be differentiated in forward mode and cannot, see `check_forward`."""
     if problem.hvp != FORWARD:
         return
 
     def check(at: PyTree, tasks: Task, weights: Weights) -> None:
         first = jax.tree.map(lambda leaf: leaf[0], (tasks, weights))
-        check_forward(lambda m: evaluate(problem, m, *first)[0], at, twice=True)
+        check_forward(lambda m: evaluate(problem, m, *first)[0], at, twice=twice)
 
     # The user's functions see JAX's arrays, whatever the data are.
     jax.eval_shape(check, at, tasks, weights)

@@ -190,7 +190,8 @@ class Sums(NamedTuple):
     def expand(self, meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
         """The gradient map to first order, linearised once."""
         at, gradient = meta_params, gradient_map(self.problem, self.chunks, self.mesh)
-        check_derivatives(self.problem, at, tasks, weights)
+        # The other curvatures take forward mode of the adaptation itself, and not of a gradient.
+        check_derivatives(self.problem, at, tasks, weights, twice=self.curvature.is_exact)
         slope, linear, norm = _linearised(
             self.problem, functools.partial(gradient, self.curvature, at, tasks), at, weights
         )

@@ -225,7 +225,7 @@ class _Run:
         reader = Reader(self.source, 1, self.on_error)
         batch = stack([reader.template()], reader.template())
         self.check_columns(reader)
-        check_derivatives(self.options.problem, self.meta_params, *batch)
+        check_derivatives(self.options.problem, self.meta_params, *batch, twice=self.options.curvature.is_exact)
 
         def product(meta_params: PyTree, vector: PyTree, batch: Any) -> PyTree:
             return batch_pull(self.options.problem, self.options.curvature, meta_params, *batch)(vector)[0]

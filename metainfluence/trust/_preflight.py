@@ -213,7 +213,7 @@ class _Measured(NamedTuple):
 def _measure(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task) -> _Measured:
     count = sizes(tasks).lead[0]
     weights = jax.eval_shape(lambda: resolve_weights(None, tasks))
-    check_derivatives(problem, meta_params, tasks, weights)
+    check_derivatives(problem, meta_params, tasks, weights, twice=curvature.is_exact)
 
     def product(at: PyTree, vector: PyTree, tasks: Task, weights: Any) -> PyTree:
         return batch_pull(problem, curvature, at, tasks, weights)(vector)[0]

@@ -239,7 +239,6 @@ def _tanh(x: Any) -> Any:
 _tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g * (1 - jnp.tanh(x) ** 2),))
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="JAX differentiates a linearised custom_vjp from 0.12 on")
 @pytest.mark.parametrize("size", [None, 2])
 def test_problems_with_a_custom_vjp_go_in_reverse_mode_alone(size: int | None) -> None:
     def problem(tanh: Any, hvp: str) -> mi.Bilevel:

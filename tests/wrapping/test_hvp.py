@@ -136,6 +136,27 @@ def test_forward_mode_inside_a_curvature_says_what_to_change(name, tasks):
         jax.eval_shape(hessian, META_PARAMS, tasks)
 
 
+@jax.custom_vjp
+def once(x):
+    return jnp.tanh(x)
+
+
+# Of its derivative forward mode can be taken, and of itself not.
+once.defvjp(lambda x: (jnp.tanh(x), x), lambda x, cotangent: (cotangent * (1 - jnp.tanh(x) ** 2),))
+
+
+@pytest.mark.parametrize("name", ["linearized", "gamma", "gauss_newton"])
+def test_forward_mode_of_an_adaptation_is_not_that_of_a_gradient(name, tasks):
+    adapt = mi.adaptation.closed_form(lambda *args: once(ridge(*args)))
+    problem = mi.bilevel(predict, adapt, meta_regularizer=mi.l2(1.0), outer_head=square)
+    curvature = getattr(mi.curvature, name)()
+    jax.eval_shape(lambda m, t: mi.total_hessian(problem)(m, t).matvec(m), META_PARAMS, tasks)
+    with pytest.raises(TypeError, match=f"pass hvp='{REVERSE}'"):
+        jax.eval_shape(mi.total_hessian(problem, curvature), META_PARAMS, tasks)
+    with pytest.raises(TypeError, match=f"pass hvp='{REVERSE}'"):
+        mi.preflight(problem, curvature=curvature)(META_PARAMS, tasks)
+
+
 def test_engines_on_the_host_say_what_to_change_and_take_reverse_mode(tasks, expected, tmp_path):
     source = [jax.tree.map(lambda leaf, k=k: np.asarray(leaf[k]), tasks) for k in range(3)]
     plan = mi.preflight(BACKWARD)(META_PARAMS, tasks)
