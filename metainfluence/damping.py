@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 from metainfluence import solvers, subspace
 from metainfluence._checks import check_positive, concrete, maker
 from metainfluence.curvature import Curvature
-from metainfluence.data import Task, Weights, name_not_finite
+from metainfluence.data import Task, Weights
 from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel
 from metainfluence.response import RANK, Damping, Options, checked, rule, target_gradient
@@ -199,7 +199,6 @@ def sweep(
         # What is wrong with the target is told before the longer part.
         slope = target_gradient(target, meta_params, target_args)
         point = options.expanded(*given, options.chunks(meta_params, tasks))
-        name_not_finite(point.gradient, tasks, "tasks")
         operator = point.operator
         grid = jnp.asarray(dampings, operator.shift.dtype)
         rhs = operator.domain.ravel(slope)[None]

@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 from metainfluence._checks import concrete, described, is_array, maker
 from metainfluence._chunks import reduce_tasks
 from metainfluence.curvature import Curvature
-from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
+from metainfluence.data import Task, Weights, resolve_weights, sizes
 from metainfluence.differentiation import REVERSE
 from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel, evaluate, task_loss
@@ -34,6 +34,7 @@ from metainfluence.response import (
     optimum_at,
     solve_once,
     target_gradient,
+    without_spoilt,
 )
 from metainfluence.solvers import SolveInfo, Solver
 
@@ -523,8 +524,11 @@ def edit(
         with options.traced():
             start = (meta_params, meta_params, jnp.zeros_like(flat_norm(meta_params)))
             turns = jnp.arange(2 + num_newton_steps)
-            (_, edited, least), (info, norms, inner_norms) = jax.lax.scan(turn, start, turns)
-        name_not_finite((least, norms[-1]), tasks, "tasks")
+            (_, edited, _), (info, norms, inner_norms) = jax.lax.scan(turn, start, turns)
+        either = old._replace(task=jnp.abs(old.task) + jnp.abs(new.task))
+        rest = without_spoilt(options.problem, norms[-1], meta_params, tasks, either)
+        if rest is not None:
+            return run(meta_params, rest, new_weights, weights)
         info = jax.tree.map(lambda leaf: leaf[:-1], info)
         return Edit(edited, info._replace(outer_gradient_norm=norms[1:], inner_gradient_norm=inner_norms[1:]))
 

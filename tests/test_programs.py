@@ -130,3 +130,18 @@ def test_problems_may_close_over_traced_values(kind):
     step = 1e-5
     numeric = (scores(0.5 + step) - scores(0.5 - step)) / (2 * step)
     chex.assert_trees_all_close(slope, numeric, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("curvature", [mi.curvature.exact(), mi.curvature.linearized()], ids=repr)
+@pytest.mark.parametrize("hvp", ["forward_over_reverse", "reverse_over_reverse"])
+def test_a_response_answers_at_the_precision_that_it_was_made_with(cases, curvature, hvp):
+    """Whoever asks it, and in whatever setting of JAX."""
+    case = cases["implicit head"]
+    at = mi.optimum(case.problem, curvature=curvature, damping=2.0, hvp=hvp)(case.meta_params, case.tasks)
+    target = lambda m: jnp.sum((m["first"] @ m["second"]) ** 2)  # noqa: E731
+    for ask, args in (
+        (lambda at, slope: at.vjp(slope), (at, case.meta_params)),
+        (lambda at, direction: at.jvp(direction), (at, mi.unit_weights(case.tasks))),
+        (lambda at: mi.scores(at, target)(), (at,)),
+    ):
+        assert precisions(jax.jit(ask).lower(*args).as_text()) == {"HIGHEST"}

@@ -90,7 +90,7 @@ class Options(NamedTuple):
         Raises:
           ValueError: outside jit, a gradient that is not finite and can be laid to tasks.
         """
-        expand = Sums(self.problem, self.curvature, chunks, self.mesh).expand
+        expand = Sums(self.problem, self.curvature, chunks, self.mesh, self.precision).expand
         found = expand(meta_params, tasks, weights)
         rest = without_spoilt(self.problem, flat_norm(found.gradient), meta_params, tasks, weights)
         return found if rest is None else expand(meta_params, rest, weights)

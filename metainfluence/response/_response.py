@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence._checks import maker
+from metainfluence._checks import check_precision, maker, traced_at
 from metainfluence.data import Weights
 from metainfluence.response._target import target_gradient
 from metainfluence.solvers import SolveInfo
@@ -73,7 +73,7 @@ class ScoresOfTarget(Protocol):
 
 
 @maker
-def scores(at: Response, target: Callable[..., Array]) -> ScoresOfTarget:
+def scores(at: Response, target: Callable[..., Array], *, precision: str | None = "highest") -> ScoresOfTarget:
     """Makes (*target_args) -> Scores of all tasks and all examples, by one question to a response.
 
     A score is − w · dφ/dw at the response's weights.
@@ -81,6 +81,7 @@ def scores(at: Response, target: Callable[..., Array]) -> ScoresOfTarget:
     Args:
       at: a response, as made by `optimum`.
       target: φ: (meta_params, *target_args) -> scalar, as made by `query_loss`.
+      precision: of the target's matrix products, see `jax.default_matmul_precision`; None for JAX's.
 
     Raises:
       TypeError: `at` is no response, or `target` cannot be called so.
@@ -102,9 +103,11 @@ def scores(at: Response, target: Callable[..., Array]) -> ScoresOfTarget:
     if not isinstance(at, Response):
         raise TypeError(f"at: expected a response, as made by metainfluence.optimum, got {type(at).__name__}")
     check_target(target)
+    check_precision(precision)
 
     def run(*target_args: Any) -> Scores:
-        slope = target_gradient(target, at.meta_params, target_args)
+        with traced_at(precision):
+            slope = target_gradient(target, at.meta_params, target_args)
         return removal_scores(at.weights, *at.vjp(slope))
 
     return run

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
+from metainfluence._checks import traced_at
 from metainfluence._chunks import Chunks, reduce_tasks
 from metainfluence._outline import closes_over_traced
 from metainfluence.curvature import Curvature, exact
@@ -25,6 +26,9 @@ from metainfluence.data import Task, Weights, coefficients, weighted_sum
 from metainfluence.differentiation import REVERSE
 from metainfluence.operators import Domain, FlatProduct, Losses, Operator, from_matvec
 from metainfluence.problem import Bilevel, check_derivatives, meta_regularization, weighted_losses
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -179,6 +183,17 @@ def gradient_map(problem: Bilevel, chunks: Chunks, mesh: Mesh | None = None) -> 
     return gradient
 
 
+def _traced(method: Callable[Concatenate[Sums, P], T]) -> Callable[Concatenate[Sums, P], T]:
+    """A method that traces at the sums' precision, whoever asks and when."""
+
+    @functools.wraps(method)
+    def run(self: Sums, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with traced_at(self.precision):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 class Sums(NamedTuple):
     """How sums over tasks in memory are taken, and what is made of them."""
 
@@ -186,7 +201,9 @@ class Sums(NamedTuple):
     curvature: Curvature
     chunks: Chunks
     mesh: Mesh | None
+    precision: str | None
 
+    @_traced
     def expand(self, meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
         """The gradient map to first order, linearised once."""
         at, gradient = meta_params, gradient_map(self.problem, self.chunks, self.mesh)
@@ -210,6 +227,7 @@ class Sums(NamedTuple):
         total, _ = reduce_tasks(chunk, (tasks, weights), self.chunks.tasks, self.mesh)
         return total / weights.task.shape[0]
 
+    @_traced
     def mixed(self, at: Expansion, direction: Weights) -> PyTree:
         """∂_w D_λF · direction."""
         meta_params, tasks, weights = at.meta_params, at.tasks, at.weights
@@ -223,6 +241,7 @@ class Sums(NamedTuple):
         by_weights = functools.partial(gradient, exact(), meta_params, tasks, meta_params)
         return jax.jvp(lambda w: by_weights(w)[0], (weights,), (direction,))[1]
 
+    @_traced
     def mixed_transposed(self, at: Expansion, vector: PyTree) -> Weights:
         """∂_w ⟨D_λF, vector⟩."""
         if self.curvature.is_exact:
@@ -249,6 +268,7 @@ class Sums(NamedTuple):
         part = jax.tree.map(lambda leaf: leaf[chosen], (tasks, weights))
         return self.expand(at, *part).operator
 
+    @_traced
     def outer_losses(self, at: PyTree, tasks: Task, weights: Weights) -> Losses:
         """The query losses at adapted parameters that are held fixed."""
         adapt, query_losses = self.problem.adapt, self.problem.query_losses
@@ -269,7 +289,7 @@ def expand(
     problem: Bilevel, curvature: Curvature, batch_size: int | None = None, mesh: Mesh | None = None
 ) -> Callable[[PyTree, Task, Weights], Expansion]:
     """Makes (meta_params, tasks, weights) -> Expansion, all tasks at once or in chunks of a size."""
-    return Sums(problem, curvature, Chunks(batch_size), mesh).expand
+    return Sums(problem, curvature, Chunks(batch_size), mesh, "highest").expand
 
 
 def _linearised(
