@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from metainfluence import subspace
+from metainfluence import krylov, subspace
 from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
 
@@ -74,11 +74,11 @@ def of_operator(operator: Operator, *, rank: int = 50, num_probes: int = 0, seed
     size, dtype = min(rank, operator.size), operator.domain.dtype
     first, *keys = jax.random.split(jax.random.key(seed), 2 + num_probes)
     start = jax.random.normal(first, (operator.size,), dtype)
-    found = subspace.ritz(subspace.lanczos(operator, size, start))
+    found = subspace.ritz(krylov.lanczos(operator, size, start))
 
     def probe(key: Array) -> tuple[Array, Array]:
         direction = jax.random.rademacher(key, (operator.size,), dtype) / jnp.sqrt(jnp.asarray(operator.size, dtype))
-        ritz = subspace.ritz(subspace.lanczos(operator, size, direction))
+        ritz = subspace.ritz(krylov.lanczos(operator, size, direction))
         return ritz.values + operator.shift, jnp.where(ritz.valid, jnp.vecdot(ritz.vectors, direction[None]) ** 2, 0)
 
     nodes, weights = jnp.zeros((0, size), dtype), jnp.zeros((0, size), dtype)

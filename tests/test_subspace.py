@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import metainfluence as mi
-from metainfluence import subspace
+from metainfluence import krylov, subspace
 from metainfluence.solvers import _auto
 from metainfluence.spectra import of_operator
 from oracles.problems import spec
@@ -23,7 +23,7 @@ INDEFINITE = np.concatenate([[-0.5, -0.2], np.geomspace(1e-3, 10.0, SIZE - 2)])
 
 def lanczos(built, rank, seed=0):
     start = jax.random.normal(jax.random.key(seed), (len(built.matrix),))
-    return jax.jit(lambda operator: subspace.lanczos(operator, rank, start))(built.operator)
+    return jax.jit(lambda operator: krylov.lanczos(operator, rank, start))(built.operator)
 
 
 @pytest.mark.parametrize("eigenvalues", [LOW_RANK, DECAYING, INDEFINITE, np.ones(SIZE)], ids=range(4))

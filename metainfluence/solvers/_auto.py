@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from metainfluence import subspace
+from metainfluence import krylov, subspace
 from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
 from metainfluence.solvers._base import Choice, SolveInfo, Solver, SolveStatus
@@ -102,7 +102,7 @@ def auto(
             return _State(pairs, jnp.int32(exact.init_matvecs(pairs)), None), values
         # The sample's basis does not hang on the damping.
         state = init(operator)
-        known, values = subspace.explore(operator, rank)
+        known, values = krylov.explore(operator, rank)
         return state._replace(matvecs=state.matvecs + len(known.basis), known=known), values
 
     def run(
@@ -110,7 +110,7 @@ def auto(
         state: Any,
         rhs: Array,
         guesses: Array | None,
-        exploration: subspace.Exploration | None = None,
+        exploration: krylov.Exploration | None = None,
     ) -> tuple[Array, SolveInfo, Array]:
         chosen, solver = rule(operator), parts(operator)
         if exploration is not None and chosen in ("dense", "large"):
@@ -134,7 +134,7 @@ def auto(
         guesses: Array | None,
         linear: Preconditioner,
         before: Any = 0,
-        exploration: subspace.Exploration | None = None,
+        exploration: krylov.Exploration | None = None,
     ) -> tuple[Array, SolveInfo, Array]:
         solutions, info, growth = grown(
             operator,

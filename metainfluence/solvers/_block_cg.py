@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from metainfluence import subspace
+from metainfluence import krylov, subspace
 from metainfluence._checks import check_positive
+from metainfluence.krylov import Exploration
 from metainfluence.operators import Operator
 from metainfluence.solvers._base import SolveInfo, Solver, SolveStatus
 from metainfluence.solvers._called import called
 from metainfluence.solvers._kit import Preconditioner, preconditioner_of, reachable
-from metainfluence.subspace import Exploration
 
 
 @called
@@ -89,7 +89,7 @@ def block_cg(
         return len(state.basis) if isinstance(state, subspace.Subspace) else init_matvecs(state)
 
     # What a preconditioner is made of may hang on the damping.
-    return of_block(init, run, counted, None if preconditioner is not None else subspace.explore, absolute)
+    return of_block(init, run, counted, None if preconditioner is not None else krylov.explore, absolute)
 
 
 def default_max_size(operator: Operator, count: int) -> int:
@@ -156,7 +156,7 @@ def grown(
     turn: bool = False,
     known: subspace.Subspace | None = None,
     exploration: Exploration | None = None,
-) -> tuple[Array, SolveInfo, subspace.Growth]:
+) -> tuple[Array, SolveInfo, krylov.Growth]:
     """Solutions for flat right-hand sides, the report on them, and the subspace in which they lie."""
     count = len(rhs)
     finite = jnp.all(jnp.isfinite(rhs), axis=1)
@@ -164,7 +164,7 @@ def grown(
     usable = jnp.where(finite[:, None], rhs, 0)
     capacity = default_max_size(operator, count) if max_size is None else max_size
     goal = reachable(tol, usable.dtype)
-    growth = subspace.grow(
+    growth = krylov.grow(
         operator,
         usable,
         # Convergence is judged by the same residuals, and wants no margin but rounding's.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from metainfluence import _lapack, subspace
+from metainfluence import _lapack, krylov
 from metainfluence.operators import Operator, from_matvec
 from metainfluence.solvers._base import Outcome, Solver, SolveStatus
 from metainfluence.solvers._block_cg import in_turn
@@ -119,7 +119,7 @@ def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
     def explore(operator: Operator, rank: int) -> tuple[_Eigen, RitzValues]:
         state = init(operator)
         rows = from_matvec(jax.tree_util.Partial(_matmul, state.rows), jnp.zeros(operator.size, state.rows.dtype))
-        return state, subspace.explore(rows.damped(operator.shift), rank)[1]
+        return state, krylov.explore(rows.damped(operator.shift), rank)[1]
 
     found = from_map(
         init, solve, tol=_residual_tol, init_matvecs=lambda state: len(state.values), multiply=multiply

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from metainfluence import subspace
+from metainfluence import krylov, subspace
 from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
 from metainfluence.solvers._base import Outcome, Solver
@@ -49,7 +49,7 @@ def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6
     def init(operator: Operator) -> subspace.Ritz:
         first, _ = jax.random.split(jax.random.key(seed))
         start = jax.random.normal(first, (operator.size,), operator.domain.dtype)
-        return subspace.ritz(subspace.lanczos(operator, min(rank, operator.size), start))
+        return subspace.ritz(krylov.lanczos(operator, min(rank, operator.size), start))
 
     return _low_rank(init, absolute, tol)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from metainfluence import subspace
+from metainfluence import krylov, subspace
 from metainfluence._checks import check_positive
 from metainfluence.operators import Operator
 from metainfluence.solvers._base import Outcome, Solver
@@ -63,7 +63,7 @@ def sampled(number: int | None = None, *, rank: int = 100, seed: int = 0, tol: A
         first, _ = jax.random.split(jax.random.key(seed))
         start = jax.random.normal(first, (operator.size,), operator.domain.dtype)
         # What the curvature itself adds to the diagonal is in the whole operator's shift, and not taken twice.
-        ritz = subspace.ritz(subspace.lanczos(part, size, start))
+        ritz = subspace.ritz(krylov.lanczos(part, size, start))
         return _State(ritz, jnp.int32(-(-size * count // operator.num_groups)))
 
     def solve(operator: Operator, state: _State, rhs: Array) -> Outcome:
