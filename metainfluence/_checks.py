@@ -70,12 +70,18 @@ def check_mesh(mesh: Mesh | None) -> None:
         raise TypeError(f"mesh: expected None or a jax.sharding.Mesh, got {mesh!r}")
 
 
+def check_finite(name: str, tree: PyTree) -> None:
+    """Raises ValueError, naming the leaf, unless all numbers are finite, as far as they have values now."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if concrete(leaf) and not np.all(np.isfinite(np.asarray(leaf))):
+            raise ValueError(f"{leaf_name(name, path)}: expected finite numbers, got NaN or infinity")
+
+
 def check_finite_floats(name: str, value: Any) -> None:
     """Raises unless an array holds floating-point numbers, finite ones as far as they have values now."""
     if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise TypeError(f"{name}: expected floating-point numbers, got {jnp.result_type(value)}")
-    if concrete(value) and not np.all(np.isfinite(np.asarray(value))):
-        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    check_finite(name, value)
 
 
 def check_precision(precision: Any) -> None:
@@ -93,6 +99,18 @@ def check_precision(precision: Any) -> None:
 def traced_at(precision: str | None) -> contextlib.AbstractContextManager[Any]:
     """The setting in which all is traced, the user's functions included: a precision of matrix products, or JAX's."""
     return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
+
+
+def at_own_precision(method: Callable[P, T]) -> Callable[P, T]:
+    """A method that traces at its object's `precision`, whoever asks and when."""
+
+    @functools.wraps(method)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> T:
+        owner: Any = args[0]
+        with traced_at(owner.precision):
+            return method(*args, **kwargs)
+
+    return traced
 
 
 def check_positive(name: str, value: Any, *, integer: bool = False) -> None:

@@ -18,7 +18,17 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
-from metainfluence._checks import calling, check_floating, check_function, check_mesh, concrete, leaf_name, refuse_half
+from metainfluence._checks import (
+    calling,
+    check_finite,
+    check_floating,
+    check_function,
+    check_mesh,
+    check_precision,
+    leaf_name,
+    refuse_half,
+    traced_at,
+)
 from metainfluence.data import Task, Weights, resolve_weights, sizes
 from metainfluence.differentiation import REVERSE
 from metainfluence.problem import Bilevel, check_derivatives, total_objective, with_hvp
@@ -107,8 +117,15 @@ class Run(abc.ABC):
     def check(self, state: PyTree, tasks: Task, weights: Weights) -> None:
         """Raises what is wrong with the run at a start and the first step's tasks."""
 
-    def __call__(self, start: PyTree, tasks: Task, weights: Weights | None = None) -> PyTree:
-        """Trains, and returns λ."""
+    def __call__(
+        self, start: PyTree, tasks: Task, weights: Weights | None = None, *, precision: str | None = "highest"
+    ) -> PyTree:
+        """Trains at a precision of matrix products, JAX's if None, and returns λ."""
+        check_precision(precision)
+        with traced_at(precision):
+            return self._trained(start, tasks, weights)
+
+    def _trained(self, start: PyTree, tasks: Task, weights: Weights | None) -> PyTree:
         weights = resolve_weights(weights, tasks)
         table = self.batches(sizes(tasks).lead[0])
 
@@ -138,7 +155,7 @@ class _Training(Run):
     def begin(self, start: PyTree) -> PyTree:
         check_floating(start, "start")
         refuse_half(start, "start")
-        _check_finite(start, "start")
+        check_finite("start", start)
         start = jax.tree.map(_strong, start)
         return start, jax.tree.map(_strong, self.optimizer.init(start))
 
@@ -171,7 +188,7 @@ class _Training(Run):
         self, state: PyTree, number: Array, tasks: Task, weights: Weights, mesh: Mesh | None = None
     ) -> tuple[PyTree, PyTree]:
         del number
-        gradient = jax.grad(total_objective(self.objective_of, mesh=mesh))(state[0], tasks, weights)
+        gradient = jax.grad(total_objective(self.objective_of, mesh=mesh, precision=None))(state[0], tasks, weights)
         return self._update(gradient, state), gradient
 
     def push(
@@ -185,7 +202,7 @@ class _Training(Run):
         mesh: Mesh | None = None,
     ) -> tuple[PyTree, Floats]:
         del number
-        objective = total_objective(self.objective_of, mesh=mesh)
+        objective = total_objective(self.objective_of, mesh=mesh, precision=None)
         leaves, structure = jax.tree.flatten(state[0])
         moved = jax.tree.unflatten(structure, change[: len(leaves)])
         if self.objective_of.hvp == REVERSE:
@@ -216,7 +233,7 @@ class _Training(Run):
         mesh: Mesh | None = None,
     ) -> tuple[Floats, Weights]:
         del number
-        objective = total_objective(self.objective_of, mesh=mesh)
+        objective = total_objective(self.objective_of, mesh=mesh, precision=None)
 
         def update(gradient: PyTree, floats: Floats) -> Floats:
             return floats_of(self._update(gradient, with_floats(state, floats)))
@@ -258,7 +275,7 @@ class _Loop(Run):
     def begin(self, start: PyTree) -> PyTree:
         state = jax.tree.map(_strong, start)
         found = self.meta_params(state)
-        _check_finite(found, "start", of=self.read)
+        check_finite("meta_params(start)", found)
         return state
 
     def meta_params(self, state: PyTree) -> PyTree:
@@ -457,13 +474,6 @@ def _check_count(name: str, value: Any) -> None:
 def _check_seed(seed: Any) -> None:
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise ValueError(f"seed: expected an integer, got {seed!r}")
-
-
-def _check_finite(tree: PyTree, name: str, of: Any = None) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if concrete(leaf) and not np.all(np.isfinite(np.asarray(leaf))):
-            where = leaf_name(name if of is None else f"meta_params({name})", path)
-            raise ValueError(f"{where}: expected finite numbers, got NaN or infinity")
 
 
 def _check_alike(after: PyTree, before: PyTree, name: str) -> None:

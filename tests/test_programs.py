@@ -48,7 +48,7 @@ def test_calls_of_the_inner_loss_by_task_losses(name):
 def precisions(text):
     found = re.findall(r"stablehlo\.dot_general[^\n]*", text)
     assert found
-    return {"HIGHEST" if "HIGHEST" in line else "DEFAULT" for line in found}
+    return {re.search(r"precision = \[(\w+)", line + "precision = [DEFAULT")[1] for line in found}
 
 
 @pytest.mark.parametrize("name", ["implicit head", "unrolled SGD"])
@@ -145,3 +145,13 @@ def test_a_response_answers_at_the_precision_that_it_was_made_with(cases, curvat
         (lambda at: mi.scores(at, target)(), (at,)),
     ):
         assert precisions(jax.jit(ask).lower(*args).as_text()) == {"HIGHEST"}
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("highest", "HIGHEST"), (None, "HIGH")])
+def test_a_run_is_gone_through_at_its_precision_or_at_that_of_jax(precision, expected):
+    run = mi.training(mi.from_task_loss(lambda m, t, w: jnp.sum(w.query * (t.query @ m)[:, 0])), optax.sgd(0.1), 2)
+    tasks = mi.Task((), jnp.ones((3, 4, 2)))
+    there_and_back = lambda m: mi.trajectory(run, precision=precision)(m, tasks).vjp(m)[0]  # noqa: E731
+    with jax.default_matmul_precision("high"):
+        for program in (there_and_back, lambda m: run(m, tasks, precision=precision)):
+            assert precisions(jax.jit(program).lower(jnp.ones((2, 1))).as_text()) == {expected}

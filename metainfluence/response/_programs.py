@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from metainfluence._checks import at_own_precision
 from metainfluence.data import Task, Weights
 from metainfluence.problem import total_objective
 from metainfluence.response._sweeps import Passed, Returned, Steps, Sweeps, change_of, cotangent_of, relative_norm
@@ -42,6 +43,7 @@ class Programs:
         self._begin = {many: jax.jit(_mapped(self._begun, many), static_argnums=0) for many in (False, True)}
         self._push = {many: jax.jit(_mapped(self._pushed, many), static_argnums=0) for many in (False, True)}
 
+    @at_own_precision
     def sweeps(self, state: PyTree) -> Sweeps:
         """The programs for a state of these shapes."""
         length = steps_per_segment(self._keep, self.store, self.run, state)
@@ -51,44 +53,43 @@ class Programs:
         self, state: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[PyTree, PyTree, Array | None, Array]:
         """Goes through the run: (last state, what is kept, ‖D_λF‖, first step that is not finite)."""
-        with jax.default_matmul_precision(self.precision):
-            return self._train(self.sweeps(state), state, steps, tasks, weights)
+        return self._train(self.sweeps(state), state, steps, tasks, weights)
 
+    @at_own_precision
     def segment(self, passed: Passed, steps: Steps, tasks: Task, weights: Weights) -> Passed:
         """Goes through one segment."""
-        with jax.default_matmul_precision(self.precision):
-            return self._segment(self.sweeps(passed.state), passed, steps, tasks, weights)
+        return self._segment(self.sweeps(passed.state), passed, steps, tasks, weights)
 
+    @at_own_precision
     def gradient_norm(self, state: PyTree, steps: Steps, tasks: Task, weights: Weights) -> Array | None:
         """‖D_λF‖ over all tasks, as many at a time as a step takes; None where F is not known."""
-        with jax.default_matmul_precision(self.precision):
-            return self._norm(state, steps, tasks, weights)
+        return self._norm(state, steps, tasks, weights)
 
+    @at_own_precision
     def pull(
         self, many: bool, slope: PyTree, state: PyTree, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Weights, Array, Array]:
         """(dφ/dw, norms of the cotangents, their growth)."""
-        with jax.default_matmul_precision(self.precision):
-            return self._pull[many](self.sweeps(state), slope, state, kept, steps, tasks, weights)
+        return self._pull[many](self.sweeps(state), slope, state, kept, steps, tasks, weights)
 
+    @at_own_precision
     def begin_back(self, many: bool, slope: PyTree, state: PyTree, weights: Weights) -> tuple[Returned, Array]:
         """What comes back before the last segment, and the norm of the cotangent there."""
-        with jax.default_matmul_precision(self.precision):
-            return self._begin[many](self.sweeps(state), slope, state, weights)
+        return self._begin[many](self.sweeps(state), slope, state, weights)
 
+    @at_own_precision
     def segment_back(
         self, many: bool, returned: Returned, state: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Returned, Array]:
         """Comes back through one segment of which the first state is given."""
-        with jax.default_matmul_precision(self.precision):
-            return self._back[many](self.sweeps(state), returned, state, steps, tasks, weights)
+        return self._back[many](self.sweeps(state), returned, state, steps, tasks, weights)
 
+    @at_own_precision
     def push(
         self, many: bool, direction: Weights, start: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> PyTree:
         """The change of λ_N."""
-        with jax.default_matmul_precision(self.precision):
-            return self._push[many](self.sweeps(start), direction, start, steps, tasks, weights)
+        return self._push[many](self.sweeps(start), direction, start, steps, tasks, weights)
 
     def _trained(
         self, sweeps: Sweeps, state: PyTree, steps: Steps, tasks: Task, weights: Weights
@@ -103,7 +104,7 @@ class Programs:
         if self.run.problem is None:
             return None
         size = None if steps.row is None else steps.row.shape[-1]
-        objective = total_objective(self.run.problem, batch_size=size, mesh=self.mesh)
+        objective = total_objective(self.run.problem, batch_size=size, mesh=self.mesh, precision=None)
         return optax.tree.norm(jax.grad(objective)(self.run.meta_params(state), tasks, weights))
 
     def _begun(self, sweeps: Sweeps, slope: PyTree, state: PyTree, weights: Weights) -> tuple[Returned, Array]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence._checks import traced_at
+from metainfluence._checks import at_own_precision
 from metainfluence._chunks import Chunks, reduce_tasks
 from metainfluence._outline import closes_over_traced
 from metainfluence.curvature import Curvature, exact
@@ -26,9 +26,6 @@ from metainfluence.data import Task, Weights, coefficients, weighted_sum
 from metainfluence.differentiation import REVERSE
 from metainfluence.operators import Domain, FlatProduct, Losses, Operator, from_matvec
 from metainfluence.problem import Bilevel, check_derivatives, meta_regularization, weighted_losses
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -183,17 +180,6 @@ def gradient_map(problem: Bilevel, chunks: Chunks, mesh: Mesh | None = None) -> 
     return gradient
 
 
-def _traced(method: Callable[Concatenate[Sums, P], T]) -> Callable[Concatenate[Sums, P], T]:
-    """A method that traces at the sums' precision, whoever asks and when."""
-
-    @functools.wraps(method)
-    def run(self: Sums, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with traced_at(self.precision):
-            return method(self, *args, **kwargs)
-
-    return run
-
-
 class Sums(NamedTuple):
     """How sums over tasks in memory are taken, and what is made of them."""
 
@@ -203,7 +189,7 @@ class Sums(NamedTuple):
     mesh: Mesh | None
     precision: str | None
 
-    @_traced
+    @at_own_precision
     def expand(self, meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
         """The gradient map to first order, linearised once."""
         at, gradient = meta_params, gradient_map(self.problem, self.chunks, self.mesh)
@@ -227,7 +213,7 @@ class Sums(NamedTuple):
         total, _ = reduce_tasks(chunk, (tasks, weights), self.chunks.tasks, self.mesh)
         return total / weights.task.shape[0]
 
-    @_traced
+    @at_own_precision
     def mixed(self, at: Expansion, direction: Weights) -> PyTree:
         """∂_w D_λF · direction."""
         meta_params, tasks, weights = at.meta_params, at.tasks, at.weights
@@ -241,7 +227,7 @@ class Sums(NamedTuple):
         by_weights = functools.partial(gradient, exact(), meta_params, tasks, meta_params)
         return jax.jvp(lambda w: by_weights(w)[0], (weights,), (direction,))[1]
 
-    @_traced
+    @at_own_precision
     def mixed_transposed(self, at: Expansion, vector: PyTree) -> Weights:
         """∂_w ⟨D_λF, vector⟩."""
         if self.curvature.is_exact:
@@ -268,7 +254,7 @@ class Sums(NamedTuple):
         part = jax.tree.map(lambda leaf: leaf[chosen], (tasks, weights))
         return self.expand(at, *part).operator
 
-    @_traced
+    @at_own_precision
     def outer_losses(self, at: PyTree, tasks: Task, weights: Weights) -> Losses:
         """The query losses at adapted parameters that are held fixed."""
         adapt, query_losses = self.problem.adapt, self.problem.query_losses

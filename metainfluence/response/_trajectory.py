@@ -25,7 +25,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from metainfluence._checks import check_mesh, concrete, maker
+from metainfluence._checks import check_finite, check_mesh, check_precision, concrete, maker
 from metainfluence._progress import Progress, reporter
 from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
 from metainfluence.operators import Domain
@@ -112,7 +112,7 @@ class Trajectory:
         if many:
             _check_lead("direction", direction)
         resolve_weights(_first(direction) if many else direction, self.tasks, name="direction")
-        _check_finite("direction", direction)
+        check_finite("direction", direction)
         direction = jax.tree.map(lambda d, w: jnp.asarray(d, w.dtype), direction, self.weights)
         delta = self.programs.push(many, direction, self.start, self.steps, self.tasks, self.weights)
         return Influence(delta, cast(Any, self.info))
@@ -138,7 +138,7 @@ class Trajectory:
         if many:
             _check_lead("slope", slope)
         domain.check("slope", _first(slope) if many else slope)
-        _check_finite("slope", slope)
+        check_finite("slope", slope)
         slope = jax.tree.map(lambda s, like: jnp.asarray(s, like.dtype), slope, self.meta_params)
         scores, norms, growth = self._pulled(many, slope)
         return scores, self.info._replace(cotangent_norms=norms, growth=growth)
@@ -198,8 +198,8 @@ def trajectory(
     Raises:
       TypeError: no run; a λ without floating-point numbers; a mesh for a `training_loop`; at the call, a store other
         than the device and values that are traced.
-      ValueError: an unknown `store` or `keep`; at the call, a start that is not finite, a folder that holds another
-        run, with the difference named; and as the run's maker says.
+      ValueError: an unknown `store`, `keep` or `precision`; at the call, a start that is not finite, a folder that
+        holds another run, with the difference named; and as the run's maker says.
       BlockingIOError: another process is writing to the folder.
 
     Examples:
@@ -219,6 +219,7 @@ def trajectory(
     where = str(store) if folder is None else "disk"
     _check_keep(keep, where)
     check_mesh(mesh)
+    check_precision(precision)
     if mesh is not None and run.problem is None:
         raise TypeError("mesh: expected None for a training_loop, whose own step says where its tasks lie")
     programs = Programs(run, where, keep, mesh, precision)
@@ -274,11 +275,6 @@ def _through(
 
 def _first(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
-def _check_finite(name: str, tree: PyTree) -> None:
-    if concrete(tree) and not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(tree)):
-        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
 
 
 def _check_lead(name: str, tree: PyTree) -> None:

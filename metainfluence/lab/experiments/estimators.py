@@ -202,7 +202,8 @@ def states(training: Any, start: Any, tasks: mi.Task, count: int) -> list[tuple[
         return state, state
 
     each = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (jnp.arange(training.num_steps), table))
-    found = jax.jit(lambda state: jax.lax.scan(part, state, each)[1])(training.begin(start))
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(lambda state: jax.lax.scan(part, state, each)[1])(training.begin(start))
     return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(count)]
 
 
