@@ -110,15 +110,15 @@ def run(config: DemoConfig) -> None:
 
     target = mi.query_loss(problem)
 
-    # One program, so that the gradient map is linearised once. The rule sees the total Hessian and the gradient, and
-    # knows nothing of what is harmful.
-    def score_all(meta_params: Any, tasks: mi.Task, held_out: mi.Task) -> tuple[mi.damping.Damping, mi.Scores]:
-        rule = mi.damping.auto(problem)(meta_params, tasks)
-        damping = rule.value if config.damping is None else config.damping
-        return rule, mi.influence_scores(problem, target, damping=damping)(meta_params, tasks, held_out)
-
-    score = Compiled(score_all)
-    rule, scores = score(trained.meta_params, data.tasks, data.held_out)
+    # The rule of the damping sees the total Hessian and the gradient, and knows nothing of what is harmful. A
+    # preconditioner would take longer to compile than it saves, here and in the edit.
+    solver = mi.solvers.block_cg()
+    score = Compiled(
+        mi.influence_scores(
+            problem, target, solver=solver, damping="auto" if config.damping is None else config.damping
+        )
+    )
+    scores = score(trained.meta_params, data.tasks, data.held_out)
     mi.check(scores)
     assert scores.info.damping is not None
     damping = float(scores.info.damping)
@@ -126,7 +126,7 @@ def run(config: DemoConfig) -> None:
     metadata = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, "damping": damping}
     source = FewShotSource(data.listed, digits.load(seed=config.seed).images)
     mi.scoring.write_scores(config.out / "scores.parquet", scores, data.tasks, source=source, metadata=metadata)
-    report.diagnostics(console, scores.info, rule, mi.error_budget(scores, trained.meta_params))
+    report.diagnostics(console, scores.info, mi.error_budget(scores, trained.meta_params))
     report.most_harmful(console, scores, data.listed, truth)
 
     losses = Compiled(jax.vmap(mi.task_loss(problem), (None, 0)))
@@ -141,8 +141,7 @@ def run(config: DemoConfig) -> None:
     # Flagged without a look at the truth: removing the task is predicted to lower the held-out loss.
     flagged = np.flatnonzero(methods["exact influence"] < 0)
     without = mi.drop(mi.unit_weights(data.tasks), tasks=flagged)
-    # Each of its few solves is at another λ, for which a preconditioner would take longer to compile than it saves.
-    edit = Compiled(mi.edit(problem, solver=mi.solvers.block_cg(), damping=damping))
+    edit = Compiled(mi.edit(problem, solver=solver, damping=damping))
     edited = edit(trained.meta_params, data.tasks, without)
     retrained = train(initial, data.tasks, without)
 

@@ -54,23 +54,18 @@ def setting(console: Console, config: Any, truth: np.ndarray) -> None:
     )
 
 
-def diagnostics(console: Console, info: mi.SolveInfo, rule: mi.damping.Damping, budget: mi.ErrorBudget) -> None:
-    """Print what the solve says of itself, how the damping was chosen, and what limits the scores."""
+def diagnostics(console: Console, info: mi.SolveInfo, budget: mi.ErrorBudget) -> None:
+    """Print what the solve says of itself, and what limits the scores."""
     assert info.outer_gradient_norm is not None
     assert info.inner_gradient_norm is not None
     assert info.damping is not None
-    assert info.choice is not None
     rows = [
         ("status", mi.SolveStatus(int(info.status)).name),
-        ("solver chosen", mi.solvers.Choice(int(info.choice)).name),
         ("products with the total Hessian", int(info.num_matvecs)),
         ("relative residual, from real products", f"{float(info.relative_residual):.1e}"),
         ("smallest curvature seen, damping included", f"{float(info.min_curvature):.1e}"),
         ("stationarity, gradient norm of F", f"{float(info.outer_gradient_norm):.1e}"),
         ("stationarity, largest inner gradient norm", f"{float(info.inner_gradient_norm):.1e}"),
-        ("largest, smallest Ritz value of the total Hessian", f"{float(rule.largest):.2f}, {float(rule.smallest):.1e}"),
-        ("damping asked for by curvature", f"{float(rule.by_curvature):.1e}"),
-        ("damping asked for by stationarity", f"{float(rule.by_stationarity):.1e}"),
         ("damping", f"{float(info.damping):.1e}"),
     ]
     _table(console, "The solve", ("", ""), rows)
