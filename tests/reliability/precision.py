@@ -22,6 +22,7 @@ PAGE = Path(mi.__file__).parent / "docs" / "promises.md"
 BEGIN, END = "<!-- digits lost: begin -->", "<!-- digits lost: end -->"
 EPS = float(np.finfo(np.float32).eps)
 CONDITIONS = (10, 1e3, 1e5)
+NUM_DRAWS = 15
 PROBLEMS = [
     *(cases.Structure("closed_form", curvature, True) for curvature in walk.CURVATURES),
     cases.Structure("unrolled", "exact", True),
@@ -50,8 +51,18 @@ def scores(structure):
 
 
 def solve(name, condition):
-    """Digits lost by a solver at a condition number against itself in float64, and its status in float32."""
-    rng = np.random.default_rng(7)
+    """Digits lost by a solver at a condition number against itself in float64, and its status in float32.
+
+    The median over operators and right-hand sides, since one of them alone says little: MINRES loses 2 to
+    5 digits at 1e5.
+    """
+    drawn = [_solve_one(name, condition, seed) for seed in range(NUM_DRAWS)]
+    statuses = [status for _, status in drawn]
+    return float(np.median([digits for digits, _ in drawn])), max(set(statuses), key=statuses.count)
+
+
+def _solve_one(name, condition, seed):
+    rng = np.random.default_rng(seed)
     vectors = np.linalg.qr(rng.normal(size=(walk.SIZE, walk.SIZE)))[0]
     spectrum, rhs = np.geomspace(1 / condition, 1, walk.SIZE), rng.normal(size=walk.SIZE)
     expected, _ = walk.solving(name, 0)(vectors, spectrum, rhs)
