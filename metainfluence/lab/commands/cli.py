@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from metainfluence.__main__ import LAB_MODULES
+from metainfluence.lab.commands._compiling import compile_quickly, keep_programs
 from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, check_ranges, read_config
 from metainfluence.lab.show.streams import lenient
 
@@ -117,6 +118,8 @@ One after the other, from data to a page with pictures:
   --config FILE                     reads them from a TOML file; the command line overrides it
   --dry-run                         shows them all, and what the run would take, and runs nothing
   --traceback                       shows where in the code an error comes from
+  --no-cache                        compiles all anew; else the next run finds the programs in ~/.cache/metainfluence,
+                                    or where JAX_COMPILATION_CACHE_DIR says
 
 Exit status: 0 done, 1 failed, 2 arguments or files that make no sense, 130 stopped by Ctrl-C; train, score and
 reproduce then go on where they were when they are called again.
@@ -156,7 +159,11 @@ def entry(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     traceback = "--traceback" in args
-    args = [arg for arg in args if arg != "--traceback"]
+    cached = "--no-cache" not in args
+    args = [arg for arg in args if arg not in ("--traceback", "--no-cache")]
+    compile_quickly()
+    if cached:
+        keep_programs()
     try:
         main(args)
     except KeyboardInterrupt:
