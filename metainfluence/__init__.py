@@ -34,6 +34,7 @@ from metainfluence.problem import task_loss as task_loss
 from metainfluence.problem import total_gradient as total_gradient
 from metainfluence.problem import total_objective as total_objective
 from metainfluence.response import Checkpoint as Checkpoint
+from metainfluence.response import DirectEffectWarning as DirectEffectWarning
 from metainfluence.response import Optimum as Optimum
 from metainfluence.response import Response as Response
 from metainfluence.response import RunInfo as RunInfo

@@ -30,10 +30,13 @@ from metainfluence.response import (
     Options,
     Scores,
     check_target,
+    check_total_effect,
     checked,
     optimum_at,
+    shares_support,
+    slopes_of,
     solve_once,
-    target_gradient,
+    warn_of_direct_effect,
     without_spoilt,
 )
 from metainfluence.solvers import SolveInfo, Solver
@@ -314,11 +317,16 @@ def influence_scores(
     mesh: Mesh | None = None,
     hvp: str | None = None,
     precision: str | None = "highest",
+    total_effect: bool = False,
 ) -> ScoresForTarget:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores of all tasks and all examples, by one solve.
 
     Solves H s = ∇φ, then − dφ/dw = ∂_w ⟨D_λF, s⟩ by one transposed product with the mixed derivative ∂_w D_λF. The
     same as `scores(optimum(problem, …)(meta_params, tasks), target)(*target_args)`.
+
+    Where a removed example leaves the target's own tasks too, as where λ are hyperparameters and the target is the test
+    loss of the model that they train, φ depends on w itself, and `total_effect=True` adds that part: − w · (∂_wφ +
+    (dλ*/dw)ᵀ ∂_λφ).
 
     Args:
       problem: the problem.
@@ -331,11 +339,18 @@ def influence_scores(
       mesh: as in `task_if`.
       hvp: as in `task_if`.
       precision: as in `task_if`.
+      total_effect: whether φ is a function of the data weights, too: it is then called with `weights=`, those of the
+        training tasks. `query_loss` adapts its k-th task to the support weights of the k-th training task.
 
     Returns:
       Function whose scores are − w · dφ/dw at the current weights: the predicted change of φ on removal, in its units.
 
+    Warns:
+      DirectEffectWarning: outside jit, a target whose tasks share support data with training, without `total_effect`;
+        `check` warns of it whatever the scores were made by.
+
     Raises:
+      TypeError: a target that takes no `weights`, with `total_effect`.
       ValueError: a target that is no scalar, and as `task_if`.
 
     Examples:
@@ -350,19 +365,26 @@ def influence_scores(
       >>> found.task.round(3).tolist()  # (query − 2) / 3 · (3 − 2): the last task helps
       [-0.667, -0.333, 1.0]
     """
-    given = {name: value for name, value in locals().items() if name != "target"}
+    given = {name: value for name, value in locals().items() if name not in ("target", "total_effect")}
     check_target(target)
+    check_total_effect(total_effect)
     options = Options.of(**given)
 
     def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
         with options.traced():
             point = checked(meta_params, tasks, weights)
             # What is wrong with the target is told before the longer part.
-            slope = target_gradient(target, point[0], target_args)
+            slope, direct = slopes_of(target, point[0], target_args, point[2], total_effect)
             at = options.expanded(*point, options.chunks(*point[:2]))
             solution, info = solve_once(options, at, slope)
-            task, support, query = jax.tree.map(jnp.multiply, at.weights, at.mixed_transposed(solution))
-            return Scores(task, support, query, info)
+            change = at.mixed_transposed(solution)
+            if direct is None:
+                info = info._replace(support_shared=shares_support(tasks, target_args))
+            else:
+                change = jax.tree.map(jnp.subtract, change, direct)
+            found = Scores(*jax.tree.map(jnp.multiply, at.weights, change), info)
+        warn_of_direct_effect(found)
+        return found
 
     return run
 

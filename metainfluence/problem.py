@@ -380,8 +380,8 @@ class Objective(Protocol):
 class Target(Protocol):
     """What `query_loss` makes."""
 
-    def __call__(self, meta_params: PyTree, test_tasks: Task) -> Float[Array, ""]:
-        """The mean of L_k."""
+    def __call__(self, meta_params: PyTree, test_tasks: Task, weights: Weights | None = None) -> Float[Array, ""]:
+        """The mean of L_k; of given weights those of support examples count."""
 
 
 def task_loss(problem: Bilevel, *, precision: str | None = "highest") -> TaskLoss:
@@ -489,12 +489,19 @@ def weighted_losses(problem: Bilevel, meta_params: PyTree, tasks: Task, weights:
 
 
 def query_loss(problem: Bilevel, *, batch_size: int | None = None, precision: str | None = "highest") -> Target:
-    """Makes the usual target (meta_params, test_tasks) -> mean of L_k at unit weights, without the meta-regulariser.
+    """Makes the usual target (meta_params, test_tasks, weights=None) -> mean of L_k, without the meta-regulariser.
+
+    Weights are those of training tasks with the same support sets, whose examples then count in the adaptation to the
+    test tasks as they do in training, as for `influence_scores(..., total_effect=True)`. Test tasks and their query
+    examples have weight 1 throughout.
 
     Args:
       problem: the problem.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
       precision: as in `task_loss`.
+
+    Raises:
+      ValueError: at the call, weights of other support sets than those of the test tasks.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -507,8 +514,20 @@ def query_loss(problem: Bilevel, *, batch_size: int | None = None, precision: st
     plain = problem._replace(meta_regularizer=None)
     objective = total_objective(plain, batch_size=batch_size, precision=precision)
 
-    def target(meta_params: PyTree, test_tasks: Task) -> Array:
-        sizes(test_tasks, name="test_tasks")
-        return objective(meta_params, test_tasks)
+    def target(meta_params: PyTree, test_tasks: Task, weights: Weights | None = None) -> Array:
+        size = sizes(test_tasks, name="test_tasks")
+        if weights is None:
+            return objective(meta_params, test_tasks)
+        if not isinstance(weights, Weights):
+            raise TypeError(f"weights: expected metainfluence.Weights, got {type(weights).__name__}")
+        expected = size.shapes()["support"]
+        if jnp.shape(weights.support) != expected:
+            raise ValueError(
+                f"weights.support: expected shape {expected}, that of the test tasks' support sets, which are those of "
+                f"the training tasks in their order, got {jnp.shape(weights.support)}; otherwise pass a target of your "
+                "own, (meta_params, *target_args, weights=) -> scalar"
+            )
+        own = resolve_weights(None, test_tasks, name="test_tasks")
+        return objective(meta_params, test_tasks, own._replace(support=weights.support))
 
     return target

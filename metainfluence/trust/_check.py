@@ -18,6 +18,7 @@ from metainfluence.response import (
     SegmentsInfo,
     problems_of_run,
     problems_of_segments,
+    warn_of_direct_effect,
 )
 from metainfluence.solvers import SolveInfo, SolveStatus
 from metainfluence.trust._coupling import CouplingWarning
@@ -184,6 +185,7 @@ def check(result: Any, *, tol: float | None = None) -> Any:
     Warns:
       SlopeWarning: the target's gradient is exactly 0, and so is every score; an error with `tol`.
       CouplingWarning: every score of a support example is exactly 0.
+      DirectEffectWarning: the target's tasks share support data with training, see `influence_scores`.
 
     Returns:
       `result`, unchanged.
@@ -221,6 +223,7 @@ def check(result: Any, *, tol: float | None = None) -> Any:
         warnings.warn(told, SlopeWarning, stacklevel=2)
     if told := _without_support(result):
         warnings.warn(told, CouplingWarning, stacklevel=2)
+    warn_of_direct_effect(result)
     if tol is not None:
         budget = _budget(result, None, small=tol)
         worst = float(getattr(budget, budget.dominant))
@@ -314,7 +317,9 @@ def _without_slope(result: Any) -> str:
     if not hasattr(result, "task") or getattr(result.info, "effective_curvature", None) is None:
         return ""
     one_target = np.ndim(result.info.status) == np.ndim(result.task) - 1
-    return _NO_SLOPE if one_target and np.any(np.asarray(result.info.effective_curvature) == 0) else ""
+    silent = one_target and np.any(np.asarray(result.info.effective_curvature) == 0)
+    # A target that depends on the weights themselves has scores without a gradient in λ.
+    return _NO_SLOPE if silent and not any(map(np.any, (result.task, result.support, result.query))) else ""
 
 
 def _without_support(result: Any) -> str:
