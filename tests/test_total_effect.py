@@ -170,9 +170,9 @@ def less(batch):
     return jax.tree.map(lambda leaf: leaf[:, 2:], batch)
 
 
-def padded(batch):
+def padded(batch, filled=0.5):
     """Support sets with a part as padding, in which something else stands."""
-    return mi.Task(jax.tree.map(lambda leaf: leaf.at[:, 7:].set(0.5), batch), TEST, jnp.arange(10)[None] < 7)
+    return mi.Task(jax.tree.map(lambda leaf: leaf.at[:, 7:].set(filled), batch), TEST, jnp.arange(10)[None] < 7)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def padded(batch):
         (HELD_OUT, True),
         (mi.Task(rolled(TRAIN), TEST), True),
         (mi.Task(more(TRAIN), TEST), True),
-        (mi.Task(less(TRAIN), TEST), True),
-        (padded(TRAIN), True),
+        (mi.Task(less(TRAIN), TEST), False),
+        (padded(TRAIN), False),
         (mi.Task(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), VALIDATION, TRAIN), (TEST, TEST)), True),
         (mi.Task(VALIDATION, TEST), False),
         (mi.Task(jax.tree.map(lambda leaf: leaf + 1e-12, TRAIN), TEST), False),
@@ -190,14 +190,22 @@ def padded(batch):
         (mi.Task({"x": TRAIN["x"], "y": TRAIN["y"], "id": jnp.zeros((1, 10))}, TEST), None),
     ],
 )
-@pytest.mark.parametrize("most", [1e9, 1])
-def test_support_sets_that_are_shared(held_out, shared, most, monkeypatch):
-    """Example by example; where there are too many, as wholes, padding or not."""
-    monkeypatch.setattr("metainfluence.response._direct._MOST_PAIRS", most)
-    found = jax.jit(lambda *data: shares_support(data[0], (1.0, {"tasks": data[1]})))(TASKS, held_out)
-    whole = most > 1 or (held_out.support_mask is None and held_out.support["x"].shape[1] == 10)
-    assert (found is None) == (shared is None)
-    assert shared is None or bool(found) == (shared and whole)
+def test_support_sets_that_are_shared(held_out, shared, monkeypatch):
+    ask = lambda tasks, other: shares_support(tasks, (1.0, {"tasks": other}))  # noqa: E731
+    found = jax.jit(ask)(TASKS, held_out)
+    assert found is None if shared is None else bool(found) == shared
+    # Where there are too many pairs, the first of the target's tasks alone is looked at, and of large examples a part.
+    monkeypatch.setattr("metainfluence.response._direct._MOST_PAIRS", 1)
+    monkeypatch.setattr("metainfluence.response._direct._MOST_WORDS", 1)
+    found = jax.jit(lambda *data: ask(*data))(TASKS, held_out)
+    assert found is None if shared is None else bool(found) == (shared and held_out.support["x"].shape[0] == 1)
+
+
+def test_padding_is_no_part_of_a_support_set():
+    ask = jax.jit(lambda tasks, other: shares_support(tasks, (other,)))
+    assert ask(padded(TRAIN), padded(TRAIN, 0.2))
+    assert ask(padded(TRAIN), HELD_OUT)
+    assert not ask(padded(VALIDATION), padded(TRAIN))
 
 
 @pytest.mark.parametrize("leaf", [jnp.arange(6).reshape(3, 2), jax.random.split(jax.random.key(0), (3, 2))])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import warnings
 from typing import Any
 
@@ -14,8 +14,10 @@ from jaxtyping import Array, Bool, PyTree, UInt32
 from metainfluence._checks import concrete
 from metainfluence.data import Task
 
-# Pairs of examples that are compared one by one; where there are more, support sets are compared as wholes.
-_MOST_PAIRS = 3e7
+# Pairs of examples that are compared; where there are more, the first of the target's tasks stand for all.
+_MOST_PAIRS = 30_000_000
+
+_MOST_WORDS = 512
 
 
 class DirectEffectWarning(UserWarning):
@@ -46,14 +48,15 @@ def check_total_effect(total_effect: Any) -> None:
 
 
 def shares_support(tasks: Task, target_args: tuple[Any, ...]) -> Bool[Array, ""] | None:
-    """Whether a task among the target's arguments has a training task's support set, a part of it, or it and more.
+    """Whether a task among the target's arguments adapts to all support examples of a training task.
 
-    Works under jit. None where no argument holds tasks of the same kind.
+    Works under jit, by few operations: every program with a target holds them. None where no argument holds tasks of
+    the same kind.
     """
     is_task = lambda node: isinstance(node, Task)  # noqa: E731
     others = [node for node in jax.tree.leaves(target_args, is_leaf=is_task) if is_task(node)]
     found = [_contained(tasks, other) for other in others if _alike(tasks.support, other.support)]
-    return jnp.any(jnp.stack(found)) if found else None
+    return functools.reduce(jnp.logical_or, found) if found else None
 
 
 def _alike(ours: PyTree, theirs: PyTree) -> bool:
@@ -69,40 +72,37 @@ def _alike(ours: PyTree, theirs: PyTree) -> bool:
 
 
 def _contained(tasks: Task, other: Task) -> Bool[Array, ""]:
-    (ours, real), (theirs, really) = map(_support_hashes, (tasks, other))
-    if math.prod(ours.shape) * math.prod(theirs.shape) > _MOST_PAIRS:
-        ours, theirs = (jnp.sum(x, axis=1, keepdims=True, dtype=jnp.uint32) for x in (ours, theirs))
-        real, really = (jnp.any(x, axis=1, keepdims=True) for x in (real, really))
-    same = (ours[:, :, None, None] == theirs[None, None]) & real[:, :, None, None] & really[None, None]
-    within = jnp.all(jnp.any(same, axis=3) | ~real[:, :, None], axis=1)
-    around = jnp.all(jnp.any(same, axis=1) | ~really[None], axis=2)
-    return jnp.any(within | around)
+    count, size = jnp.shape(jax.tree.leaves(tasks.support)[0])[:2]
+    others, length = jnp.shape(jax.tree.leaves(other.support)[0])[:2]
+    others = min(others, max(_MOST_PAIRS // (count * size * length), 1))
+    first = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:others], (other.support, other.support_mask))
+    numbers = _numbers(tasks.support, first[0])
+    ours = numbers[: count * size].reshape(count, size, 1, 1)
+    theirs = numbers[count * size :].reshape(1, 1, others, length)
+    same = jax.lax.eq(*jnp.broadcast_arrays(ours, theirs))
+    if first[1] is not None:
+        same &= first[1][None, None]
+    found = jax.lax.reduce_or(same, (3,))
+    if tasks.support_mask is not None:
+        found |= ~jnp.asarray(tasks.support_mask)[:, :, None]
+    return jax.lax.reduce_or(jax.lax.reduce_and(found, (1,)), (0, 1))
 
 
-def _support_hashes(tasks: Task) -> tuple[UInt32[Array, "T n"], Bool[Array, "T n"]]:
-    """A number for each support example, the same for the same data and 0 on padding; and which are real."""
-    parts = [_mixed(_words(leaf), salt) for salt, leaf in enumerate(jax.tree.leaves(tasks.support))]
-    # Mixed once more, so that sums over examples tell which parts belong together.
-    hashes = _mixed(sum(parts[1:], parts[0])[:, :, None], 0)
-    mask = tasks.support_mask
-    real = jnp.ones(hashes.shape, bool) if mask is None else jnp.asarray(mask)
-    return jnp.where(real, hashes, jnp.uint32(0)), real
+def _numbers(*sides: PyTree) -> UInt32[Array, " examples"]:
+    """A number for each example of the sides, the same for the same data: NH of UMAC (Black et al., CRYPTO 1999)."""
+    leaves = zip(*map(jax.tree.leaves, sides), strict=True)
+    words = jnp.concatenate([jnp.concatenate(list(map(_words, each))) for each in leaves], axis=1)
+    keys = np.random.default_rng(0).integers(1 << 32, size=(2, 1, words.shape[1]), dtype=np.uint32)
+    return jax.lax.reduce_sum((words + keys[0]) * ((words >> 16) + keys[1]), (1,))
 
 
-def _words(leaf: Any) -> UInt32[Array, "T n size"]:
-    """An array's examples as whole numbers that tell them apart."""
+def _words(leaf: Any) -> UInt32[Array, "examples size"]:
+    """An array's examples as whole numbers that tell them apart; of large ones a part, evenly spread."""
     leaf = jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
+    rows = leaf.reshape(leaf.shape[0] * leaf.shape[1], -1)
+    rows = rows[:, :: rows.shape[1] // _MOST_WORDS + 1]
     if jnp.issubdtype(leaf.dtype, jnp.floating):
-        leaf = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-    return leaf.astype(jnp.uint32).reshape(*leaf.shape[:2], -1)
-
-
-def _mixed(words: UInt32[Array, "T n size"], salt: int) -> UInt32[Array, "T n"]:
-    """The words and their places in one number: the last steps of MurmurHash3, and a sum."""
-    places = jnp.arange(words.shape[2], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(salt)
-    mixed = words + places[None, None]
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(factor)
-    return jnp.sum(mixed ^ (mixed >> jnp.uint32(16)), axis=2, dtype=jnp.uint32)
+        rows = jax.lax.bitcast_convert_type(rows, jnp.uint32)
+    return rows.astype(jnp.uint32).reshape(rows.shape[0], -1)
