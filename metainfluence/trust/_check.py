@@ -139,9 +139,8 @@ def _budget(result: Any, meta_params: PyTree, small: float) -> ErrorBudget:
     length = np.maximum(known if meta_params is None else float(optax.tree.norm(meta_params)), np.finfo(float).tiny)
     distance = _number(info.outer_gradient_norm) / positive / length
     if isinstance(result, Edit):
-        # An edit's answer is the point of its smallest gradient.
-        kept = np.argmin(_number(info.outer_gradient_norm), axis=-1, keepdims=True)
-        distance = np.take_along_axis(distance, kept, axis=-1)
+        # An edit's answer is where its last step led.
+        distance = distance[..., -1:]
     terms = {
         "outer_residual": _worst(residual * effective / positive),
         "precision": _worst(eps * effective / positive),

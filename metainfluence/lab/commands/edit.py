@@ -123,7 +123,7 @@ def run(config: EditConfig) -> None:
     step = optax.tree.norm(optax.tree.sub(edited.meta_params, job.meta_params)) / optax.tree.norm(job.meta_params)
     out = config.out or folder or (config.scores.parent if config.scores is not None else Path())
     norms = np.asarray(edited.info.outer_gradient_norm)
-    reached = int(np.argmin(norms))
+    reached = len(norms) - 1
     change = {
         "removed": labels(job, chosen),
         "role": config.role,
@@ -134,7 +134,7 @@ def run(config: EditConfig) -> None:
         "gradient norm with all data": with_all,
         "gradient norm before": unedited,
         "gradient norm after each step": norms.tolist(),
-        "steps kept": reached,
+        "steps kept": int(np.count_nonzero(np.asarray(edited.step_lengths))) - 1,
         "meta_params": of_arrays(job.meta_params),
         "edited": of_arrays(edited.meta_params),
     }
