@@ -74,8 +74,7 @@ _ADVICE = {
     "outer_stationarity": "λ is not stationary: the formula answers for the proximal problem F(λ') + δ/2 ‖λ' − λ − "
     "D_λF/δ‖² that λ does minimise; train on first, on all tasks at once with a falling learning rate, until "
     'outer_gradient_norm is small; or take the Newton-corrected λ of edit(problem, damping="auto", '
-    "num_newton_steps=…)(meta_params, tasks, weights, weights), and ask there; steps that "
-    "raise outer_gradient_norm are not taken",
+    "num_newton_steps=…)(meta_params, tasks, weights, weights), and ask there; each step is taken as far as F falls",
 }
 # Below what scores are used for: rankings, signs and a few digits.
 _SMALL = 1e-4
@@ -139,8 +138,10 @@ def _budget(result: Any, meta_params: PyTree, small: float) -> ErrorBudget:
     length = np.maximum(known if meta_params is None else float(optax.tree.norm(meta_params)), np.finfo(float).tiny)
     distance = _number(info.outer_gradient_norm) / positive / length
     if isinstance(result, Edit):
-        # An edit's answer is where its last step led.
-        distance = distance[..., -1:]
+        # A searched edit's answer is where its last step led; of others the nearest point is judged.
+        norms = _number(info.outer_gradient_norm)
+        kept = np.argmin(norms, axis=-1, keepdims=True) if result.step_lengths is None else [norms.shape[-1] - 1]
+        distance = np.take_along_axis(distance, np.broadcast_to(kept, (*norms.shape[:-1], 1)), axis=-1)
     terms = {
         "outer_residual": _worst(residual * effective / positive),
         "precision": _worst(eps * effective / positive),
