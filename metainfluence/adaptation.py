@@ -59,11 +59,13 @@ class Adaptation:
         minimum, infinity where they are seen to be near none; None where they are not meant to be one.
       measure: (meta_params, support, coefficients) -> (params, that norm), by one linearisation for both; None for one
         after the other.
+      step_norms: (meta_params, support, coefficients) -> ‖∂_θ L_in‖ before each step of an unrolled loop; else None.
     """
 
     adapt: Callable[[PyTree, PyTree, Array], PyTree]
     inner_gradient_norm: Callable[[PyTree, PyTree, PyTree, Array], Array] | None = None
     measure: Callable[[PyTree, PyTree, Array], tuple[PyTree, Array]] | None = None
+    step_norms: Callable[[PyTree, PyTree, Array], Array] | None = None
 
     def __call__(self, meta_params: PyTree, support: PyTree, coefficients: Float[Array, " n_support"]) -> PyTree:
         """Adapts."""
@@ -144,11 +146,11 @@ def unrolled(
     _check_functions(inner_loss, init, regularizer)
     objective = _inner_objective(inner_loss, regularizer)
 
-    def adapt(meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
+    def steps(meta_params: PyTree, support: PyTree, coefficients: Array, *, norms: bool) -> tuple[PyTree, Any]:
         chosen: Any = optimizer(meta_params) if callable(optimizer) else optimizer
         transform = optax.with_extra_args_support(chosen)
 
-        def step(carry: Any, _: None) -> tuple[Any, None]:
+        def step(carry: Any, _: None) -> tuple[Any, Any]:
             params, state = carry
 
             def value_fn(params: PyTree) -> Array:
@@ -156,14 +158,22 @@ def unrolled(
 
             value, grad = jax.value_and_grad(value_fn)(params)
             updates, state = transform.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
-            return (optax.apply_updates(params, updates), state), None
+            return (optax.apply_updates(params, updates), state), optax.tree.norm(grad) if norms else None
 
         params = init(meta_params, support)
         check_floating(params, "init(meta_params, support)")
         carry = (params, transform.init(params))
-        return jax.lax.scan(jax.checkpoint(step) if remat else step, carry, length=num_steps)[0][0]
+        (params, _), found = jax.lax.scan(jax.checkpoint(step) if remat else step, carry, length=num_steps)
+        return params, found
 
-    return Adaptation(adapt)
+    def adapt(meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
+        return steps(meta_params, support, coefficients, norms=False)[0]
+
+    def step_norms(meta_params: PyTree, support: PyTree, coefficients: Array) -> Array:
+        found: Array = steps(meta_params, support, coefficients, norms=True)[1]
+        return found
+
+    return Adaptation(adapt, step_norms=step_norms)
 
 
 def implicit(

@@ -159,6 +159,9 @@ def bilevel(
 
     # Kept at the function itself, so that a problem whose `adapt` was replaced is not asked for what it did before.
     adapted.measured = measured  # type: ignore[attr-defined]
+    if chosen.step_norms is not None:
+        step_norms = chosen.step_norms
+        adapted.inner_gradient_norms = lambda *data: step_norms(*operands(*data))  # type: ignore[attr-defined]
 
     def inner_gradient_norm(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         assert chosen.inner_gradient_norm is not None
