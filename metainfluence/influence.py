@@ -532,9 +532,14 @@ def edit(
         )
         with options.traced():
             found = _edited(options, num_newton_steps, meta_params, tasks, old, new)
-        either = old._replace(task=jnp.abs(old.task) + jnp.abs(new.task))
-        rest = without_spoilt(options.problem, found.info.outer_gradient_norm[-1], meta_params, tasks, either)
-        return found if rest is None else run(meta_params, rest, new_weights, weights)
+        task = jnp.abs(old.task) + jnp.abs(new.task)
+        solved = jnp.all(jnp.isfinite(found.info.relative_residual))
+        norm = jnp.where(solved, found.info.outer_gradient_norm[-1], jnp.nan)
+        for either in (old._replace(task=task), new._replace(task=task)):
+            rest = without_spoilt(options.problem, norm, meta_params, tasks, either)
+            if rest is not None:
+                return run(meta_params, rest.tasks, rest.weights(new), rest.weights(old))
+        return found
 
     return run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,24 @@ def finite_gradients(problem: Bilevel, meta_params: PyTree, tasks: Task, weights
     return jax.lax.map(finite, (tasks, weights), batch_size=_AT_ONCE)
 
 
-def without_spoilt(problem: Bilevel, norm: Array, meta_params: PyTree, tasks: Task, weights: Weights) -> Task | None:
+class Rest(NamedTuple):
+    """Data without what spoils the sum at weight 0.
+
+    Attributes:
+      tasks: in which other data stand in its place.
+      rows: the tasks whose data stand in each task's place.
+    """
+
+    tasks: Task
+    rows: np.ndarray
+
+    def weights(self, weights: Weights) -> Weights:
+        """Weights of the examples that stand there now; those of the tasks are as they were."""
+        support, query = (jnp.asarray(leaf)[self.rows] for leaf in (weights.support, weights.query))
+        return Weights(weights.task, support, query)
+
+
+def without_spoilt(problem: Bilevel, norm: Array, meta_params: PyTree, tasks: Task, weights: Weights) -> Rest | None:
     """Tasks in which those of weight 0 that spoil the sum have another one's data; None where nothing is spoilt.
 
     Zero times NaN is NaN, so that to weigh a task by 0 does not take it out of a sum. Under jit nothing can be told.
@@ -64,7 +83,7 @@ def without_spoilt(problem: Bilevel, norm: Array, meta_params: PyTree, tasks: Ta
     rows = np.arange(len(weights.task))
     if spoilt.size:
         rows[spoilt] = np.setdiff1d(rows, spoilt)[0]
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tasks)
+    return Rest(jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tasks), rows)
 
 
 def _without_examples(tasks: Task, weights: Weights, spoilt: np.ndarray) -> Task | None:

@@ -95,4 +95,4 @@ class Options(NamedTuple):
         expand = Sums(self.problem, self.curvature, chunks, self.mesh, self.precision).expand
         found = expand(meta_params, tasks, weights)
         rest = without_spoilt(self.problem, flat_norm(found.gradient), meta_params, tasks, weights)
-        return found if rest is None else expand(meta_params, rest, weights)
+        return found if rest is None else expand(meta_params, rest.tasks, rest.weights(weights))
