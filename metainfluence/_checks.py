@@ -154,6 +154,8 @@ def calling(name: str, signature: str) -> Iterator[None]:
         # Of functions that call each other, the innermost is meant.
         if not getattr(error, "__notes__", None):
             error.add_note(f"{name} is called as {name}{signature}")
+            if "'list'" in str(error):
+                error.add_note("a list of numbers is a pytree of numbers, and no array: make it one by jnp.asarray")
         raise
 
 

@@ -33,6 +33,7 @@ from metainfluence._outline import outline
 from metainfluence.adaptation import Adaptation, Loss
 from metainfluence.data import Task, Weights, coefficients, fill_padding, resolve_weights, sizes, weighted_sum
 from metainfluence.differentiation import FORWARD, check_forward, check_hvp
+from metainfluence.operators import Operator
 
 __all__ = [
     "Bilevel",
@@ -244,8 +245,11 @@ def _check_meta_regularizer(meta_regularizer: Any) -> None:
 def with_hvp(problem: Bilevel, hvp: str | None) -> Bilevel:
     """The problem, differentiated as `hvp` says; None leaves it as it is."""
     if not isinstance(problem, Bilevel):
+        hint = ""
+        if isinstance(problem, Operator):
+            hint = "; of an operator, metainfluence.spectra.of_operator(operator, rank=40) gives the eigenvalues"
         raise TypeError(
-            f"problem: expected one made by metainfluence.bilevel or from_task_loss, got {type(problem).__name__}"
+            f"problem: expected one made by metainfluence.bilevel or from_task_loss, got {type(problem).__name__}{hint}"
         )
     if hvp is None:
         return problem

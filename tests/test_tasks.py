@@ -75,3 +75,24 @@ def test_drop_works_under_jit():
     got = jax.jit(lambda weights, pairs: mi.drop(weights, support=pairs))(weights, pairs)
     assert got.support[1, 1] == 0
     assert got.support.sum() == 9
+
+
+class Foreign:
+    """An array of another library, whose dtype NumPy does not know; PyTorch's are such."""
+
+    dtype = "theirs.float64"
+
+    def __init__(self, values):
+        self.values = values
+        self.shape, self.ndim = values.shape, values.ndim
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+
+def test_arrays_of_other_libraries_are_stacked():
+    single = [mi.Task({"x": Foreign(np.full((2, 3), float(k)))}, Foreign(np.ones(n))) for k, n in ((0, 2), (1, 3))]
+    stacked = mi.stack_tasks(single)
+    np.testing.assert_array_equal(stacked.support["x"][1], np.ones((2, 3)))
+    np.testing.assert_array_equal(stacked.query_mask, [[True, True, False], [True] * 3])
+    assert isinstance(stacked.query, jax.Array)
