@@ -6,6 +6,8 @@ in w to the change of λ, and `vjp`, from the slope of a target to dφ/dw of eve
 
 from metainfluence.response._blame import finite_gradients as finite_gradients
 from metainfluence.response._blame import without_spoilt as without_spoilt
+from metainfluence.response._by_datum import DatumScores as DatumScores
+from metainfluence.response._by_datum import by_datum as by_datum
 from metainfluence.response._checkpoints import Checkpoint as Checkpoint
 from metainfluence.response._checkpoints import checkpoints as checkpoints
 from metainfluence.response._choice import DEVICE_SHARE as DEVICE_SHARE

@@ -67,6 +67,7 @@ _NO_MINIMUM = (
     "minimiser take more steps"
 )
 _FLOAT64 = 'compute in float64 (jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1)'
+_ONE_CALL = 'in float32 try solver=metainfluence.solvers.auto(tol=1e-3) with damping="auto" first'
 _ADVICE = {
     "outer_residual": "the unfinished solve dominates: lower the solver's tol, allow more steps, or raise the damping",
     "precision": f"rounding dominates: {_FLOAT64}, or raise the damping",
@@ -296,6 +297,8 @@ def remedy(info: SolveInfo, select: tuple[int, ...] = ()) -> str:
     kind = SolveStatus(int(np.asarray(info.status)[select]))
     if kind == SolveStatus.INDEFINITE and np.broadcast_to(_rounded(info), np.shape(info.status))[select]:
         return _ROUNDING.format(f"{_FLOAT64}, or " if _eps(info) > _EPS64 else "")
+    if kind == SolveStatus.MAX_STEPS and info.choice is not None and _eps(info) > _EPS64:
+        return f"{_ONE_CALL}; {solvers.REMEDIES[kind]}"
     return solvers.REMEDIES[kind]
 
 
