@@ -40,7 +40,7 @@ def refuse_differentiated(name: str, value: Any) -> None:
             )
 
 
-def _traced_in(value: Any, seen: set[int]) -> Iterator[jax.core.Tracer]:
+def _traced_in(value: Any, seen: set[int]) -> Iterator[Any]:
     """The traced values in functions and what they close over."""
     if isinstance(value, jax.core.Tracer):
         yield value

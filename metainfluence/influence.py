@@ -391,7 +391,8 @@ def influence_scores(
                 info = info._replace(support_shared=shares_support(tasks, target_args))
             else:
                 change = jax.tree.map(jnp.subtract, change, direct)
-            found = Scores(*jax.tree.map(jnp.multiply, at.weights, change), info)
+            task, support, query = jax.tree.map(jnp.multiply, at.weights, change)
+            found = Scores(task, support, query, info)
         warn_of_direct_effect(found)
         return found
 
@@ -534,7 +535,8 @@ def edit(
             found = _edited(options, num_newton_steps, meta_params, tasks, old, new)
         task = jnp.abs(old.task) + jnp.abs(new.task)
         solved = jnp.all(jnp.isfinite(found.info.relative_residual))
-        norm = jnp.where(solved, found.info.outer_gradient_norm[-1], jnp.nan)
+        norms: Any = found.info.outer_gradient_norm
+        norm = jnp.where(solved, norms[-1], jnp.nan)
         for either in (old._replace(task=task), new._replace(task=task)):
             rest = without_spoilt(options.problem, norm, meta_params, tasks, either)
             if rest is not None:
@@ -622,13 +624,14 @@ def _edited(options: Options, count: int, meta_params: PyTree, tasks: Task, old:
         slope = jnp.where(solving | looking, jnp.where(turned, -slope, slope), search.slope)
         length = jnp.where(looking | taken, jnp.ones_like(search.length), search.length / 2)
 
+        objective: Any = search.edit.objective
         told = search.edit.info._replace(outer_gradient_norm=None, inner_gradient_norm=None)
         told = _from(number, told, info._replace(outer_gradient_norm=None, inner_gradient_norm=None), solving)
         moved = (search.edit.info.outer_gradient_norm, search.edit.info.inner_gradient_norm, search.edit.step_lengths)
         reached = (point.norm, point.inner_norm, jnp.where(taken, search.length, 0))
         outer, inner, lengths = _from(search.number, moved, reached, done)
-        values = _from(search.number, search.edit.objective[:1], point.value, looking & (search.number == 0))
-        values = jnp.concatenate([values, _from(search.number, search.edit.objective[1:], point.value, done)])
+        values = _from(search.number, objective[:1], point.value, looking & (search.number == 0))
+        values = jnp.concatenate([values, _from(search.number, objective[1:], point.value, done)])
         told = told._replace(outer_gradient_norm=outer, inner_gradient_norm=inner)
         return _Search(
             point=point,
@@ -643,8 +646,8 @@ def _edited(options: Options, count: int, meta_params: PyTree, tasks: Task, old:
     def nothing(info: SolveInfo, value: Array) -> _Search:
         zeros = jax.tree.map(lambda leaf: jnp.zeros((count + 1, *leaf.shape), leaf.dtype), info)
         zero = jnp.zeros((), value.dtype)
-        point = _Point(meta_params, zero, info.outer_gradient_norm, info.inner_gradient_norm)
-        point = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), point)._replace(meta_params=meta_params)
+        norms: Any = (info.outer_gradient_norm, info.inner_gradient_norm)
+        point = _Point(meta_params, zero, *(jnp.zeros((), norm.dtype) for norm in norms))
         edit = Edit(meta_params, zeros, jnp.zeros(count + 2, value.dtype), jnp.zeros(count + 1, value.dtype))
         step = jax.tree.map(jnp.zeros_like, meta_params)
         return _Search(point, step, zero, zero, jnp.int32(-1), jnp.bool_(True), edit)
