@@ -34,12 +34,15 @@ from metainfluence.problem import task_loss as task_loss
 from metainfluence.problem import total_gradient as total_gradient
 from metainfluence.problem import total_objective as total_objective
 from metainfluence.response import Checkpoint as Checkpoint
+from metainfluence.response import DatumScores as DatumScores
+from metainfluence.response import DirectEffectWarning as DirectEffectWarning
 from metainfluence.response import Optimum as Optimum
 from metainfluence.response import Response as Response
 from metainfluence.response import RunInfo as RunInfo
 from metainfluence.response import Segments as Segments
 from metainfluence.response import SegmentsInfo as SegmentsInfo
 from metainfluence.response import Trajectory as Trajectory
+from metainfluence.response import by_datum as by_datum
 from metainfluence.response import checkpoints as checkpoints
 from metainfluence.response import optimum as optimum
 from metainfluence.response import scores as scores

@@ -131,7 +131,7 @@ def check_damping(damping: Any) -> None:
         raise ValueError(f"damping: expected a non-negative number, got {damping!r}")
 
 
-def check_function(name: str, value: Any, expected: str, *arguments: Any) -> None:
+def check_function(name: str, value: Any, expected: str, *arguments: Any, **keywords: Any) -> None:
     """Raises TypeError unless `value` can be called with that many arguments, by its signature where it shows one."""
     if not callable(value):
         raise TypeError(f"{name}: expected a function {expected}, got {reprlib.repr(value)}")
@@ -140,7 +140,7 @@ def check_function(name: str, value: Any, expected: str, *arguments: Any) -> Non
     except (TypeError, ValueError):
         return
     try:
-        signature.bind(*arguments)
+        signature.bind(*arguments, **keywords)
     except TypeError as error:
         raise TypeError(f"{name}: expected a function {expected}, got one of {signature}: {error}") from None
 
@@ -154,6 +154,8 @@ def calling(name: str, signature: str) -> Iterator[None]:
         # Of functions that call each other, the innermost is meant.
         if not getattr(error, "__notes__", None):
             error.add_note(f"{name} is called as {name}{signature}")
+            if "'list'" in str(error):
+                error.add_note("a list of numbers is a pytree of numbers, and no array: make it one by jnp.asarray")
         raise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -26,10 +26,27 @@ def outline(*functions: Any) -> Callable[[F], F]:
 
 def closes_over_traced(value: Any, seen: set[int]) -> bool:
     """Whether a traced value is found in functions and what they close over; `seen` holds what was looked at."""
+    return next(_traced_in(value, seen), None) is not None
+
+
+def refuse_differentiated(name: str, value: Any) -> None:
+    """Raises TypeError where what a derivative takes for a constant closes over a value that is differentiated."""
+    for found in _traced_in(value, set()):
+        if type(found).__name__ in ("JVPTracer", "LinearizeTracer"):
+            raise TypeError(
+                f"{name}: expected a function that closes over no value that is being differentiated, got one with "
+                f"{found.aval.str_short()}; the answer does not depend on it: pass it through jax.lax.stop_gradient "
+                "first, and what the answer is to depend on as part of meta_params or of the task"
+            )
+
+
+def _traced_in(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The traced values in functions and what they close over."""
     if isinstance(value, jax.core.Tracer):
-        return True
+        yield value
+        return
     if id(value) in seen:
-        return False
+        return
     seen.add(id(value))
     inside: list[Any] = []
     if isinstance(value, functools.partial):
@@ -49,4 +66,5 @@ def closes_over_traced(value: Any, seen: set[int]) -> bool:
         inside = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
     elif hasattr(value, "__wrapped__"):
         inside = [value.__wrapped__]
-    return any(closes_over_traced(item, seen) for item in inside)
+    for item in inside:
+        yield from _traced_in(item, seen)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence import _lapack, operators, solvers
 from metainfluence._checks import calling, check_floating, check_function, check_losses, check_scalar
-from metainfluence._outline import outline
+from metainfluence._outline import closes_over_traced, outline, refuse_differentiated
 from metainfluence.data import weighted_sum
 from metainfluence.minimizers import (
     Minimizer,
@@ -59,11 +59,13 @@ class Adaptation:
         minimum, infinity where they are seen to be near none; None where they are not meant to be one.
       measure: (meta_params, support, coefficients) -> (params, that norm), by one linearisation for both; None for one
         after the other.
+      step_norms: (meta_params, support, coefficients) -> ‖∂_θ L_in‖ before each step of an unrolled loop; else None.
     """
 
     adapt: Callable[[PyTree, PyTree, Array], PyTree]
     inner_gradient_norm: Callable[[PyTree, PyTree, PyTree, Array], Array] | None = None
     measure: Callable[[PyTree, PyTree, Array], tuple[PyTree, Array]] | None = None
+    step_norms: Callable[[PyTree, PyTree, Array], Array] | None = None
 
     def __call__(self, meta_params: PyTree, support: PyTree, coefficients: Float[Array, " n_support"]) -> PyTree:
         """Adapts."""
@@ -144,11 +146,11 @@ def unrolled(
     _check_functions(inner_loss, init, regularizer)
     objective = _inner_objective(inner_loss, regularizer)
 
-    def adapt(meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
+    def steps(meta_params: PyTree, support: PyTree, coefficients: Array, *, norms: bool) -> tuple[PyTree, Any]:
         chosen: Any = optimizer(meta_params) if callable(optimizer) else optimizer
         transform = optax.with_extra_args_support(chosen)
 
-        def step(carry: Any, _: None) -> tuple[Any, None]:
+        def step(carry: Any, _: None) -> tuple[Any, Any]:
             params, state = carry
 
             def value_fn(params: PyTree) -> Array:
@@ -156,14 +158,22 @@ def unrolled(
 
             value, grad = jax.value_and_grad(value_fn)(params)
             updates, state = transform.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
-            return (optax.apply_updates(params, updates), state), None
+            return (optax.apply_updates(params, updates), state), optax.tree.norm(grad) if norms else None
 
         params = init(meta_params, support)
         check_floating(params, "init(meta_params, support)")
         carry = (params, transform.init(params))
-        return jax.lax.scan(jax.checkpoint(step) if remat else step, carry, length=num_steps)[0][0]
+        (params, _), found = jax.lax.scan(jax.checkpoint(step) if remat else step, carry, length=num_steps)
+        return params, found
 
-    return Adaptation(adapt)
+    def adapt(meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
+        return steps(meta_params, support, coefficients, norms=False)[0]
+
+    def step_norms(meta_params: PyTree, support: PyTree, coefficients: Array) -> Array:
+        found: Array = steps(meta_params, support, coefficients, norms=True)[1]
+        return found
+
+    return Adaptation(adapt, step_norms=step_norms)
 
 
 def implicit(
@@ -187,8 +197,11 @@ def implicit(
         the number of systems. None: conjugate gradients to a relative residual of eps^(3/4), 1.8e-12 in float64.
       regularizer: (params, meta_params) -> scalar, added to the inner objective, as iMAML's proximal term.
 
+    Values that the losses close over may be traced and differentiated, as where a problem is made inside a function.
+
     Raises:
-      TypeError: a function that cannot be called so.
+      TypeError: a function that cannot be called so; a minimiser or solver that closes over a value that is being
+        differentiated, on which the minimum does not depend.
       ValueError: at trace time, losses that are not one per example, or an `init` that depends on meta_params where the
         inner objective does not, so that dθ/dλ is exactly zero.
 
@@ -204,10 +217,11 @@ def implicit(
       (3.0, 0.5)
     """
     _check_functions(inner_loss, init, regularizer)
+    refuse_differentiated("minimizer", minimizer)
+    refuse_differentiated("linear_solver", linear_solver)
     minimize = newton_cg() if minimizer is None else minimizer
     objective = _inner_objective(inner_loss, regularizer)
-    outlined = outline(inner_loss, init, regularizer, minimize, linear_solver)
-    gradient = outlined(jax.grad(objective))
+    lifted = closes_over_traced((inner_loss, regularizer), set())
 
     def inner_losses(params: PyTree, operands: tuple[PyTree, PyTree, Array]) -> operators.Losses:
         meta_params, support, coefficients = operands
@@ -219,57 +233,22 @@ def implicit(
             regularizer=None if regularizer is None else lambda params: regularizer(params, meta_params),
         )
 
-    @outlined
-    def linearised(params: PyTree, operands: Any) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-        """The gradient, and its derivative in params as a pytree: a fixed tool, through which no derivative runs."""
-        params, operands = jax.lax.stop_gradient((params, operands))
-        return jax.linearize(lambda params: gradient(params, *operands), params)
+    outlined = outline(inner_loss, init, regularizer, minimize, linear_solver)
+    minima = None if lifted else _Minima(objective, minimize, linear_solver, outlined, inner_losses)
 
-    @jax.custom_jvp
-    def minimum(start: PyTree, *operands: Any) -> PyTree:
-        return minimize(lambda params: objective(params, *operands), start)
-
-    @jax.custom_jvp
-    def measured_minimum(start: PyTree, *operands: Any) -> tuple[PyTree, Array]:
-        params = minimum(start, *operands)
-        slope, product = linearised(params, operands)
-        return params, gradient_norm(slope, product, params)
-
-    def rate(params: PyTree, product: Callable[[PyTree], PyTree], operands: Any, tangents: Any) -> PyTree:
-        """The minimum's derivative along tangents of the operands."""
-        mixed = jax.jvp(lambda *operands: gradient(params, *operands), operands, tangents)[1]
-
-        def matvec(vector: PyTree) -> PyTree:
-            return jax.jvp(lambda params: gradient(params, *operands), (params,), (vector,))[1]
-
-        fixed = jax.lax.stop_gradient((params, operands))
-        operator = operators.from_matvec(Partial(_apply, product), params)
-        operator = dataclasses.replace(operator, losses=Partial(inner_losses, *fixed))
-        solver = solvers.cg(tol=accurate_tol(params)) if linear_solver is None else linear_solver
-        state = solver.init(operator)
-
-        def solve(_: Any, rhs: PyTree) -> PyTree:
-            return solvers.solution_of(solver, operator, state, rhs)
-
-        return jax.lax.custom_linear_solve(matvec, jax.tree.map(jnp.negative, mixed), solve, symmetric=True)
-
-    @minimum.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
-        params, operands = minimum(*primals), primals[1:]
-        return params, rate(params, linearised(params, operands)[1], operands, tangents[1:])
-
-    @measured_minimum.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[tuple[PyTree, Array], tuple[PyTree, Array]]:
-        params, operands = minimum(*primals), primals[1:]
-        slope, product = linearised(params, operands)
-        norm = gradient_norm(slope, product, jax.lax.stop_gradient(params))
-        return (params, norm), (rate(params, product, operands, tangents[1:]), jnp.zeros_like(norm))
+    def prepared(params: PyTree, *operands: Any) -> tuple[_Minima, tuple[Any, ...]]:
+        """The minima of the inner objective, and all that they depend on: traced values it closes over, too."""
+        if minima is not None:
+            return minima, operands
+        # A function with a derivative of its own may not close over a value that is differentiated.
+        converted, values = jax.closure_convert(objective, params, *operands)
+        return _Minima(converted, minimize, linear_solver, outlined, None), (*operands, *values)
 
     def start(meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
         params = init(meta_params, support)
         check_floating(params, "init(meta_params, support)")
         if _depends(lambda m: init(m, support), meta_params) and not _depends(
-            lambda m: gradient(jax.lax.stop_gradient(params), m, support, coefficients), meta_params
+            lambda m: jax.grad(objective)(jax.lax.stop_gradient(params), m, support, coefficients), meta_params
         ):
             raise ValueError(
                 "init: depends on meta_params where the inner objective does not; an implicit minimum does not depend "
@@ -280,18 +259,92 @@ def implicit(
         return jax.lax.stop_gradient(params)
 
     def adapt(meta_params: PyTree, support: PyTree, coefficients: Array) -> PyTree:
-        operands = (meta_params, support, coefficients)
-        return minimum(start(*operands), *operands)
+        first = start(meta_params, support, coefficients)
+        found, operands = prepared(first, meta_params, support, coefficients)
+        return found.minimum(first, *operands)
 
     def measure(meta_params: PyTree, support: PyTree, coefficients: Array) -> tuple[PyTree, Array]:
-        operands = (meta_params, support, coefficients)
-        return measured_minimum(start(*operands), *operands)
+        first = start(meta_params, support, coefficients)
+        found, operands = prepared(first, meta_params, support, coefficients)
+        return found.measured_minimum(first, *operands)
 
     def inner_gradient_norm(params: PyTree, meta_params: PyTree, support: PyTree, coefficients: Array) -> Array:
-        slope, product = linearised(params, (meta_params, support, coefficients))
+        found, operands = prepared(params, meta_params, support, coefficients)
+        slope, product = found.linearised(params, operands)
         return gradient_norm(slope, product, params)
 
     return Adaptation(adapt, inner_gradient_norm, measure)
+
+
+class _Minima:
+    """The minimum of (params, *operands) -> scalar as a function of the operands, by the implicit function theorem.
+
+    Args:
+      objective: the function.
+      minimize: its minimiser.
+      linear_solver: as in `implicit`.
+      outlined: what makes functions of their own in the program.
+      losses: (params, operands) -> `Losses` behind the objective, for preconditioners; None where not known.
+    """
+
+    def __init__(
+        self,
+        objective: Callable[..., Array],
+        minimize: Minimizer,
+        linear_solver: solvers.Solver | None,
+        outlined: Callable[[Any], Any],
+        losses: Callable[[PyTree, Any], operators.Losses] | None,
+    ):
+        gradient = outlined(jax.grad(objective))
+
+        @outlined
+        def linearised(params: PyTree, operands: Any) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+            """The gradient, and its derivative in params as a pytree: a fixed tool, with no derivative through it."""
+            params, operands = jax.lax.stop_gradient((params, operands))
+            return jax.linearize(lambda params: gradient(params, *operands), params)
+
+        @jax.custom_jvp
+        def minimum(start: PyTree, *operands: Any) -> PyTree:
+            return minimize(lambda params: objective(params, *operands), start)
+
+        @jax.custom_jvp
+        def measured_minimum(start: PyTree, *operands: Any) -> tuple[PyTree, Array]:
+            params = minimum(start, *operands)
+            slope, product = linearised(params, operands)
+            return params, gradient_norm(slope, product, params)
+
+        def rate(params: PyTree, product: Callable[[PyTree], PyTree], operands: Any, tangents: Any) -> PyTree:
+            """The minimum's derivative along tangents of the operands."""
+            mixed = jax.jvp(lambda *operands: gradient(params, *operands), operands, tangents)[1]
+
+            def matvec(vector: PyTree) -> PyTree:
+                return jax.jvp(lambda params: gradient(params, *operands), (params,), (vector,))[1]
+
+            operator = operators.from_matvec(Partial(_apply, product), params)
+            if losses is not None:
+                fixed = jax.lax.stop_gradient((params, operands))
+                operator = dataclasses.replace(operator, losses=Partial(losses, *fixed))
+            solver = solvers.cg(tol=accurate_tol(params)) if linear_solver is None else linear_solver
+            state = solver.init(operator)
+
+            def solve(_: Any, rhs: PyTree) -> PyTree:
+                return solvers.solution_of(solver, operator, state, rhs)
+
+            return jax.lax.custom_linear_solve(matvec, jax.tree.map(jnp.negative, mixed), solve, symmetric=True)
+
+        @minimum.defjvp
+        def _(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
+            params, operands = minimum(*primals), primals[1:]
+            return params, rate(params, linearised(params, operands)[1], operands, tangents[1:])
+
+        @measured_minimum.defjvp
+        def _(primals: Any, tangents: Any) -> tuple[tuple[PyTree, Array], tuple[PyTree, Array]]:
+            params, operands = minimum(*primals), primals[1:]
+            slope, product = linearised(params, operands)
+            norm = gradient_norm(slope, product, jax.lax.stop_gradient(params))
+            return (params, norm), (rate(params, product, operands, tangents[1:]), jnp.zeros_like(norm))
+
+        self.linearised, self.minimum, self.measured_minimum = linearised, minimum, measured_minimum
 
 
 # Partial(linear) of a linear map that is itself a Partial would take its arrays for constants.

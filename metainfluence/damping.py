@@ -17,7 +17,17 @@ from metainfluence.curvature import Curvature
 from metainfluence.data import Task, Weights
 from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel
-from metainfluence.response import RANK, Damping, Options, checked, rule, target_gradient
+from metainfluence.response import (
+    RANK,
+    Damping,
+    Options,
+    check_total_effect,
+    checked,
+    rule,
+    shares_support,
+    slopes_of,
+    warn_of_direct_effect,
+)
 from metainfluence.solvers import Preconditioner, SolveInfo, grown, reachable
 
 __all__ = ["Damping", "Sweep", "auto", "rule", "sweep"]
@@ -139,6 +149,7 @@ def sweep(
     mesh: Mesh | None = None,
     hvp: str | None = None,
     precision: str | None = "highest",
+    total_effect: bool = False,
 ) -> SweepAt:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Sweep: scores at many dampings from one Krylov basis.
 
@@ -158,6 +169,7 @@ def sweep(
       mesh: as in `task_if`.
       hvp: as in `task_if`.
       precision: as in `task_if`.
+      total_effect: as in `influence_scores`.
 
     Raises:
       ValueError: dampings that are not ascending and non-negative, and as `influence_scores`.
@@ -184,6 +196,7 @@ def sweep(
     }
     options = Options.of(problem, **shared)
     check_positive("tol", tol)
+    check_total_effect(total_effect)
     shape = jnp.shape(jnp.asarray(dampings))
     if len(shape) != 1 or shape[0] < 1:
         raise ValueError(f"dampings: expected at least one number, got shape {shape}")
@@ -192,12 +205,15 @@ def sweep(
 
     def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Sweep:
         with options.traced():
-            return swept(checked(meta_params, tasks, weights), target_args)
+            found = swept(checked(meta_params, tasks, weights), target_args)
+        warn_of_direct_effect(found)
+        return found
 
     def swept(given: tuple[PyTree, Task, Weights], target_args: tuple[Any, ...]) -> Sweep:
         meta_params, tasks, resolved = given
         # What is wrong with the target is told before the longer part.
-        slope = target_gradient(target, meta_params, target_args)
+        slope, direct = slopes_of(target, meta_params, target_args, resolved, total_effect)
+        shared = None if total_effect else shares_support(tasks, target_args)
         point = options.expanded(*given, options.chunks(meta_params, tasks))
         operator = point.operator
         grid = jnp.asarray(dampings, operator.shift.dtype)
@@ -242,9 +258,12 @@ def sweep(
                 effective_curvature=scale / jnp.where(length > 0, length, 1),
                 damping=damping,
                 meta_params_norm=flat_norm(meta_params),
+                support_shared=shared,
             )
-            direction = operator.domain.unravel(solution)
-            return jax.tree.map(jnp.multiply, resolved, point.mixed_transposed(direction)), report
+            change = point.mixed_transposed(operator.domain.unravel(solution))
+            if direct is not None:
+                change = jax.tree.map(jnp.subtract, change, direct)
+            return jax.tree.map(jnp.multiply, resolved, change), report
 
         (task, support, query), infos = jax.lax.map(at, grid)
         return Sweep(grid, task, support, query, _rank_correlation(task), infos)

@@ -154,7 +154,8 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
     stay None on a side where all tasks have the same number of examples and none has a mask.
 
     Args:
-      tasks: single tasks with equal pytree structures, trailing shapes and dtypes.
+      tasks: single tasks with equal pytree structures, trailing shapes and dtypes; of JAX's arrays, NumPy's, or
+        whatever NumPy takes for one, as PyTorch's.
 
     Returns:
       Task with leaves `[T, n_max, ...]`.
@@ -171,7 +172,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
       >>> tasks.support.tolist(), tasks.support_mask.tolist()
       ([[1.0, 1.0], [3.0, 4.0]], [[True, False], [True, True]])
     """
-    tasks = list(tasks)
+    tasks = [jax.tree.map(_array, task) if isinstance(task, Task) else task for task in tasks]
     if not tasks:
         raise ValueError("tasks: expected at least one task, got an empty sequence")
     counts = [sizes(task, stacked=False, name=f"tasks[{k}]") for k, task in enumerate(tasks)]
@@ -212,6 +213,12 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
 
     (support, support_mask), (query, query_mask) = side("support"), side("query")
     return Task(support, query, support_mask, query_mask)
+
+
+def _array(leaf: Any) -> Any:
+    """Another library's array, as PyTorch's, as NumPy's; anything else as it is."""
+    foreign = hasattr(leaf, "__array__") and not isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    return np.asarray(leaf) if foreign else leaf
 
 
 def unit_weights(tasks: Task) -> Weights:

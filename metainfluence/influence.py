@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from metainfluence._checks import concrete, described, is_array, maker
 from metainfluence._chunks import reduce_tasks
@@ -30,10 +30,13 @@ from metainfluence.response import (
     Options,
     Scores,
     check_target,
+    check_total_effect,
     checked,
     optimum_at,
+    shares_support,
+    slopes_of,
     solve_once,
-    target_gradient,
+    warn_of_direct_effect,
     without_spoilt,
 )
 from metainfluence.solvers import SolveInfo, Solver
@@ -52,16 +55,25 @@ __all__ = [
 
 
 class Edit(NamedTuple):
-    """Edited meta-parameters.
+    """Edited meta-parameters, and how far they got.
 
     Attributes:
       meta_params: λ as predicted for the new weights.
       info: report on the solves, leading axis 1 + num_newton_steps; here `outer_gradient_norm` is ‖D_λF‖ under the new
-        weights *after* each step, and its smallest entry tells how far the result is from the new optimum.
+        weights *after* each step. Of steps that were no more tried, what is told of the last one stands again.
+      objective: F under the new weights, before the first step and after each, `[2 + num_newton_steps]`.
+      step_lengths: the part of each step that was taken, `[1 + num_newton_steps]`: 1 for all of it, 0 where F rose
+        along all of it or nothing more was tried.
     """
 
     meta_params: PyTree
     info: SolveInfo
+    objective: Float[Array, " steps"] | None = None
+    step_lengths: Float[Array, " steps"] | None = None
+
+
+# A step that must be made shorter than this for F to fall is not taken.
+_SHORTEST = 1e-3
 
 
 class InfluenceOfTasks(Protocol):
@@ -314,11 +326,16 @@ def influence_scores(
     mesh: Mesh | None = None,
     hvp: str | None = None,
     precision: str | None = "highest",
+    total_effect: bool = False,
 ) -> ScoresForTarget:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores of all tasks and all examples, by one solve.
 
     Solves H s = ∇φ, then − dφ/dw = ∂_w ⟨D_λF, s⟩ by one transposed product with the mixed derivative ∂_w D_λF. The
     same as `scores(optimum(problem, …)(meta_params, tasks), target)(*target_args)`.
+
+    Where a removed example leaves the target's own tasks too, as where λ are hyperparameters and the target is the test
+    loss of the model that they train, φ depends on w itself, and `total_effect=True` adds that part: − w · (∂_wφ +
+    (dλ*/dw)ᵀ ∂_λφ).
 
     Args:
       problem: the problem.
@@ -331,11 +348,18 @@ def influence_scores(
       mesh: as in `task_if`.
       hvp: as in `task_if`.
       precision: as in `task_if`.
+      total_effect: whether φ is a function of the data weights, too: it is then called with `weights=`, those of the
+        training tasks. `query_loss` adapts its k-th task to the support weights of the k-th training task.
 
     Returns:
       Function whose scores are − w · dφ/dw at the current weights: the predicted change of φ on removal, in its units.
 
+    Warns:
+      DirectEffectWarning: outside jit, a target whose tasks share support data with training, without `total_effect`;
+        `check` warns of it whatever the scores were made by.
+
     Raises:
+      TypeError: a target that takes no `weights`, with `total_effect`.
       ValueError: a target that is no scalar, and as `task_if`.
 
     Examples:
@@ -350,19 +374,27 @@ def influence_scores(
       >>> found.task.round(3).tolist()  # (query − 2) / 3 · (3 − 2): the last task helps
       [-0.667, -0.333, 1.0]
     """
-    given = {name: value for name, value in locals().items() if name != "target"}
+    given = {name: value for name, value in locals().items() if name not in ("target", "total_effect")}
     check_target(target)
+    check_total_effect(total_effect)
     options = Options.of(**given)
 
     def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
         with options.traced():
             point = checked(meta_params, tasks, weights)
             # What is wrong with the target is told before the longer part.
-            slope = target_gradient(target, point[0], target_args)
+            slope, direct = slopes_of(target, point[0], target_args, point[2], total_effect)
             at = options.expanded(*point, options.chunks(*point[:2]))
             solution, info = solve_once(options, at, slope)
-            task, support, query = jax.tree.map(jnp.multiply, at.weights, at.mixed_transposed(solution))
-            return Scores(task, support, query, info)
+            change = at.mixed_transposed(solution)
+            if direct is None:
+                info = info._replace(support_shared=shares_support(tasks, target_args))
+            else:
+                change = jax.tree.map(jnp.subtract, change, direct)
+            task, support, query = jax.tree.map(jnp.multiply, at.weights, change)
+            found = Scores(task, support, query, info)
+        warn_of_direct_effect(found)
+        return found
 
     return run
 
@@ -454,8 +486,10 @@ def edit(
     First order: λ + (dλ*/dw) · (new_weights − weights). Then `num_newton_steps` Newton steps on F at the new weights,
     λ − H⁻¹ D_λF, each with the Hessian at the point reached.
 
-    A Newton step may lead away, too, where H is indefinite or changes much along it. Of the points from the first-order
-    one on that with the smallest ‖D_λF‖ is the answer; `info.outer_gradient_norm` holds that of each, `[1 + steps]`.
+    With Newton steps to follow, a step is taken as far as F at the new weights falls along it: all of it, or half, a
+    quarter, and so on; where H is indefinite and the step leads uphill, the other way; where F falls nowhere, not at
+    all. `objective`, `step_lengths` and `info.outer_gradient_norm` say how far each got. With `num_newton_steps=0` the
+    first-order step is taken as it is, which is `group_influence`.
 
     Args:
       problem: the problem.
@@ -484,6 +518,8 @@ def edit(
       0.5
       >>> found.info.outer_gradient_norm.round(3).tolist()  # after the first-order step, and after Newton's
       [0.333, 0.0]
+      >>> found.step_lengths.tolist(), found.objective.round(3).tolist()
+      ([1.0, 1.0], [0.833, 0.167, 0.083])
     """
     given = {name: value for name, value in locals().items() if name != "num_newton_steps"}
     if isinstance(num_newton_steps, bool) or not isinstance(num_newton_steps, int) or num_newton_steps < 0:
@@ -495,44 +531,142 @@ def edit(
         new = jax.tree.map(
             lambda w, like: w.astype(like.dtype), resolve_weights(new_weights, tasks, name="new_weights"), old
         )
-        direction = jax.tree.map(jnp.subtract, new, old)
         with options.traced():
-            chunks = options.chunks(meta_params, tasks)
-
-        # One compiled body serves the first-order step, Newton's, and the last turn, which only looks at the end.
-        def turn(
-            carry: tuple[PyTree, PyTree, Array], number: Array
-        ) -> tuple[tuple[PyTree, PyTree, Array], tuple[SolveInfo, Array, Array]]:
-            current, best, least = carry
-            first = number == 0
-            at = options.expanded(current, tasks, optax.tree.where(first, old, new), chunks)
-            norm = flat_norm(at.gradient)
-            nearer = (number == 1) | (~first & (norm < least))
-            best, least = optax.tree.where(nearer, current, best), jnp.where(nearer, norm, least)
-
-            def solved() -> tuple[PyTree, SolveInfo]:
-                rhs = jax.lax.cond(first, lambda: at.mixed(direction), lambda: at.gradient)
-                return solve_once(options, at, rhs)
-
-            def unsolved() -> tuple[PyTree, SolveInfo]:
-                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(solved))
-
-            change, info = jax.lax.cond(number <= num_newton_steps, solved, unsolved)
-            moved = jax.tree.map(jnp.subtract, current, change)
-            return (moved, best, least), (info, norm, at.inner_gradient_norm)
-
-        with options.traced():
-            start = (meta_params, meta_params, jnp.zeros_like(flat_norm(meta_params)))
-            turns = jnp.arange(2 + num_newton_steps)
-            (_, edited, _), (info, norms, inner_norms) = jax.lax.scan(turn, start, turns)
-        either = old._replace(task=jnp.abs(old.task) + jnp.abs(new.task))
-        rest = without_spoilt(options.problem, norms[-1], meta_params, tasks, either)
-        if rest is not None:
-            return run(meta_params, rest, new_weights, weights)
-        info = jax.tree.map(lambda leaf: leaf[:-1], info)
-        return Edit(edited, info._replace(outer_gradient_norm=norms[1:], inner_gradient_norm=inner_norms[1:]))
+            found = _edited(options, num_newton_steps, meta_params, tasks, old, new)
+        task = jnp.abs(old.task) + jnp.abs(new.task)
+        solved = jnp.all(jnp.isfinite(found.info.relative_residual))
+        norms: Any = found.info.outer_gradient_norm
+        norm = jnp.where(solved, norms[-1], jnp.nan)
+        for either in (old._replace(task=task), new._replace(task=task)):
+            rest = without_spoilt(options.problem, norm, meta_params, tasks, either)
+            if rest is not None:
+                return run(meta_params, rest.tasks, rest.weights(new), rest.weights(old))
+        return found
 
     return run
+
+
+class _Point(NamedTuple):
+    """λ with F, ‖D_λF‖ and the largest ‖∂_θ L_in‖, under the new weights."""
+
+    meta_params: PyTree
+    value: Array
+    norm: Array
+    inner_norm: Array
+
+
+class _Search(NamedTuple):
+    """An edit under way.
+
+    Attributes:
+      point: the best so far.
+      step: from it, which is tried.
+      slope: ⟨D_λF, step⟩ there.
+      length: the part of the step that is tried; 0 where the point itself is looked at.
+      number: of the step, 0 for the first-order one; −1 before that is known.
+      running: whether more is to be done.
+      edit: what is told, with the entries of steps that are still to come as they are now.
+    """
+
+    point: _Point
+    step: PyTree
+    slope: Array
+    length: Array
+    number: Array
+    running: Array
+    edit: Edit
+
+
+def _edited(options: Options, count: int, meta_params: PyTree, tasks: Task, old: Weights, new: Weights) -> Edit:
+    """The first-order step and up to `count` Newton steps, each as far as F falls.
+
+    One compiled body serves all: it expands F at the point that is tried, from which the next step starts if it is
+    taken. So a whole step costs what Newton's does, and each halving one expansion.
+    """
+    direction = jax.tree.map(jnp.subtract, new, old)
+    chunks = options.chunks(meta_params, tasks)
+
+    def turn(search: _Search) -> _Search:
+        point, asking, looking = search.point, search.number < 0, search.length == 0
+        here = jax.tree.map(
+            lambda p, s: jnp.where(looking, p, p + search.length.astype(p.dtype) * s), point.meta_params, search.step
+        )
+        at = options.expanded(here, tasks, optax.tree.where(asking, old, new), chunks)
+        tried = _Point(here, at.objective, flat_norm(at.gradient), at.inner_gradient_norm)
+
+        # Armijo's rule; near a minimum differences of F drown in rounding.
+        needed = point.value + 1e-4 * search.length * jnp.minimum(search.slope, 0)
+        level = point.value + 10 * float(jnp.finfo(point.value.dtype).eps) * jnp.abs(point.value)
+        lower = (tried.value <= needed) | ((tried.value <= level) & (tried.norm < point.norm))
+        taken = looking | lower | (count == 0)
+        ended = ~taken & (search.length < _SHORTEST)
+        done = ~looking & (taken | ended)
+        follows = search.number < count
+        # Where the first-order step leads nowhere, Newton's start where it did, which is looked at once more.
+        again = ended & (search.number == 0) & follows
+        solving = asking | (done & taken & follows) | (looking & (search.number > 0))
+        number = jnp.where(asking | (done & taken & follows) | again, search.number + 1, search.number)
+        point = optax.tree.where(taken, tried, point)
+
+        def solved() -> tuple[PyTree, SolveInfo]:
+            rhs = jax.lax.cond(asking, lambda: at.mixed(direction), lambda: at.gradient)
+            solution, info = solve_once(options, at, rhs)
+            return jax.tree.map(jnp.negative, solution), info
+
+        def unsolved() -> tuple[PyTree, SolveInfo]:
+            return search.step, jax.tree.map(lambda leaf: leaf[-1], search.edit.info)
+
+        step, info = jax.lax.cond(solving, solved, unsolved)
+        slope = optax.tree.vdot(at.gradient, step).astype(point.value.dtype)
+        # Where H is indefinite Newton's step may lead uphill.
+        turned = solving & ~asking & (slope > 0)
+        step = jax.tree.map(lambda leaf: jnp.where(turned, -leaf, leaf), step)
+        slope = jnp.where(solving | looking, jnp.where(turned, -slope, slope), search.slope)
+        length = jnp.where(looking | taken, jnp.ones_like(search.length), search.length / 2)
+
+        objective: Any = search.edit.objective
+        told = search.edit.info._replace(outer_gradient_norm=None, inner_gradient_norm=None)
+        told = _from(number, told, info._replace(outer_gradient_norm=None, inner_gradient_norm=None), solving)
+        moved = (search.edit.info.outer_gradient_norm, search.edit.info.inner_gradient_norm, search.edit.step_lengths)
+        reached = (point.norm, point.inner_norm, jnp.where(taken, search.length, 0))
+        outer, inner, lengths = _from(search.number, moved, reached, done)
+        values = _from(search.number, objective[:1], point.value, looking & (search.number == 0))
+        values = jnp.concatenate([values, _from(search.number, objective[1:], point.value, done)])
+        told = told._replace(outer_gradient_norm=outer, inner_gradient_norm=inner)
+        return _Search(
+            point=point,
+            step=step,
+            slope=slope,
+            length=jnp.where(asking | again, jnp.zeros_like(length), length),
+            number=number,
+            running=looking | ~done | (taken & follows) | again,
+            edit=Edit(point.meta_params, told, values, lengths),
+        )
+
+    def nothing(info: SolveInfo, value: Array) -> _Search:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros((count + 1, *leaf.shape), leaf.dtype), info)
+        zero = jnp.zeros((), value.dtype)
+        norms: Any = (info.outer_gradient_norm, info.inner_gradient_norm)
+        point = _Point(meta_params, zero, *(jnp.zeros((), norm.dtype) for norm in norms))
+        edit = Edit(meta_params, zeros, jnp.zeros(count + 2, value.dtype), jnp.zeros(count + 1, value.dtype))
+        step = jax.tree.map(jnp.zeros_like, meta_params)
+        return _Search(point, step, zero, zero, jnp.int32(-1), jnp.bool_(True), edit)
+
+    def first() -> tuple[SolveInfo, Array]:
+        at = options.expanded(meta_params, tasks, old, chunks)
+        return solve_once(options, at, at.gradient)[1], at.objective
+
+    last = jax.lax.while_loop(lambda search: search.running, turn, nothing(*jax.eval_shape(first)))
+    return last.edit
+
+
+def _from(number: Array, kept: PyTree, now: PyTree, when: Array) -> PyTree:
+    """Leaves with a leading axis for the steps, in which what is now stands from a step on, where it is to be told."""
+
+    def put(kept: Array, now: Array) -> Array:
+        return jnp.where(when & (jnp.arange(kept.shape[0], dtype=jnp.int32) >= number), now, kept)
+
+    return jax.tree.map(put, kept, now)
 
 
 def _term(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, count: int) -> Array:

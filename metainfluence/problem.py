@@ -33,6 +33,7 @@ from metainfluence._outline import outline
 from metainfluence.adaptation import Adaptation, Loss
 from metainfluence.data import Task, Weights, coefficients, fill_padding, resolve_weights, sizes, weighted_sum
 from metainfluence.differentiation import FORWARD, check_forward, check_hvp
+from metainfluence.operators import Operator
 
 __all__ = [
     "Bilevel",
@@ -159,6 +160,9 @@ def bilevel(
 
     # Kept at the function itself, so that a problem whose `adapt` was replaced is not asked for what it did before.
     adapted.measured = measured  # type: ignore[attr-defined]
+    if chosen.step_norms is not None:
+        step_norms = chosen.step_norms
+        adapted.inner_gradient_norms = lambda *data: step_norms(*operands(*data))  # type: ignore[attr-defined]
 
     def inner_gradient_norm(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         assert chosen.inner_gradient_norm is not None
@@ -241,8 +245,11 @@ def _check_meta_regularizer(meta_regularizer: Any) -> None:
 def with_hvp(problem: Bilevel, hvp: str | None) -> Bilevel:
     """The problem, differentiated as `hvp` says; None leaves it as it is."""
     if not isinstance(problem, Bilevel):
+        hint = ""
+        if isinstance(problem, Operator):
+            hint = "; of an operator, metainfluence.spectra.of_operator(operator, rank=40) gives the eigenvalues"
         raise TypeError(
-            f"problem: expected one made by metainfluence.bilevel or from_task_loss, got {type(problem).__name__}"
+            f"problem: expected one made by metainfluence.bilevel or from_task_loss, got {type(problem).__name__}{hint}"
         )
     if hvp is None:
         return problem
@@ -380,8 +387,8 @@ class Objective(Protocol):
 class Target(Protocol):
     """What `query_loss` makes."""
 
-    def __call__(self, meta_params: PyTree, test_tasks: Task) -> Float[Array, ""]:
-        """The mean of L_k."""
+    def __call__(self, meta_params: PyTree, test_tasks: Task, weights: Weights | None = None) -> Float[Array, ""]:
+        """The mean of L_k; of given weights those of support examples count."""
 
 
 def task_loss(problem: Bilevel, *, precision: str | None = "highest") -> TaskLoss:
@@ -489,12 +496,19 @@ def weighted_losses(problem: Bilevel, meta_params: PyTree, tasks: Task, weights:
 
 
 def query_loss(problem: Bilevel, *, batch_size: int | None = None, precision: str | None = "highest") -> Target:
-    """Makes the usual target (meta_params, test_tasks) -> mean of L_k at unit weights, without the meta-regulariser.
+    """Makes the usual target (meta_params, test_tasks, weights=None) -> mean of L_k, without the meta-regulariser.
+
+    Weights are those of training tasks with the same support sets, whose examples then count in the adaptation to the
+    test tasks as they do in training, as for `influence_scores(..., total_effect=True)`. Test tasks and their query
+    examples have weight 1 throughout.
 
     Args:
       problem: the problem.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
       precision: as in `task_loss`.
+
+    Raises:
+      ValueError: at the call, weights of other support sets than those of the test tasks.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -507,8 +521,20 @@ def query_loss(problem: Bilevel, *, batch_size: int | None = None, precision: st
     plain = problem._replace(meta_regularizer=None)
     objective = total_objective(plain, batch_size=batch_size, precision=precision)
 
-    def target(meta_params: PyTree, test_tasks: Task) -> Array:
-        sizes(test_tasks, name="test_tasks")
-        return objective(meta_params, test_tasks)
+    def target(meta_params: PyTree, test_tasks: Task, weights: Weights | None = None) -> Array:
+        size = sizes(test_tasks, name="test_tasks")
+        if weights is None:
+            return objective(meta_params, test_tasks)
+        if not isinstance(weights, Weights):
+            raise TypeError(f"weights: expected metainfluence.Weights, got {type(weights).__name__}")
+        expected = size.shapes()["support"]
+        if jnp.shape(weights.support) != expected:
+            raise ValueError(
+                f"weights.support: expected shape {expected}, that of the test tasks' support sets, which are those of "
+                f"the training tasks in their order, got {jnp.shape(weights.support)}; otherwise pass a target of your "
+                "own, (meta_params, *target_args, weights=) -> scalar"
+            )
+        own = resolve_weights(None, test_tasks, name="test_tasks")
+        return objective(meta_params, test_tasks, own._replace(support=weights.support))
 
     return target

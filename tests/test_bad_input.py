@@ -212,3 +212,16 @@ def test_arguments_that_are_mixed_up():
         scores(LAMBDA, TASKS, TASK)
     with pytest.raises(TypeError, match=r"target: expected.*scores\(meta_params, tasks, .*'test_tasks'"):
         scores(LAMBDA, TASKS)
+
+
+def test_what_is_no_source_no_problem_or_no_array_is_told_with_what_to_do():
+    stream = (jax.tree.map(lambda leaf: leaf[0], TASKS) for _ in range(3))
+    with pytest.raises(TypeError, match=r"tasks: expected stacked tasks, or a source .* got generator; .*islice"):
+        mi.preflight(PROBLEM)(LAMBDA, stream)
+    operator = mi.operators.from_matvec(lambda v: v, LAMBDA)
+    with pytest.raises(TypeError, match=r"got Operator; of an operator, metainfluence\.spectra\.of_operator"):
+        mi.spectrum(operator)
+    problem = mi.from_task_loss(lambda m, task, w: jnp.sum(w.query) * m["a"] ** 2)
+    with pytest.raises(TypeError) as raised:
+        mi.total_objective(problem)({"a": [1.0, 2.0]}, TASKS)
+    assert any("make it one by jnp.asarray" in note for note in raised.value.__notes__)

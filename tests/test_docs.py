@@ -67,6 +67,11 @@ def test_code_runs(name, tmp_path, monkeypatch, capsys):
         assert printed.split() == ["4"]
     if name == "episodes":
         assert printed.split() == ["7", "episode-0", "support", str(scope["listed"][0].support["id"][0])]
+    if name == "one_level":
+        # Row 7 is the damaged one; it is found by each of the four problems.
+        found = printed.splitlines()
+        assert found[:2] == ["training row 7"] * 2
+        assert found[2:] == ["True", "smallest weight: row 7", "(1, 20) True", "real row 7"]
     if name == "lab":
         assert printed == "7 flipped labels\n"
     if name == "contributing":

@@ -101,7 +101,7 @@ def test_nothing_is_compiled_while_tracing(cases, monkeypatch):
     assert jnp.ndim(case.meta_params["bias"]) == 1
 
 
-@pytest.mark.parametrize("kind", ["unrolled", "closed form", "task loss"])
+@pytest.mark.parametrize("kind", ["implicit", "unrolled", "closed form", "task loss"])
 def test_problems_may_close_over_traced_values(kind):
     """A problem that is made inside a function that is differentiated, mapped or compiled."""
     task = mi.Task(jnp.asarray([[0.5], [2.0], [1.0]]), jnp.asarray([[1.0], [3.0], [2.0]]))
@@ -130,6 +130,33 @@ def test_problems_may_close_over_traced_values(kind):
     step = 1e-5
     numeric = (scores(0.5 + step) - scores(0.5 - step)) / (2 * step)
     chex.assert_trees_all_close(slope, numeric, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("argument", ["minimizer", "linear_solver", "solver"])
+def test_what_is_no_part_of_an_answer_may_not_close_over_what_is_differentiated(argument):
+    make = {
+        "minimizer": lambda x: mi.adaptation.optax_minimizer(optax.sgd(0.1 * x), 60),
+        "linear_solver": lambda x: mi.solvers.cg(tol=1e-9 * x),
+        "solver": lambda x: mi.solvers.cg(tol=1e-9 * x),
+    }[argument]
+
+    def loss(params, meta_params, batch):
+        return (params - batch - meta_params) ** 2
+
+    def made(x):
+        if argument == "solver":
+            return mi.optimum(mi.from_task_loss(lambda m, t, w: m**2), solver=make(x))
+        return mi.adaptation.implicit(loss, lambda m, s: jnp.zeros(()), **{argument: make(x)})
+
+    def use(x):
+        made(x)
+        return x
+
+    jax.vmap(use)(jnp.ones(2))
+    jax.grad(lambda x: x * use(jax.lax.stop_gradient(x)))(1.0)
+    for differentiate in (jax.grad, jax.jacfwd):
+        with pytest.raises(TypeError, match=rf"^{argument}: expected a function that closes over no value .* float64"):
+            differentiate(use)(1.0)
 
 
 @pytest.mark.parametrize("curvature", [mi.curvature.exact(), mi.curvature.linearized()], ids=repr)

@@ -206,6 +206,17 @@ def test_rounding_is_not_taken_for_negative_curvature():
         mi.check(report(mi.SolveStatus.INDEFINITE, min_curvature=-1e-2))
 
 
+def test_the_call_that_may_do_in_float32_is_named():
+    choice = np.int32(mi.solvers.Choice.KRYLOV)
+    with pytest.raises(
+        mi.SolveError, match=r"solver=metainfluence\.solvers\.auto\(tol=1e-3\) with damping=\"auto\" first"
+    ):
+        mi.check(report(mi.SolveStatus.MAX_STEPS, choice=choice))
+    with pytest.raises(mi.SolveError) as told:
+        mi.check(report(mi.SolveStatus.MAX_STEPS))
+    assert "tol=1e-3" not in str(told.value)
+
+
 def test_numbers_that_are_not_finite_are_not_laid_to_the_curvature():
     with pytest.raises(mi.SolveError, match="no number here holds") as told:
         mi.check(report(mi.SolveStatus.NONFINITE, relative_residual=np.nan, min_curvature=np.nan))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import metainfluence as mi
 
@@ -75,3 +76,50 @@ def test_drop_works_under_jit():
     got = jax.jit(lambda weights, pairs: mi.drop(weights, support=pairs))(weights, pairs)
     assert got.support[1, 1] == 0
     assert got.support.sum() == 9
+
+
+class Foreign:
+    """An array of another library, whose dtype NumPy does not know; PyTorch's are such."""
+
+    dtype = "theirs.float64"
+
+    def __init__(self, values):
+        self.values = values
+        self.shape, self.ndim = values.shape, values.ndim
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+
+def test_arrays_of_other_libraries_are_stacked():
+    single = [mi.Task({"x": Foreign(np.full((2, 3), float(k)))}, Foreign(np.ones(n))) for k, n in ((0, 2), (1, 3))]
+    stacked = mi.stack_tasks(single)
+    np.testing.assert_array_equal(stacked.support["x"][1], np.ones((2, 3)))
+    np.testing.assert_array_equal(stacked.query_mask, [[True, True, False], [True] * 3])
+    assert isinstance(stacked.query, jax.Array)
+
+
+def test_scores_are_summed_by_datum_over_both_sides_without_padding():
+    single = [task(3, 2), task(2, 3, 10)]
+    ids = [([5, 3, 5], [3, 9]), ([9, 7], [5, 5, 3])]
+    single = [
+        mi.Task(t.support | {"id": np.asarray(s)}, {"v": t.query[0], "id": np.asarray(q)})
+        for t, (s, q) in zip(single, ids, strict=True)
+    ]
+    tasks = mi.stack_tasks(single)
+    support, query = 1.0 * np.arange(6).reshape(2, 3), 10.0 * np.arange(6).reshape(2, 3)
+    scores = mi.Scores(np.zeros(2), support, query, None)
+    found = mi.by_datum(scores, tasks)
+    assert found.ids.tolist() == [3, 5, 7, 9]
+    assert found.score.tolist() == [1 + 0 + 50, 0 + 2 + 30 + 40, 4, 10 + 3]
+    assert found.places.tolist() == [3, 4, 1, 2]
+    names = mi.by_datum(scores, tasks, lambda side: np.char.mod("p%d", np.asarray(side["id"])))
+    assert names.ids.tolist() == ["p3", "p5", "p7", "p9"]
+    alone = mi.by_datum(scores, tasks, lambda side: side["id"] if "v" in side else None)
+    assert alone.score.tolist() == [50, 70, 10]
+    with pytest.raises(TypeError, match=r"ids: expected tasks\.support to hold a leaf 'name', got dict"):
+        mi.by_datum(scores, tasks, "name")
+    with pytest.raises(ValueError, match=r"ids: expected those of tasks\.support in the shape \(2, 3\)"):
+        mi.by_datum(scores, tasks, lambda side: np.arange(2))
+    with pytest.raises(TypeError, match="got traced arrays"):
+        jax.jit(lambda s: mi.by_datum(s, tasks).score)(mi.Scores(*scores[:3], jnp.zeros(())))

@@ -6,6 +6,8 @@ in w to the change of λ, and `vjp`, from the slope of a target to dφ/dw of eve
 
 from metainfluence.response._blame import finite_gradients as finite_gradients
 from metainfluence.response._blame import without_spoilt as without_spoilt
+from metainfluence.response._by_datum import DatumScores as DatumScores
+from metainfluence.response._by_datum import by_datum as by_datum
 from metainfluence.response._checkpoints import Checkpoint as Checkpoint
 from metainfluence.response._checkpoints import checkpoints as checkpoints
 from metainfluence.response._choice import DEVICE_SHARE as DEVICE_SHARE
@@ -13,6 +15,10 @@ from metainfluence.response._choice import linearised_bytes as linearised_bytes
 from metainfluence.response._damping import RANK as RANK
 from metainfluence.response._damping import Damping as Damping
 from metainfluence.response._damping import rule as rule
+from metainfluence.response._direct import DirectEffectWarning as DirectEffectWarning
+from metainfluence.response._direct import check_total_effect as check_total_effect
+from metainfluence.response._direct import shares_support as shares_support
+from metainfluence.response._direct import warn_of_direct_effect as warn_of_direct_effect
 from metainfluence.response._hessian import total_hessian as total_hessian
 from metainfluence.response._optimum import Optimum as Optimum
 from metainfluence.response._optimum import OptimumInfo as OptimumInfo
@@ -45,6 +51,7 @@ from metainfluence.response._sums import mean as mean
 from metainfluence.response._sums import regularizer_gradient as regularizer_gradient
 from metainfluence.response._sums import regularizer_product as regularizer_product
 from metainfluence.response._target import name_target_not_finite as name_target_not_finite
+from metainfluence.response._target import slopes_of as slopes_of
 from metainfluence.response._target import target_gradient as target_gradient
 from metainfluence.response._trajectory import RunInfo as RunInfo
 from metainfluence.response._trajectory import Trajectory as Trajectory

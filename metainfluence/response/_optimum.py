@@ -70,6 +70,11 @@ class Optimum:
         return self.expansion.weights
 
     @property
+    def tasks(self) -> Task:
+        """The tasks."""
+        return self.expansion.tasks
+
+    @property
     def operator(self) -> Operator:
         """H, damping included."""
         return self.expansion.operator.damped(self.info.damping)

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from metainfluence import solvers
 from metainfluence._checks import check_batch_size, check_damping, check_mesh, check_precision, traced_at
 from metainfluence._chunks import Chunks
+from metainfluence._outline import refuse_differentiated
 from metainfluence.curvature import Curvature, check_curvature, exact
 from metainfluence.data import Task, Weights
 from metainfluence.operators import flat_norm
@@ -66,6 +67,7 @@ class Options(NamedTuple):
         solver = solvers.auto() if solver is None else solver
         if not isinstance(solver, Solver):
             raise TypeError(f"solver: expected one of metainfluence.solvers, as cg(), got {solver!r}")
+        refuse_differentiated("solver", solver)
         check_curvature(problem, curvature)
         if isinstance(damping, str) and damping != "auto":
             raise ValueError(f'damping: expected a non-negative number or "auto", got {damping!r}')
@@ -93,4 +95,4 @@ class Options(NamedTuple):
         expand = Sums(self.problem, self.curvature, chunks, self.mesh, self.precision).expand
         found = expand(meta_params, tasks, weights)
         rest = without_spoilt(self.problem, flat_norm(found.gradient), meta_params, tasks, weights)
-        return found if rest is None else expand(meta_params, rest, weights)
+        return found if rest is None else expand(meta_params, rest.tasks, rest.weights(weights))

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence._checks import check_precision, maker, traced_at
 from metainfluence.data import Weights
-from metainfluence.response._target import target_gradient
+from metainfluence.response._direct import check_total_effect, shares_support, warn_of_direct_effect
+from metainfluence.response._target import slopes_of
 from metainfluence.solvers import SolveInfo
 
 
@@ -73,7 +74,9 @@ class ScoresOfTarget(Protocol):
 
 
 @maker
-def scores(at: Response, target: Callable[..., Array], *, precision: str | None = "highest") -> ScoresOfTarget:
+def scores(
+    at: Response, target: Callable[..., Array], *, precision: str | None = "highest", total_effect: bool = False
+) -> ScoresOfTarget:
     """Makes (*target_args) -> Scores of all tasks and all examples, by one question to a response.
 
     A score is − w · dφ/dw at the response's weights.
@@ -82,6 +85,10 @@ def scores(at: Response, target: Callable[..., Array], *, precision: str | None 
       at: a response, as made by `optimum`.
       target: φ: (meta_params, *target_args) -> scalar, as made by `query_loss`.
       precision: of the target's matrix products, see `jax.default_matmul_precision`; None for JAX's.
+      total_effect: as in `influence_scores`; the weights are those of the response.
+
+    Warns:
+      DirectEffectWarning: as `influence_scores`.
 
     Raises:
       TypeError: `at` is no response, or `target` cannot be called so.
@@ -104,11 +111,20 @@ def scores(at: Response, target: Callable[..., Array], *, precision: str | None 
         raise TypeError(f"at: expected a response, as made by metainfluence.optimum, got {type(at).__name__}")
     check_target(target)
     check_precision(precision)
+    check_total_effect(total_effect)
 
     def run(*target_args: Any) -> Scores:
         with traced_at(precision):
-            slope = target_gradient(target, at.meta_params, target_args)
-        return removal_scores(at.weights, *at.vjp(slope))
+            slope, direct = slopes_of(target, at.meta_params, target_args, at.weights, total_effect)
+        sensitivity, info = at.vjp(slope)
+        if direct is not None:
+            return removal_scores(at.weights, jax.tree.map(jnp.add, sensitivity, direct), info)
+        tasks: Any = getattr(at, "tasks", None)
+        if isinstance(info, SolveInfo) and tasks is not None:
+            info = info._replace(support_shared=shares_support(tasks, target_args))
+        found = removal_scores(at.weights, sensitivity, info)
+        warn_of_direct_effect(found)
+        return found
 
     return run
 

@@ -89,6 +89,12 @@ class Expansion:
         return self._sums.chunks
 
     @property
+    def objective(self) -> Array:
+        """F."""
+        rest = meta_regularization(self._sums.problem, self.meta_params)
+        return self._sums.objective(self.meta_params, self.tasks, self.weights) + rest
+
+    @property
     def operator(self) -> Operator:
         """The derivative in λ: the Hessian, or what the curvature puts in its place."""
         data = (self.meta_params, self.tasks, self.weights)
@@ -239,6 +245,7 @@ class Sums(NamedTuple):
         _, found = reduce_tasks(chunk, (at.tasks, at.weights), self.chunks.tasks, self.mesh)
         return jax.tree.map(lambda leaf: leaf / at.weights.task.shape[0], found)
 
+    @at_own_precision
     def objective(self, meta_params: PyTree, tasks: Task, weights: Weights) -> Array:
         """F without the meta-regulariser, which sees no weights."""
 

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from metainfluence._checks import calling, check_function, check_scalar
-from metainfluence.data import name_not_finite
+from metainfluence.data import Weights, name_not_finite
 
 
 def target_gradient(target: Callable[..., Array], meta_params: PyTree, target_args: tuple[Any, ...]) -> PyTree:
@@ -29,6 +29,40 @@ def target_gradient(target: Callable[..., Array], meta_params: PyTree, target_ar
     slope = jax.grad(value)(meta_params)
     name_target_not_finite(slope, target_args)
     return slope
+
+
+def target_gradients(
+    target: Callable[..., Array], meta_params: PyTree, target_args: tuple[Any, ...], weights: Weights
+) -> tuple[PyTree, Weights]:
+    """∂_λφ and ∂_wφ of a target φ(λ, w), which is called with `weights=`.
+
+    Raises:
+      TypeError: `target` takes no such keyword.
+      ValueError: as `target_gradient`.
+    """
+    passed = "(meta_params, *target_args, weights=) -> scalar, since total_effect=True passes the training weights on"
+    check_function("target", target, passed, meta_params, *target_args, weights=weights)
+
+    def value(meta_params: PyTree, weights: Weights) -> Array:
+        with calling("target", "(meta_params, *target_args, weights=weights)"):
+            return check_scalar(target(meta_params, *target_args, weights=weights), "target")
+
+    slopes: tuple[PyTree, Weights] = jax.grad(value, argnums=(0, 1))(meta_params, weights)
+    name_target_not_finite(slopes, target_args)
+    return slopes
+
+
+def slopes_of(
+    target: Callable[..., Array],
+    meta_params: PyTree,
+    target_args: tuple[Any, ...],
+    weights: Weights,
+    total_effect: bool,
+) -> tuple[PyTree, Weights | None]:
+    """∂_λφ, and ∂_wφ where the target is asked for its total effect."""
+    if total_effect:
+        return target_gradients(target, meta_params, target_args, weights)
+    return target_gradient(target, meta_params, target_args), None
 
 
 def name_target_not_finite(slope: PyTree, target_args: tuple[Any, ...]) -> None:

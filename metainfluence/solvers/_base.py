@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from metainfluence.operators import Operator
 from metainfluence.solvers._called import Called, shown
@@ -71,6 +71,8 @@ class SolveInfo(NamedTuple):
       meta_params_norm: ‖λ‖, to which distances in λ compare; None from a solver alone.
       flat_directions: dimensions along which H is zero to working precision. The solution is the one of least norm, and
         a right-hand side with a part along them leaves a residual. None where a solver does not look for them.
+      support_shared: whether the target's tasks share support data with training while the direct effect is left out;
+        None where no target's tasks could.
     """
 
     status: Int[Array, "..."]
@@ -84,6 +86,7 @@ class SolveInfo(NamedTuple):
     damping: Float[Array, "..."] | None = None
     meta_params_norm: Float[Array, "..."] | None = None
     flat_directions: Int[Array, "..."] | None = None
+    support_shared: Bool[Array, "..."] | None = None
 
     def __repr__(self) -> str:
         """The fields, with the names of codes."""

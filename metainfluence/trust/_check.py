@@ -18,6 +18,7 @@ from metainfluence.response import (
     SegmentsInfo,
     problems_of_run,
     problems_of_segments,
+    warn_of_direct_effect,
 )
 from metainfluence.solvers import SolveInfo, SolveStatus
 from metainfluence.trust._coupling import CouplingWarning
@@ -66,6 +67,7 @@ _NO_MINIMUM = (
     "minimiser take more steps"
 )
 _FLOAT64 = 'compute in float64 (jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1)'
+_ONE_CALL = 'in float32 try solver=metainfluence.solvers.auto(tol=1e-3) with damping="auto" first'
 _ADVICE = {
     "outer_residual": "the unfinished solve dominates: lower the solver's tol, allow more steps, or raise the damping",
     "precision": f"rounding dominates: {_FLOAT64}, or raise the damping",
@@ -73,8 +75,7 @@ _ADVICE = {
     "outer_stationarity": "λ is not stationary: the formula answers for the proximal problem F(λ') + δ/2 ‖λ' − λ − "
     "D_λF/δ‖² that λ does minimise; train on first, on all tasks at once with a falling learning rate, until "
     'outer_gradient_norm is small; or take the Newton-corrected λ of edit(problem, damping="auto", '
-    "num_newton_steps=…)(meta_params, tasks, weights, weights), and ask there; steps that "
-    "raise outer_gradient_norm are not taken",
+    "num_newton_steps=…)(meta_params, tasks, weights, weights), and ask there; each step is taken as far as F falls",
 }
 # Below what scores are used for: rankings, signs and a few digits.
 _SMALL = 1e-4
@@ -138,9 +139,10 @@ def _budget(result: Any, meta_params: PyTree, small: float) -> ErrorBudget:
     length = np.maximum(known if meta_params is None else float(optax.tree.norm(meta_params)), np.finfo(float).tiny)
     distance = _number(info.outer_gradient_norm) / positive / length
     if isinstance(result, Edit):
-        # An edit's answer is the point of its smallest gradient.
-        kept = np.argmin(_number(info.outer_gradient_norm), axis=-1, keepdims=True)
-        distance = np.take_along_axis(distance, kept, axis=-1)
+        # A searched edit's answer is where its last step led; of others the nearest point is judged.
+        norms = _number(info.outer_gradient_norm)
+        kept = np.argmin(norms, axis=-1, keepdims=True) if result.step_lengths is None else [norms.shape[-1] - 1]
+        distance = np.take_along_axis(distance, np.broadcast_to(kept, (*norms.shape[:-1], 1)), axis=-1)
     terms = {
         "outer_residual": _worst(residual * effective / positive),
         "precision": _worst(eps * effective / positive),
@@ -184,6 +186,7 @@ def check(result: Any, *, tol: float | None = None) -> Any:
     Warns:
       SlopeWarning: the target's gradient is exactly 0, and so is every score; an error with `tol`.
       CouplingWarning: every score of a support example is exactly 0.
+      DirectEffectWarning: the target's tasks share support data with training, see `influence_scores`.
 
     Returns:
       `result`, unchanged.
@@ -221,6 +224,7 @@ def check(result: Any, *, tol: float | None = None) -> Any:
         warnings.warn(told, SlopeWarning, stacklevel=2)
     if told := _without_support(result):
         warnings.warn(told, CouplingWarning, stacklevel=2)
+    warn_of_direct_effect(result)
     if tol is not None:
         budget = _budget(result, None, small=tol)
         worst = float(getattr(budget, budget.dominant))
@@ -293,6 +297,8 @@ def remedy(info: SolveInfo, select: tuple[int, ...] = ()) -> str:
     kind = SolveStatus(int(np.asarray(info.status)[select]))
     if kind == SolveStatus.INDEFINITE and np.broadcast_to(_rounded(info), np.shape(info.status))[select]:
         return _ROUNDING.format(f"{_FLOAT64}, or " if _eps(info) > _EPS64 else "")
+    if kind == SolveStatus.MAX_STEPS and info.choice is not None and _eps(info) > _EPS64:
+        return f"{_ONE_CALL}; {solvers.REMEDIES[kind]}"
     return solvers.REMEDIES[kind]
 
 
@@ -314,7 +320,9 @@ def _without_slope(result: Any) -> str:
     if not hasattr(result, "task") or getattr(result.info, "effective_curvature", None) is None:
         return ""
     one_target = np.ndim(result.info.status) == np.ndim(result.task) - 1
-    return _NO_SLOPE if one_target and np.any(np.asarray(result.info.effective_curvature) == 0) else ""
+    silent = one_target and np.any(np.asarray(result.info.effective_curvature) == 0)
+    # A target that depends on the weights themselves has scores without a gradient in λ.
+    return _NO_SLOPE if silent and not any(map(np.any, (result.task, result.support, result.query))) else ""
 
 
 def _without_support(result: Any) -> str:

@@ -153,6 +153,11 @@ def preflight(
     def run(meta_params: PyTree, tasks: Task | Sized) -> Plan:
         if not _is_abstract(meta_params):
             check_meta_params(meta_params)
+        if not isinstance(tasks, Task) and not (hasattr(tasks, "__len__") and hasattr(tasks, "__getitem__")):
+            raise TypeError(
+                "tasks: expected stacked tasks, or a source with a length and an index, as a list of single tasks, got "
+                f"{type(tasks).__name__}; of a stream take a piece: list(itertools.islice(stream, 100))"
+            )
         devices = 1 if mesh is None else mesh.size
         room = devices * free_memory() * FREE_SHARE if memory is None else memory
         count = sizes(tasks).lead[0] if isinstance(tasks, Task) else len(tasks)

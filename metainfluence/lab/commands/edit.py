@@ -123,7 +123,7 @@ def run(config: EditConfig) -> None:
     step = optax.tree.norm(optax.tree.sub(edited.meta_params, job.meta_params)) / optax.tree.norm(job.meta_params)
     out = config.out or folder or (config.scores.parent if config.scores is not None else Path())
     norms = np.asarray(edited.info.outer_gradient_norm)
-    reached = int(np.argmin(norms))
+    reached = len(norms) - 1
     change = {
         "removed": labels(job, chosen),
         "role": config.role,
@@ -134,7 +134,7 @@ def run(config: EditConfig) -> None:
         "gradient norm with all data": with_all,
         "gradient norm before": unedited,
         "gradient norm after each step": norms.tolist(),
-        "steps kept": reached,
+        "step lengths": np.asarray(edited.step_lengths).tolist(),
         "meta_params": of_arrays(job.meta_params),
         "edited": of_arrays(edited.meta_params),
     }
@@ -174,7 +174,7 @@ def tell(change: dict[str, Any]) -> None:
         f"{change['gradient norm before']:.1e} before the edit and "
         f"{', '.join(f'{each:.1e}' for each in change['gradient norm after each step'])} after"
         + (
-            f"; of these the point after {change['steps kept']} Newton steps is kept"
+            f"; parts of the steps taken: {', '.join(f'{each:g}' for each in change['step lengths'])}"
             if len(change["gradient norm after each step"]) > 1
             else ""
         )

@@ -51,7 +51,7 @@ EVERYWHERE: Options = (
     (
         (
             '; or take the Newton-corrected λ of edit(problem, damping="auto", num_newton_steps=…)(meta_params, tasks, '
-            "weights, weights), and ask there; steps that raise outer_gradient_norm are not taken"
+            "weights, weights), and ask there; each step is taken as far as F falls"
         ),
         "",
     ),
