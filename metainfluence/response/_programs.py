@@ -38,16 +38,16 @@ class Programs:
         self._train = jax.jit(self._trained, static_argnums=0)
         self._segment = jax.jit(self._forward, static_argnums=0)
         self._norm = jax.jit(self._gradient_norm)
-        self._pull = {many: jax.jit(_mapped(self._pulled, many), static_argnums=0) for many in (False, True)}
-        self._back = {many: jax.jit(_mapped(self._segment_back, many), static_argnums=0) for many in (False, True)}
-        self._begin = {many: jax.jit(_mapped(self._begun, many), static_argnums=0) for many in (False, True)}
+        self._pull = jax.jit(self._pulled, static_argnums=0)
+        self._back = jax.jit(self._segment_back, static_argnums=0)
+        self._begin = jax.jit(self._begun, static_argnums=0)
         self._push = {many: jax.jit(_mapped(self._pushed, many), static_argnums=0) for many in (False, True)}
 
     @at_own_precision
-    def sweeps(self, state: PyTree) -> Sweeps:
-        """The programs for a state of these shapes."""
+    def sweeps(self, state: PyTree, many: bool = False) -> Sweeps:
+        """The programs for a state of these shapes, and for one cotangent or many."""
         length = steps_per_segment(self._keep, self.store, self.run, state)
-        return Sweeps(self.run, length, self.store == "device" and length == self.run.num_steps, self.mesh)
+        return Sweeps(self.run, length, self.store == "device" and length == self.run.num_steps, self.mesh, many)
 
     def train(
         self, state: PyTree, steps: Steps, tasks: Task, weights: Weights
@@ -70,19 +70,19 @@ class Programs:
         self, many: bool, slope: PyTree, state: PyTree, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Weights, Array, Array]:
         """(dφ/dw, norms of the cotangents, their growth)."""
-        return self._pull[many](self.sweeps(state), slope, state, kept, steps, tasks, weights)
+        return self._pull(self.sweeps(state, many), slope, state, kept, steps, tasks, weights)
 
     @at_own_precision
     def begin_back(self, many: bool, slope: PyTree, state: PyTree, weights: Weights) -> tuple[Returned, Array]:
         """What comes back before the last segment, and the norm of the cotangent there."""
-        return self._begin[many](self.sweeps(state), slope, state, weights)
+        return self._begin(self.sweeps(state, many), slope, state, weights)
 
     @at_own_precision
     def segment_back(
         self, many: bool, returned: Returned, state: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Returned, Array]:
         """Comes back through one segment of which the first state is given."""
-        return self._back[many](self.sweeps(state), returned, state, steps, tasks, weights)
+        return self._back(self.sweeps(state, many), returned, state, steps, tasks, weights)
 
     @at_own_precision
     def push(
@@ -108,9 +108,11 @@ class Programs:
         return optax.tree.norm(jax.grad(objective)(self.run.meta_params(state), tasks, weights))
 
     def _begun(self, sweeps: Sweeps, slope: PyTree, state: PyTree, weights: Weights) -> tuple[Returned, Array]:
-        del sweeps
-        cotangent = cotangent_of(self.run, state, slope)
-        return Returned(cotangent, jax.tree.map(jnp.zeros_like, weights)), relative_norm(cotangent, state)
+        def begin(slope: PyTree) -> tuple[Returned, Array]:
+            cotangent = cotangent_of(self.run, state, slope)
+            return Returned(cotangent, jax.tree.map(jnp.zeros_like, weights)), relative_norm(cotangent, state)
+
+        return (jax.vmap(begin) if sweeps.many else begin)(slope)
 
     def _pulled(
         self, sweeps: Sweeps, slope: PyTree, state: PyTree, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
@@ -122,7 +124,8 @@ class Programs:
     def _segment_back(
         self, sweeps: Sweeps, returned: Returned, state: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Returned, Array]:
-        return sweeps.back_again(returned, state, steps, tasks, weights)
+        returned, norms = sweeps.back_again(returned, state, steps, tasks, weights)
+        return returned, jnp.moveaxis(norms, 0, -1)
 
     def _pushed(
         self, sweeps: Sweeps, direction: Weights, start: PyTree, steps: Steps, tasks: Task, weights: Weights
