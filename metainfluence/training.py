@@ -391,7 +391,6 @@ def _with_product(before: Floats, product: PyTree) -> Floats:
     return [*map(jnp.add, before[: len(leaves)], leaves), *before[len(leaves) :]]
 
 
-
 def training(
     problem: Bilevel,
     optimizer: optax.GradientTransformation,

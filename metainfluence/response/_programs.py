@@ -16,7 +16,7 @@ from metainfluence._checks import at_own_precision
 from metainfluence.data import Task, Weights
 from metainfluence.problem import total_objective
 from metainfluence.response._sweeps import Passed, Returned, Steps, Sweeps, change_of, cotangent_of, relative_norm
-from metainfluence.training import Run
+from metainfluence.training import Floats, Run
 
 KEEP_ALL_BYTES = 1 << 28
 """Up to so many bytes of states and gradients a run on the device keeps those of every step."""
@@ -41,6 +41,11 @@ class Programs:
         self._pull = jax.jit(self._pulled, static_argnums=0)
         self._back = jax.jit(self._segment_back, static_argnums=0)
         self._begin = jax.jit(self._begun, static_argnums=0)
+        self._one = jax.jit(self._step, static_argnums=0)
+        self._one_back = jax.jit(self._step_back, static_argnums=0)
+        self._one_push = {many: jax.jit(self._pushes(many)) for many in (False, True)}
+        self._change = {many: jax.jit(self._changes(many)) for many in (False, True)}
+        self._slope = jax.jit(self._batch_slope)
         self._push = {many: jax.jit(_mapped(self._pushed, many), static_argnums=0) for many in (False, True)}
 
     @at_own_precision
@@ -90,6 +95,75 @@ class Programs:
     ) -> PyTree:
         """The change of λ_N."""
         return self._push[many](self.sweeps(start), direction, start, steps, tasks, weights)
+
+    @at_own_precision
+    def step(self, passed: Passed, number: Array, tasks: Task, weights: Weights) -> tuple[Passed, PyTree]:
+        """Goes through one step with its own tasks; also gives what `step_back` wants of it."""
+        return self._one(self.sweeps(passed.state), passed, number, tasks, weights)
+
+    @at_own_precision
+    def step_back(
+        self, many: bool, cotangent: Floats, kept: PyTree, number: Array, tasks: Task, weights: Weights
+    ) -> tuple[Floats, Weights, Array]:
+        """Comes back through one step: (cotangent, dφ/dw of the step's tasks, its norm)."""
+        return self._one_back(self.sweeps(kept[0], many), cotangent, kept, number, tasks, weights)
+
+    @at_own_precision
+    def step_push(
+        self, many: bool, change: Floats, along: Weights, state: PyTree, number: Array, tasks: Task, weights: Weights
+    ) -> tuple[PyTree, Floats]:
+        """(state after one step, its change)."""
+        return self._one_push[many](change, along, state, number, tasks, weights)
+
+    @at_own_precision
+    def change(self, many: bool, change: Floats, state: PyTree) -> PyTree:
+        """The change of λ."""
+        return self._change[many](change, state)
+
+    @at_own_precision
+    def batch_slope(self, state: PyTree, tasks: Task, weights: Weights) -> PyTree:
+        """Σ w_k D_λL_k over a batch."""
+        return self._slope(state, tasks, weights)
+
+    def _step(
+        self, sweeps: Sweeps, passed: Passed, number: Array, tasks: Task, weights: Weights
+    ) -> tuple[Passed, PyTree]:
+        passed, kept = sweeps.forward(passed, Steps(number[None], None), tasks, weights)
+        return passed, jax.tree.map(lambda leaf: leaf[0], kept)
+
+    def _step_back(
+        self, sweeps: Sweeps, cotangent: Floats, kept: PyTree, number: Array, tasks: Task, weights: Weights
+    ) -> tuple[Floats, Weights, Array]:
+        state, record = kept
+        cotangent, scores = sweeps.pull_step(state, record, number, tasks, weights, cotangent)
+        return cotangent, scores, sweeps.norm(cotangent, state)
+
+    def _pushes(self, many: bool) -> Callable[..., tuple[PyTree, Floats]]:
+        def push(
+            change: Floats, along: Weights, state: PyTree, number: Array, tasks: Task, weights: Weights
+        ) -> tuple[PyTree, Floats]:
+            def one(change: Floats, along: Weights) -> tuple[PyTree, Floats]:
+                return self.run.push(state, number, tasks, weights, change, along, self.mesh)
+
+            return (jax.vmap(one, out_axes=(None, 0)) if many else one)(change, along)
+
+        return push
+
+    def _changes(self, many: bool) -> Callable[..., PyTree]:
+        def change(change: Floats, state: PyTree) -> PyTree:
+            def one(change: Floats) -> PyTree:
+                return change_of(self.run, state, change)
+
+            return (jax.vmap(one) if many else one)(change)
+
+        return change
+
+    def _batch_slope(self, state: PyTree, tasks: Task, weights: Weights) -> PyTree:
+        assert self.run.problem is not None
+        plain = self.run.problem._replace(meta_regularizer=None)
+        objective = total_objective(plain, mesh=self.mesh, precision=None)
+        slope = jax.grad(objective)(self.run.meta_params(state), tasks, weights)
+        return optax.tree.scale(weights.task.shape[0], slope)
 
     def _trained(
         self, sweeps: Sweeps, state: PyTree, steps: Steps, tasks: Task, weights: Weights

@@ -107,7 +107,10 @@ class Sweeps:
     def back(
         self, returned: Returned, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Returned, Array]:
-        """Comes back through some steps of which all states and records are given; also gives the cotangents' norms, on the first axis."""
+        """Comes back through some steps of which all states and records are given.
+
+        Also gives the norms of the cotangents, the steps on the first axis.
+        """
 
         def step(returned: Returned, each: tuple[Steps, tuple[PyTree, PyTree]]) -> tuple[Returned, Array]:
             steps, (state, record) = each
@@ -210,5 +213,3 @@ def change_of(run: Run, state: PyTree, change: Floats) -> PyTree:
 
 def _first(steps: Steps) -> Steps:
     return jax.tree.map(lambda x: x[0], steps)
-
-

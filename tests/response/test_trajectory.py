@@ -548,8 +548,8 @@ def test_arguments_that_cannot_be() -> None:
     make = mi.trajectory(RUN)
     with pytest.raises(ValueError, match=r"start\['scale'\]: expected finite numbers, got NaN or infinity"):
         make({"scale": jnp.asarray(jnp.nan)}, TASKS)
-    with pytest.raises(TypeError, match=r"tasks: expected a metainfluence.Task, got list"):
-        make(tiny.LAMBDA, [tiny.TASK])
+    with pytest.raises(TypeError, match=r"tasks: expected a metainfluence.Task, got dict"):
+        make(tiny.LAMBDA, {"query": tiny.TASK.query})  # type: ignore[call-overload]
     at = make(tiny.LAMBDA, TASKS)
     for slope, match in (
         ({"other": jnp.asarray(1.0)}, "slope: expected a pytree of structure"),
