@@ -116,8 +116,8 @@ class Sweeps:
             steps, (state, record) = each
 
             def go(returned: Returned) -> tuple[Returned, Array]:
-                data = (steps.number, *taken(steps.row, tasks, weights))
-                cotangent, part = self.pull_step(state, record, *data, returned.cotangent)
+                chosen, own = taken(steps.row, tasks, weights)
+                cotangent, part = self.pull_step(state, record, steps.number, chosen, own, returned.cotangent)
                 scores = jax.tree.map(lambda total, new: self._added(total, steps.row, new), returned.scores, part)
                 return Returned(cotangent, scores), self.norm(cotangent, state)
 

@@ -212,8 +212,8 @@ def trajectory(
         if is_source(tasks):
             if keep == "all":
                 raise ValueError('keep: expected "auto", "sqrt" or a positive integer with a source, got "all"')
-            at = streamed(in_parts, start, tasks, weights, folder, resume, progress)
-            return at if end is None else dataclasses.replace(at, info=_compared(at, end))
+            read = streamed(in_parts, start, tasks, weights, folder, resume, progress)
+            return read if end is None else dataclasses.replace(read, info=_compared(read, end))
         weights = resolve_weights(weights, tasks)
         state = run.begin(start)
         table = run.batches(sizes(tasks).lead[0])
