@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 from jaxtyping import Array, Int, PyTree
 
 from metainfluence._checks import (
@@ -112,6 +113,12 @@ class Run(abc.ABC):
         mesh: Mesh | None = None,
     ) -> tuple[Floats, Weights]:
         """The transpose of `push`: of a cotangent of the state after the step, that of the state before and dφ/dw."""
+
+    @abc.abstractmethod
+    def pullback(
+        self, state: PyTree, record: PyTree, number: Array, tasks: Task, weights: Weights, mesh: Mesh | None = None
+    ) -> Callable[[Floats], tuple[Floats, Weights]]:
+        """`pull` as a map of cotangents, a pytree, with all that does not depend on them done."""
 
     @abc.abstractmethod
     def check(self, state: PyTree, tasks: Task, weights: Weights) -> None:
@@ -232,25 +239,33 @@ class _Training(Run):
         cotangent: Floats,
         mesh: Mesh | None = None,
     ) -> tuple[Floats, Weights]:
-        del number
+        if self.objective_of.hvp == REVERSE:
+            return self.pullback(state, record, number, tasks, weights, mesh)(cotangent)
         objective = total_objective(self.objective_of, mesh=mesh, precision=None)
-
-        def update(gradient: PyTree, floats: Floats) -> Floats:
-            return floats_of(self._update(gradient, with_floats(state, floats)))
-
-        of_gradient, before = jax.vjp(update, record, floats_of(state))[1](cotangent)
+        of_gradient, before = self._update_pullback(state, record)(cotangent)
 
         def slope(meta_params: PyTree, weights: Weights) -> Array:
             """⟨D_λF, v⟩: its gradient is Hv in λ, and in w the scores'; one reverse pass gives both."""
             return jax.jvp(lambda m: objective(m, tasks, weights), (meta_params,), (of_gradient,))[1]
 
-        if self.objective_of.hvp == REVERSE:
-            _, pullback = jax.vjp(lambda m, w: jax.grad(objective)(m, tasks, w), state[0], weights)
-            product, scores = pullback(of_gradient)
-        else:
-            product, scores = jax.grad(slope, argnums=(0, 1))(state[0], weights)
-        leaves = jax.tree.leaves(product)
-        return [*map(jnp.add, before[: len(leaves)], leaves), *before[len(leaves) :]], scores
+        product, scores = jax.grad(slope, argnums=(0, 1))(state[0], weights)
+        return _with_product(before, product), scores
+
+    def pullback(
+        self, state: PyTree, record: PyTree, number: Array, tasks: Task, weights: Weights, mesh: Mesh | None = None
+    ) -> Callable[[Floats], tuple[Floats, Weights]]:
+        del number
+        gradient = jax.grad(total_objective(self.objective_of, mesh=mesh, precision=None))
+        of_gradient = jax.vjp(lambda m, w: gradient(m, tasks, w), state[0], weights)[1]
+        return Partial(_pulled, self._update_pullback(state, record), of_gradient)
+
+    def _update_pullback(self, state: PyTree, gradient: PyTree) -> Callable[[Floats], tuple[PyTree, Floats]]:
+        """The optimiser's own vjp: a cotangent of the state after an update -> those of the gradient and the state."""
+
+        def update(gradient: PyTree, floats: Floats) -> Floats:
+            return floats_of(self._update(gradient, with_floats(state, floats)))
+
+        return jax.vjp(update, gradient, floats_of(state))[1]
 
     def _update(self, gradient: PyTree, state: PyTree) -> PyTree:
         meta_params, inner = state
@@ -351,12 +366,29 @@ class _Loop(Run):
         cotangent: Floats,
         mesh: Mesh | None = None,
     ) -> tuple[Floats, Weights]:
+        return self.pullback(state, record, number, tasks, weights, mesh)(cotangent)
+
+    def pullback(
+        self, state: PyTree, record: PyTree, number: Array, tasks: Task, weights: Weights, mesh: Mesh | None = None
+    ) -> Callable[[Floats], tuple[Floats, Weights]]:
         del record
 
         def step(floats: Floats, weights: Weights) -> Floats:
             return floats_of(self.step(with_floats(state, floats), number, tasks, weights, mesh)[0])
 
-        return jax.vjp(step, floats_of(state), weights)[1](cotangent)
+        return jax.vjp(step, floats_of(state), weights)[1]
+
+
+def _pulled(of_update: Any, of_gradient: Any, cotangent: Floats) -> tuple[Floats, Weights]:
+    slope, before = of_update(cotangent)
+    product, scores = of_gradient(slope)
+    return _with_product(before, product), scores
+
+
+def _with_product(before: Floats, product: PyTree) -> Floats:
+    """The cotangent of the state before a step: through the optimiser, and through the gradient at λ."""
+    leaves = jax.tree.leaves(product)
+    return [*map(jnp.add, before[: len(leaves)], leaves), *before[len(leaves) :]]
 
 
 def training(

@@ -145,6 +145,23 @@ def test_the_seed_decides_and_nothing_else():
     assert other.score != first.score
 
 
+def test_a_run_that_answers_nothing_is_not_smooth_but_silent():
+    """All units of a ReLU dead from the start: every difference is 0, and equal to its derivative."""
+
+    def loss(meta_params, task, weights):
+        hidden = jax.nn.relu(task.query["x"] @ meta_params - 1e3)
+        return weights.query @ (hidden - task.query["y"][:, 0]) ** 2 / weights.query.size
+
+    found = mi.smoothness(mi.training(mi.from_task_loss(loss), SGD, 3), num_directions=2)(SLOPE, TASKS)
+    assert found.verdict == "silent"
+    assert found.score == 0.0
+    assert "does not answer the weights" in found.advice
+    assert "ReLU" in found.advice
+    chosen = mi.choose(smoothness=found, run=True)
+    assert chosen.estimator == "optimum"
+    assert "neither the run nor its checkpoints tell of any datum" in chosen.reason
+
+
 def test_agreement_is_one_for_equals_minus_one_for_opposites_and_none_for_what_is_not_finite():
     left = np.array([1.0, -2.0, 3.0])
     assert sizes_of(left, left) == signs(left, 5 * left) == 1.0

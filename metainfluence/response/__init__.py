@@ -34,10 +34,13 @@ from metainfluence.response._response import Scores as Scores
 from metainfluence.response._response import check_target as check_target
 from metainfluence.response._response import removal_scores as removal_scores
 from metainfluence.response._response import scores as scores
+from metainfluence.response._run_info import RunInfo as RunInfo
+from metainfluence.response._run_info import problems_of_run as problems_of_run
 from metainfluence.response._segments import Segments as Segments
 from metainfluence.response._segments import SegmentsInfo as SegmentsInfo
 from metainfluence.response._segments import problems_of_segments as problems_of_segments
 from metainfluence.response._segments import segments as segments
+from metainfluence.response._streamed import Streamed as Streamed
 from metainfluence.response._sums import Expansion as Expansion
 from metainfluence.response._sums import Pull as Pull
 from metainfluence.response._sums import Sums as Sums
@@ -53,9 +56,7 @@ from metainfluence.response._sums import regularizer_product as regularizer_prod
 from metainfluence.response._target import name_target_not_finite as name_target_not_finite
 from metainfluence.response._target import slopes_of as slopes_of
 from metainfluence.response._target import target_gradient as target_gradient
-from metainfluence.response._trajectory import RunInfo as RunInfo
 from metainfluence.response._trajectory import Trajectory as Trajectory
-from metainfluence.response._trajectory import problems_of_run as problems_of_run
 from metainfluence.response._trajectory import trajectory as trajectory
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "Scores",
     "Segments",
     "SegmentsInfo",
+    "Streamed",
     "Trajectory",
     "checkpoints",
     "optimum",

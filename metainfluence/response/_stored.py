@@ -23,7 +23,6 @@ from metainfluence._progress import Reporter
 from metainfluence.data import Task, Weights
 from metainfluence.response._programs import Programs, growth
 from metainfluence.response._sweeps import Passed, Returned, Steps
-from metainfluence.training import Run, taken
 
 _STATE, _SWEEP = "state", "sweep"
 
@@ -63,8 +62,11 @@ class Memory:
 
     def stacked(self) -> PyTree:
         """The states before each segment on a leading axis."""
-        states = [passed.state for passed in self._states[:-1]]
-        return jax.tree.map(lambda *leaves: (jnp if _is_key(leaves[0]) else np).stack(leaves), *states)
+        return jax.tree.map(lambda *leaves: (jnp if _is_key(leaves[0]) else np).stack(leaves), *self.each())
+
+    def each(self) -> list[PyTree]:
+        """The states before each segment."""
+        return [passed.state for passed in self._states[:-1]]
 
 
 class Folder:
@@ -214,9 +216,9 @@ def pull(
     return jax.tree.map(jnp.asarray, returned.scores), kept, growth(kept, last)
 
 
-def manifest_of(run: Run, state: PyTree, steps: Steps, tasks: Task, weights: Weights, precision: str | None) -> str:
-    """What a trajectory's numbers depend on, as JSON."""
-    row = None if steps.row is None else steps.row[0, 0]
+def manifest_of(programs: Programs, state: PyTree, length: int, first: tuple[Task, Weights], data: Any) -> str:
+    """What a trajectory's numbers depend on, as JSON; `data` says it of the tasks, `first` are those of one step."""
+    run = programs.run
 
     def step(state: PyTree, number: Array, tasks: Task, weights: Weights) -> PyTree:
         return run.step(state, number, tasks, weights)[0]
@@ -226,16 +228,23 @@ def manifest_of(run: Run, state: PyTree, steps: Steps, tasks: Task, weights: Wei
             "library": _disk.library(),
             "jax": jax.__version__,
             "default dtype": str(jnp.result_type(float)),
-            "precision": precision,
+            "precision": programs.precision,
             "num_steps": run.num_steps,
-            "steps between states": steps.number.shape[1],
-            "step": _disk.of_function(step, state, steps.number[0, 0], *taken(row, tasks, weights)),
+            "steps between states": length,
+            "step": _disk.of_function(step, state, jnp.zeros((), jnp.int32), *first),
             "start": _disk.of_arrays(state),
-            "tasks": _disk.of_arrays(tasks),
-            "weights": _disk.of_arrays(weights),
-            "order of the tasks": None if steps.row is None else _disk.of_arrays(steps.row),
+            **data,
         }
     )
+
+
+def about(steps: Steps, tasks: Task, weights: Weights) -> dict[str, Any]:
+    """What the manifest says of tasks in memory."""
+    return {
+        "tasks": _disk.of_arrays(tasks),
+        "weights": _disk.of_arrays(weights),
+        "order of the tasks": None if steps.row is None else _disk.of_arrays(steps.row),
+    }
 
 
 def _at(steps: Steps, segment: int) -> Steps:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from metainfluence.data import Task, Weights
+from metainfluence.response._choice import mapped, tree_bytes, vectors_at_once
 from metainfluence.training import Floats, Run, floats_of, taken, with_floats
 
 
@@ -52,12 +53,14 @@ class Sweeps:
       length: steps in a segment.
       keeps_all: whether every step's state and record is kept, so that nothing is computed again; one segment then.
       mesh: devices for each step's tasks.
+      many: whether cotangents, and what comes of them, have a leading axis.
     """
 
     run: Run
     length: int
     keeps_all: bool = False
     mesh: Mesh | None = None
+    many: bool = False
 
     @property
     def segments(self) -> int:
@@ -104,16 +107,19 @@ class Sweeps:
     def back(
         self, returned: Returned, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Returned, Array]:
-        """Comes back through some steps of which all states and records are given; also gives cotangents' norms."""
+        """Comes back through some steps of which all states and records are given.
+
+        Also gives the norms of the cotangents, the steps on the first axis.
+        """
 
         def step(returned: Returned, each: tuple[Steps, tuple[PyTree, PyTree]]) -> tuple[Returned, Array]:
             steps, (state, record) = each
 
             def go(returned: Returned) -> tuple[Returned, Array]:
                 chosen, own = taken(steps.row, tasks, weights)
-                cotangent, part = self.run.pull(state, record, steps.number, chosen, own, returned.cotangent, self.mesh)
-                scores = jax.tree.map(lambda total, new: _added(total, steps.row, new), returned.scores, part)
-                return Returned(cotangent, scores), relative_norm(cotangent, state)
+                cotangent, part = self.pull_step(state, record, steps.number, chosen, own, returned.cotangent)
+                scores = jax.tree.map(lambda total, new: self._added(total, steps.row, new), returned.scores, part)
+                return Returned(cotangent, scores), self.norm(cotangent, state)
 
             return self._unless_filled(steps, go, returned)
 
@@ -139,7 +145,29 @@ class Sweeps:
                 return self.back_again(returned, each[1], each[0], tasks, weights)
 
             returned, norms = jax.lax.scan(segment, returned, (steps, kept), reverse=True)
-        return returned.scores, norms.reshape(-1)[: self.run.num_steps]
+        # [N], or [N, m] by segments and steps.
+        norms = norms.reshape(-1, *norms.shape[norms.ndim - self.many :])[: self.run.num_steps]
+        return returned.scores, jnp.moveaxis(norms, 0, -1)
+
+    def pull_step(
+        self, state: PyTree, record: PyTree, number: Array, tasks: Task, weights: Weights, cotangent: Floats
+    ) -> tuple[Floats, Weights]:
+        """Comes back through one step with its own tasks.
+
+        Many cotangents go through one linearisation, as many at once as stay in the cache: all of them together would
+        take their number times the memory, and the longer for it.
+        """
+        data = (state, record, number, tasks, weights)
+        if not self.many:
+            return self.run.pull(*data, cotangent, self.mesh)
+        pullback = self.run.pullback(*data, self.mesh)
+        return mapped(pullback, cotangent, vectors_at_once(tree_bytes(pullback), self.mesh))
+
+    def norm(self, cotangent: Floats, state: PyTree) -> Array:
+        """`relative_norm` of one cotangent or of each."""
+        if not self.many:
+            return relative_norm(cotangent, state)
+        return jax.vmap(lambda each: relative_norm(each, state))(cotangent)
 
     def push(
         self, state: PyTree, steps: Steps, tasks: Task, weights: Weights, direction: Weights
@@ -153,6 +181,11 @@ class Sweeps:
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: self.run.num_steps], steps)
         change = jax.tree.map(jnp.zeros_like, floats_of(state))
         return jax.lax.scan(step, (state, change), flat)[0]
+
+    def _added(self, total: Array, row: Array | None, part: Array) -> Array:
+        if row is None:
+            return total + part
+        return (total.at[:, row] if self.many else total.at[row]).add(part)
 
     def _unless_filled(self, each: Steps, go: Callable[[Any], tuple[Any, PyTree]], carry: Any) -> tuple[Any, PyTree]:
         """`go(carry)`, or, for a step that fills up, the carry as it is and zeros."""
@@ -180,7 +213,3 @@ def change_of(run: Run, state: PyTree, change: Floats) -> PyTree:
 
 def _first(steps: Steps) -> Steps:
     return jax.tree.map(lambda x: x[0], steps)
-
-
-def _added(total: Array, row: Array | None, part: Array) -> Array:
-    return total + part if row is None else total.at[row].add(part)

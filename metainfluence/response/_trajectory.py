@@ -12,56 +12,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, PyTree
 
-from metainfluence._checks import check_finite, check_mesh, check_precision, concrete, maker
+from metainfluence._checks import check_mesh, check_precision, concrete, maker
 from metainfluence._progress import Progress, reporter
+from metainfluence._source import Source, is_source
 from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
 from metainfluence.operators import Domain
 from metainfluence.response import _stored
 from metainfluence.response._programs import Programs
+from metainfluence.response._questions import direction_of, slope_of
 from metainfluence.response._response import Influence
+from metainfluence.response._run_info import RunInfo
+from metainfluence.response._streamed import Streamed, streamed
 from metainfluence.response._sweeps import Steps
 from metainfluence.training import Run, taken
 
-__all__ = ["RunInfo", "Trajectory", "trajectory"]
-
-_NO_DIGITS = 1e-3
-
-
-class RunInfo(NamedTuple):
-    """What a run's derivative rests on.
-
-    Attributes:
-      num_steps: N.
-      outer_gradient_norm: ‖D_λF‖ at the end, over all tasks; None where the objective is not known, as of a
-        `training_loop`.
-      replay_difference: ‖λ_N − end‖ / ‖end‖, from the λ that was recorded; None where none was given.
-      first_nonfinite_step: number of the first step after which λ is not finite; −1 for none.
-      cotangent_norms: before each step `[N]`, ‖c ⊙ s‖ with the state s: the change of φ by relative changes of the
-        state, in which leaves of different units compare; None but from `vjp`.
-      growth: the largest of these over that at the end; None but from `vjp`. Rounding grows as much.
-      smoothness: as measured by `mi.smoothness`; None where it was not.
-    """
-
-    num_steps: int | Int[Array, ""]
-    outer_gradient_norm: Float[Array, ""] | None
-    replay_difference: Float[Array, ""] | None
-    first_nonfinite_step: Int[Array, ""]
-    cotangent_norms: Float[Array, "*m N"] | None = None
-    growth: Float[Array, "*m"] | None = None
-    smoothness: Any = None
+__all__ = ["Streamed", "Trajectory", "trajectory"]
 
 
 @jax.tree_util.register_dataclass
@@ -108,12 +84,7 @@ class Trajectory:
           TypeError: no `Weights` of floating-point numbers.
           ValueError: a wrong shape, or values that are not finite.
         """
-        many = isinstance(direction, Weights) and jnp.ndim(direction.task) == 2
-        if many:
-            _check_lead("direction", direction)
-        resolve_weights(_first(direction) if many else direction, self.tasks, name="direction")
-        check_finite("direction", direction)
-        direction = jax.tree.map(lambda d, w: jnp.asarray(d, w.dtype), direction, self.weights)
+        many, direction = direction_of(direction, self.tasks, self.weights)
         delta = self.programs.push(many, direction, self.start, self.steps, self.tasks, self.weights)
         return Influence(delta, cast(Any, self.info))
 
@@ -131,15 +102,7 @@ class Trajectory:
           ValueError: another structure or shape, or values that are not finite.
           TypeError: states on disk, and a call that is traced.
         """
-        domain = Domain.of(self.meta_params)
-        leaves = jax.tree.leaves(slope)
-        ranks = [len(like.shape) for like in domain.leaves]
-        many = len(leaves) == len(ranks) and all(jnp.ndim(x) == n + 1 for x, n in zip(leaves, ranks, strict=True))
-        if many:
-            _check_lead("slope", slope)
-        domain.check("slope", _first(slope) if many else slope)
-        check_finite("slope", slope)
-        slope = jax.tree.map(lambda s, like: jnp.asarray(s, like.dtype), slope, self.meta_params)
+        many, slope = slope_of(slope, self.meta_params)
         scores, norms, growth = self._pulled(many, slope)
         return scores, self.info._replace(cotangent_norms=norms, growth=growth)
 
@@ -159,7 +122,19 @@ class Trajectory:
 class TrajectoryOf(Protocol):
     """What `trajectory` makes."""
 
-    def __call__(self, start: PyTree, tasks: Task, weights: Weights | None = None, *, end: PyTree = None) -> Trajectory:
+    @overload
+    def __call__(
+        self, start: PyTree, tasks: Task, weights: Weights | None = None, *, end: PyTree = None
+    ) -> Trajectory: ...
+
+    @overload
+    def __call__(
+        self, start: PyTree, tasks: Source, weights: Weights | None = None, *, end: PyTree = None
+    ) -> Streamed: ...
+
+    def __call__(
+        self, start: PyTree, tasks: Task | Source, weights: Weights | None = None, *, end: PyTree = None
+    ) -> Trajectory | Streamed:
         """The response of the run from `start`."""
 
 
@@ -177,12 +152,18 @@ def trajectory(
     """Makes (start, tasks, weights=None, end=None) -> Trajectory, the response of a training run.
 
     It runs the training: `at.meta_params` is its end λ_N, and `at.jvp`, `at.vjp` are the exact derivative of λ_N(w).
-    Where every state is kept, a target costs at most about three times the training, else four times.
+    Where every state is kept, a target costs at most about three times the training, else four times. Many targets
+    share what does not depend on them.
+
+    Tasks that do not fit in memory are given as a source, see `scoring.Source`: each step reads its own, one thread
+    ahead, and no others are held. All tasks are read once before, to know their sizes and that they stay what they
+    are, and once after for the gradient at the end. The answer is then a `Streamed`, whose scores lie as its `ids` do.
 
     Args:
       run: made by `metainfluence.training` or `training_loop`.
       store: where states are kept: "device", within one compiled program; "host", memory of the host; or a folder, as a
         `pathlib.Path`, where a run or a sweep that was cut short, for whatever reason, goes on when it is called again.
+        With a source "device" is "host".
       keep: "all" keeps every step's state and gradient, on the device only, and computes nothing again; "sqrt" keeps
         every √N-th state; a number keeps one in so many steps; "auto" is "all" on the device where they take up to
         `KEEP_ALL_BYTES`, 256 MiB, by their shapes, else "sqrt".
@@ -192,14 +173,16 @@ def trajectory(
       progress: True shows a bar where states are on the host or on disk; or a function of `scoring.Progress`.
 
     Returns:
-      Function of where the run starts, λ for `training` and the state for `training_loop`, of stacked tasks and their
-      `Weights`; `end` is the λ that was recorded when the run was made, to which `info.replay_difference` is measured.
+      Function of where the run starts, λ for `training` and the state for `training_loop`, of stacked tasks, or a
+      source of single ones, and of their `Weights`; `end` is the λ that was recorded when the run was made, to which
+      `info.replay_difference` is measured.
 
     Raises:
       TypeError: no run; a λ without floating-point numbers; a mesh for a `training_loop`; at the call, a store other
         than the device and values that are traced.
       ValueError: an unknown `store`, `keep` or `precision`; at the call, a start that is not finite, a folder that
-        holds another run, with the difference named; and as the run's maker says.
+        holds another run, with the difference named; keep="all" with a source; and as the run's maker says.
+      SourceError: a task that cannot be read, or a source that has changed.
       BlockingIOError: another process is writing to the folder.
 
     Examples:
@@ -223,8 +206,14 @@ def trajectory(
     if mesh is not None and run.problem is None:
         raise TypeError("mesh: expected None for a training_loop, whose own step says where its tasks lie")
     programs = Programs(run, where, keep, mesh, precision)
+    in_parts = programs if where != "device" else Programs(run, "host", keep, mesh, precision)
 
-    def make(start: PyTree, tasks: Task, weights: Weights | None = None, *, end: PyTree = None) -> Trajectory:
+    def make(start: PyTree, tasks: Any, weights: Weights | None = None, *, end: PyTree = None) -> Trajectory | Streamed:
+        if is_source(tasks):
+            if keep == "all":
+                raise ValueError('keep: expected "auto", "sqrt" or a positive integer with a source, got "all"')
+            read = streamed(in_parts, start, tasks, weights, folder, resume, progress)
+            return read if end is None else dataclasses.replace(read, info=_compared(read, end))
         weights = resolve_weights(weights, tasks)
         state = run.begin(start)
         table = run.batches(sizes(tasks).lead[0])
@@ -232,13 +221,16 @@ def trajectory(
         steps = programs.sweeps(state).steps(table)
         at = _through(programs, state, steps, tasks, weights, folder, resume, progress)
         name_not_finite(at.meta_params, tasks, "tasks")
-        if end is None:
-            return at
-        Domain.of(at.meta_params).check("end", end)
-        difference = optax.tree.norm(jax.tree.map(jnp.subtract, at.meta_params, end)) / optax.tree.norm(end)
-        return dataclasses.replace(at, info=at.info._replace(replay_difference=difference))
+        return at if end is None else dataclasses.replace(at, info=_compared(at, end))
 
-    return make
+    return cast(TrajectoryOf, make)
+
+
+def _compared(at: Trajectory | Streamed, end: PyTree) -> RunInfo:
+    """What was seen, with the distance from the end that was recorded."""
+    Domain.of(at.meta_params).check("end", end)
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, at.meta_params, end)) / optax.tree.norm(end)
+    return at.info._replace(replay_difference=difference)
 
 
 def _through(
@@ -261,8 +253,9 @@ def _through(
         with reporter(progress) as report, contextlib.ExitStack() as stack:
             states: Any = _stored.Memory()
             if folder is not None:
-                about = _stored.manifest_of(run, state, steps, tasks, weights, programs.precision)
-                place = _stored.Place(folder, about)
+                first = cast(Any, taken(None if steps.row is None else steps.row[0, 0], tasks, weights))
+                data = _stored.about(steps, tasks, weights)
+                place = _stored.Place(folder, _stored.manifest_of(programs, state, steps.number.shape[1], first, data))
                 states = stack.enter_context(place.opened(resume, new=True))
             last, nonfinite = _stored.train(programs, state, steps, tasks, weights, states, report)
             kept = states.stacked() if folder is None else None
@@ -271,17 +264,6 @@ def _through(
     info = RunInfo(run.num_steps, norm, None, jnp.asarray(nonfinite))
     reached = run.meta_params(last)
     return Trajectory(reached, info, state, last, kept, steps, tasks, weights, programs, place, progress)
-
-
-def _first(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
-def _check_lead(name: str, tree: PyTree) -> None:
-    """Raises ValueError unless all leaves have the same, positive number on their leading axis."""
-    counts = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(tree) if jnp.ndim(leaf)}
-    if len(counts) != 1 or 0 in counts:
-        raise ValueError(f"{name}: expected one number on the leading axis of all leaves, got {sorted(counts)}")
 
 
 def _folder_of(store: Any) -> Path | None:
@@ -299,41 +281,3 @@ def _check_keep(keep: Any, store: str) -> None:
         raise ValueError(f'keep: expected "auto", "all", "sqrt" or a positive integer, got {keep!r}')
     if keep == "all" and store != "device":
         raise ValueError('keep: expected "auto", "sqrt" or a positive integer, since "all" is for store="device"')
-
-
-def problems_of_run(info: RunInfo) -> list[str]:
-    """What is wrong with a run's derivative, in words; empty where nothing is. For use outside jit."""
-    found = []
-    first = int(info.first_nonfinite_step)
-    if first >= 0:
-        found.append(
-            f"λ is not finite after step {first} of {int(info.num_steps)}: lower the learning rate, clip the gradient, "
-            "or give Adam an eps_root > 0"
-        )
-    eps = float(np.finfo(np.asarray(info.growth).dtype).eps) if info.growth is not None else 0.0
-    if info.cotangent_norms is not None and first < 0:
-        norms = np.asarray(info.cotangent_norms)
-        norms = norms.reshape(-1, norms.shape[-1])
-        bad = np.flatnonzero(~np.all(np.isfinite(norms), axis=0))
-        largest = float(np.max(np.asarray(info.growth)))
-        if bad.size:
-            found.append(
-                f"the derivative is not finite at step {int(bad[-1])} of {int(info.num_steps)}, seen from the end: a "
-                "square root or a norm at 0, as in Adam without eps_root, or a derivative that overflows"
-            )
-        elif not largest * eps <= _NO_DIGITS:
-            where = int(np.unravel_index(np.argmax(norms), norms.shape)[1])
-            found.append(
-                f"cotangents grow by {largest:.1e} on the way back, the most at step {where} of "
-                f"{int(info.num_steps)}, and rounding with them: no digit of the derivative holds; the run is chaotic: "
-                "train with a lower learning rate, warm-up or a larger eps_root, or ask metainfluence.optimum"
-            )
-    if info.replay_difference is not None:
-        difference = float(info.replay_difference)
-        dtype = np.asarray(info.replay_difference).dtype
-        if not difference <= math.sqrt(float(np.finfo(dtype).eps)):
-            found.append(
-                f"the run does not end at the λ that was recorded, but {difference:.1e} ‖λ‖ from it: another start, "
-                "order of tasks, number of steps, optimiser or precision than in training"
-            )
-    return found

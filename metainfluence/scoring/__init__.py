@@ -1,11 +1,11 @@
 """Scores for runs that outgrow one call: streamed, sharded, resumable, written to a file."""
 
 from metainfluence._progress import Progress as Progress
+from metainfluence._source import Source as Source
+from metainfluence._source import SourceError as SourceError
+from metainfluence._source import ids_of as ids_of
 from metainfluence.scoring._engine import Result as Result
 from metainfluence.scoring._engine import score as score
-from metainfluence.scoring._source import Source as Source
-from metainfluence.scoring._source import SourceError as SourceError
-from metainfluence.scoring._source import ids_of as ids_of
 from metainfluence.scoring._table import ScoreTable as ScoreTable
 from metainfluence.scoring._table import info_of as info_of
 from metainfluence.scoring._table import read_scores as read_scores

@@ -20,6 +20,7 @@ from metainfluence import _disk
 from metainfluence._checks import check_floating, check_positive
 from metainfluence._disk import Store
 from metainfluence._progress import Progress, Reporter, reporter
+from metainfluence._source import Reader, Source, ids_of, stack, widened
 from metainfluence.curvature import Curvature, exact
 from metainfluence.data import sizes
 from metainfluence.operators import Domain, Operator, flat_norm
@@ -38,7 +39,6 @@ from metainfluence.scoring import _table
 from metainfluence.scoring._passes import BatchScores, Passes, Slope, reader_of
 from metainfluence.scoring._processes import agree, first, meet, share
 from metainfluence.scoring._programs import holds_nan, programs_of
-from metainfluence.scoring._source import Reader, Source, ids_of, stack, widened
 from metainfluence.solvers import SolveInfo, Solver
 from metainfluence.trust import FREE_SHARE, free_memory, preflight
 

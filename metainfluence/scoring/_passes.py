@@ -17,11 +17,11 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from metainfluence._chunks import task_sharding
+from metainfluence._source import Batch, Reader, Source, Subset, stack, total_bytes
 from metainfluence.operators import Domain, Operator
 from metainfluence.response import mean
 from metainfluence.scoring._host import host_operator
 from metainfluence.scoring._programs import Part, Programs, holds_nan
-from metainfluence.scoring._source import Batch, Reader, Source, Subset, stack, total_bytes
 
 # Batches that are worked on at once: a batch that stays in a core's cache keeps one core busy.
 _WORKERS = 2

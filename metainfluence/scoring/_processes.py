@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 if TYPE_CHECKING:
-    from metainfluence.scoring._source import Reader
+    from metainfluence._source import Reader
 
 
 _LEAST_BYTES = 1 << 16

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
 from metainfluence._chunks import task_sharding
+from metainfluence._source import Batch
 from metainfluence.curvature import Curvature, exact
 from metainfluence.problem import Bilevel
 from metainfluence.response import (
@@ -25,7 +26,6 @@ from metainfluence.response import (
     regularizer_gradient,
     regularizer_product,
 )
-from metainfluence.scoring._source import Batch
 
 
 class Part(NamedTuple):

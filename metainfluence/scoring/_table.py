@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Shaped
 
 from metainfluence import _memory
 from metainfluence._disk import replacing
+from metainfluence._source import Source, ids_of
 from metainfluence.data import Task, sizes
 from metainfluence.influence import Scores
-from metainfluence.scoring._source import Source, ids_of
 from metainfluence.solvers import SolveInfo, SolveStatus
 
 ROLES = ("task", "support", "query")

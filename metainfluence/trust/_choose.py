@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from metainfluence.trust._smoothness import SMOOTH, Smoothness
+from metainfluence.trust._smoothness import SILENT, SMOOTH, Smoothness
 
 __all__ = ["Chosen", "choose"]
 
@@ -37,7 +37,7 @@ def choose(
 
     λ at a stationary point: `optimum`, which forgets how λ came there. A run at hand that is smooth: `trajectory`,
     whose derivative is exact for it. A run that is rough, of which only checkpoints are left, or of which a large part
-    of the data is to be removed: `segments`. Only λ: `optimum`, damped.
+    of the data is to be removed: `segments`. Only λ, or a run that does not answer its data at all: `optimum`, damped.
 
     Args:
       gradient_norm: ‖D_λF‖ at λ over that at the start of training; None where it is not known.
@@ -69,6 +69,8 @@ def choose(
         return Chosen(
             "optimum", f"λ is stationary: the gradient is {float(gradient_norm):.1e} of that at the start of training"
         )
+    if isinstance(smoothness, Smoothness) and smoothness.verdict == SILENT:
+        return Chosen("optimum", f"neither the run nor its checkpoints tell of any datum: {smoothness.advice}")
     known = run or checkpoints
     if not known:
         return Chosen(

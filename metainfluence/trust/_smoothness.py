@@ -24,6 +24,7 @@ __all__ = ["Smoothness", "smoothness"]
 # Where a run passes for smooth, and where for rough: to be judged by measurement, as by LOO against retraining.
 SMOOTH = 0.9
 ROUGH = 0.5
+SILENT = "silent"
 
 STEP_SIZES = (1 / 16, 1 / 4, 1.0)
 SHARE = 0.05
@@ -53,7 +54,8 @@ class Smoothness(NamedTuple):
         run's problem and optimiser are not known, as in a `training_loop`.
       inner: the same, did only the inner adaptation bend; None, too, of a problem whose levels cannot be told apart.
       outer: the same, did only the outer loss bend (of a `from_task_loss`, the loss as a whole).
-      verdict: "smooth", "between" or "rough".
+      verdict: "smooth", "between" or "rough"; "silent" where no weight moves any target and the derivative is exactly
+        0: all numbers are 0 then.
       advice: what that means, which part bends most, and what to do.
     """
 
@@ -162,6 +164,10 @@ def smoothness(
         changes = np.asarray(jax.jit(jax.vmap(jax.vmap(values)))(moved) - here[None, None])
         down, up = np.split(changes, 2)
         predicted = heights[:, None, None] * np.asarray(slopes)[None]
+        # Programs that are compiled apart may differ in the last digits of equal numbers.
+        rounding = 1e3 * float(jnp.finfo(here.dtype).eps) * float(np.max(np.abs(here)))
+        if not np.any(predicted) and np.max(np.abs(changes)) <= rounding:
+            return _silent(heights)
         sign, size, derivative = (
             np.mean(each, axis=1) for each in (signs(down, -up), sizes_of(down, -up), sizes_of(down, predicted))
         )
@@ -252,6 +258,17 @@ def _parts(
     inner = float(jax.jit(inner_share(problem))(end, changed, tasks, weights))
     inner = inner if np.isfinite(inner) else 0.5
     return of_optimizer, 1 - inner * (1 - of_gradient), 1 - (1 - inner) * (1 - of_gradient)
+
+
+def _silent(heights: np.ndarray) -> Smoothness:
+    """Of a run that answers nothing, which is as linear as can be and says nothing of any datum."""
+    none = np.zeros(len(heights))
+    advice = (
+        "the run does not answer the weights: no target moves when data are removed, and the derivative is exactly 0; "
+        "units that are dead from the start (ReLU), a learning rate of 0, a loss that leaves out its weights, or a "
+        "target that does not see λ: metainfluence.coupling tells of the weights"
+    )
+    return Smoothness(0.0, heights, none, none, none, None, None, None, SILENT, advice)
 
 
 def _told(heights: np.ndarray, sign: np.ndarray, size: np.ndarray, derivative: np.ndarray, parts: Any) -> Smoothness:

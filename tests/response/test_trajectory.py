@@ -18,7 +18,7 @@ import pytest
 
 import metainfluence as mi
 import tiny
-from metainfluence.response import problems_of_run
+from metainfluence.response import _sweeps, problems_of_run
 from oracles import problems
 from oracles.parts import lenient
 
@@ -403,14 +403,45 @@ def test_cost_of_a_step_back() -> None:
     assert back < 3.0 * forward
     assert back + forward < 4.0 * forward
 
-    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * 64), cotangent)
-    together, _ = compiled_cost(jax.vmap(run.pull, in_axes=(None,) * 5 + (0,)), *data, many)
-    assert together < 0.5 * 64 * (back + forward)
+    # Of many targets each takes the linear part alone.
+    made, _ = compiled_cost(run.pullback, *data)
+    each, _ = compiled_cost(lambda pullback, c: pullback(c), jax.eval_shape(run.pullback, *data), cotangent)
+    assert forward + made + 64 * each < 0.5 * 64 * (back + forward)
 
     for keep, copies in (("all", lines_back), (4, lines_back + lines_forward)):
         at = jax.eval_shape(lambda start, keep=keep: mi.trajectory(run, keep=keep)(start, tasks), start)
         lines = len(jax.jit(lambda at, slope: at.vjp(slope)).lower(at, start).as_text().splitlines())
         assert lines < 1.1 * copies + 150
+
+
+def test_many_targets_take_the_memory_of_one_and_their_own() -> None:
+    rng = np.random.default_rng(1)
+    data = jnp.asarray(rng.normal(size=(4, 200, 16)))
+
+    def loss(meta_params: Any, task: mi.Task, weights: mi.Weights) -> Any:
+        return jnp.mean(weights.query * jnp.tanh(task.query @ meta_params).sum(1))
+
+    run = mi.training(mi.from_task_loss(loss), optax.sgd(0.1), 4)
+    start, tasks = jnp.zeros((16, 16)), mi.Task((), data)
+    at = jax.eval_shape(lambda start: mi.trajectory(run, keep=2)(start, tasks), start)
+
+    def temporary(*lead: int) -> int:
+        slope = jax.ShapeDtypeStruct((*lead, 16, 16), jnp.float64)
+        compiled = jax.jit(lambda at, slope: at.vjp(slope)).lower(at, slope).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    own = 8 * (start.size + 4 + 4 * 200)
+    assert temporary(64) < 2 * temporary() + 4 * 64 * own
+
+
+def test_many_targets_in_groups_that_do_not_come_out_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sweeps, "vectors_at_once", lambda *args: 2)
+    at = mi.trajectory(RUN, keep=3)(tiny.LAMBDA, TASKS)
+    many, told = at.vjp({"scale": jnp.asarray([2.0, -1.0, 0.5])})
+    _, scores, info = reference()
+    for k, factor in enumerate((1.0, -0.5, 0.25)):
+        assert distance(jax.tree.map(lambda leaf, k=k: leaf[k], many), optax.tree.scale(factor, scores)) < 1e-13
+    np.testing.assert_allclose(told.cotangent_norms[1], 0.5 * info.cotangent_norms, rtol=1e-12)
 
 
 SCRIPT = """
@@ -517,8 +548,8 @@ def test_arguments_that_cannot_be() -> None:
     make = mi.trajectory(RUN)
     with pytest.raises(ValueError, match=r"start\['scale'\]: expected finite numbers, got NaN or infinity"):
         make({"scale": jnp.asarray(jnp.nan)}, TASKS)
-    with pytest.raises(TypeError, match=r"tasks: expected a metainfluence.Task, got list"):
-        make(tiny.LAMBDA, [tiny.TASK])
+    with pytest.raises(TypeError, match=r"tasks: expected a metainfluence.Task, got dict"):
+        make(tiny.LAMBDA, {"query": tiny.TASK.query})  # type: ignore[call-overload]
     at = make(tiny.LAMBDA, TASKS)
     for slope, match in (
         ({"other": jnp.asarray(1.0)}, "slope: expected a pytree of structure"),

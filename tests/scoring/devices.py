@@ -12,11 +12,13 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 jax.config.update("jax_enable_x64", True)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import metainfluence as mi  # noqa: E402
+import tiny  # noqa: E402
 from scoring import setting  # noqa: E402
 
 COUNT = 11
@@ -47,6 +49,19 @@ def in_memory(mesh, batch_size):
     return jax.jit(run)(meta_params, mi.stack_tasks(setting.tasks(COUNT)), *setting.TARGET_ARGS)
 
 
+def of_a_run(mesh, size, source=False):
+    """The end of a run, the scores of two targets and the change along a direction."""
+    rng = np.random.default_rng(4)
+    tasks = jax.tree.map(lambda leaf: rng.normal(size=(COUNT, *leaf.shape[1:])), tiny.TASKS)
+    direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), mi.unit_weights(tasks))
+    given = [jax.tree.map(lambda leaf, k=k: leaf[k], tasks) for k in range(COUNT)] if source else tasks
+    run = mi.training(tiny.PROBLEM, optax.adam(0.02, eps_root=1e-4), 4, tasks_per_step=size)
+    at = mi.trajectory(run, mesh=mesh, progress=False)(tiny.LAMBDA, given)
+    scores, info = at.vjp({"scale": jnp.asarray([2.0, -1.0])})
+    norms = (info.outer_gradient_norm, info.cotangent_norms)
+    return at.meta_params, at.vjp({"scale": jnp.asarray(1.0)})[0], scores, at.jvp(direction).delta, norms
+
+
 def main():
     mesh = jax.make_mesh((4,), ("tasks",))
     errors = {}
@@ -54,6 +69,10 @@ def main():
     for batch_size in (None, 6):
         got = in_memory(mesh, batch_size)
         errors |= {f"{name} {batch_size}": error(got[name], wanted[name]) for name in wanted}
+    for size in (None, 3):
+        alone = of_a_run(None, size)
+        errors[f"run {size}"] = error(of_a_run(mesh, size), alone)
+    errors["run of a source"] = error(of_a_run(mesh, 3, source=True), alone)
     with tempfile.TemporaryDirectory() as folder:
         one = setting.score(setting.tasks(COUNT), Path(folder) / "one.parquet", memory=1.0)
         for memory in (1.0, 1e9):

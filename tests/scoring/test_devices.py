@@ -20,7 +20,7 @@ def test_four_devices_give_what_one_gives():
     )
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
-    assert len(found["errors"]) == 10
+    assert len(found["errors"]) == 13
     assert max(found["errors"].values()) <= 1e-12, found
     # The tasks are really spread.
     assert found["partitions"] == 1

@@ -89,6 +89,7 @@ COMMANDS = {
             "scoring": ("metainfluence.lab.bench.scoring", "ScoringBenchConfig"),
             "peers": ("metainfluence.lab.bench.peers.suite", "PeersBenchConfig"),
             "growth": ("metainfluence.lab.bench.growth", "GrowthBenchConfig"),
+            "runs": ("metainfluence.lab.bench.runs", "RunsBenchConfig"),
             "accuracy": ("metainfluence.lab.bench.accuracy", "OmniglotAccuracyConfig"),
         },
     ),

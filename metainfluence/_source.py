@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import zlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -97,6 +97,10 @@ class Reader:
 
     def batches(self, which: Sequence[int]) -> Generator[tuple[int, Batch]]:
         """Batches by their number, the next ones being read while one is worked on."""
+        return self.ahead(self.batch, which)
+
+    def ahead(self, read: Callable[[int], Batch], which: Sequence[int]) -> Generator[tuple[int, Batch]]:
+        """What `read` makes of numbers, the next ones being read while one is worked on."""
         if len(self.source) != len(self.ids):
             raise SourceError(f"source: expected {len(self.ids)} tasks, as at first, got {len(self.source)}")
         self.template()
@@ -104,13 +108,11 @@ class Reader:
         with ThreadPoolExecutor(1, thread_name_prefix="metainfluence-source") as pool:
             try:
                 for number in which:
-                    pending.append((number, pool.submit(self.batch, number)))
+                    pending.append((number, pool.submit(read, number)))
                     if len(pending) > _AHEAD:
-                        number, future = pending.popleft()
-                        yield number, future.result()
+                        yield _done(pending)
                 while pending:
-                    number, future = pending.popleft()
-                    yield number, future.result()
+                    yield _done(pending)
             finally:
                 for _, future in pending:
                     future.cancel()
@@ -120,6 +122,10 @@ class Reader:
         rows = number * self.batch_size + self._local
         found = [self._read(int(row)) if row < len(self.ids) else None for row in rows]
         return stack(found, self.template())
+
+    def task(self, index: int) -> Task | None:
+        """Reads one task; None where it is skipped."""
+        return self._read(index)
 
     def fingerprint(self, most: int = 64) -> str:
         """Digest of the structure and of some tasks, spread evenly."""
@@ -182,6 +188,11 @@ class Reader:
         return task
 
 
+def _done(pending: collections.deque[tuple[int, Future[Batch]]]) -> tuple[int, Batch]:
+    number, future = pending.popleft()
+    return number, future.result()
+
+
 class Subset:
     """Some tasks of a source."""
 
@@ -193,6 +204,16 @@ class Subset:
 
     def __getitem__(self, index: int, /) -> Task:
         return self._source[self._positions[index]]
+
+
+def is_source(tasks: Any) -> bool:
+    """Whether these are single tasks in a sequence, and not stacked ones."""
+    return (
+        not isinstance(tasks, (tuple, dict, str, bytes))
+        and hasattr(tasks, "__len__")
+        and hasattr(tasks, "__getitem__")
+        and not hasattr(tasks, "shape")
+    )
 
 
 def ids_of(source: Source) -> Sequence[int] | Sequence[str]:
@@ -222,10 +243,18 @@ def ids_of(source: Source) -> Sequence[int] | Sequence[str]:
     return values.tolist()
 
 
-def stack(found: Sequence[Task | None], template: Task) -> Batch:
+class Widths(NamedTuple):
+    """Numbers of examples to which every batch is padded; None for a side that needs no padding."""
+
+    support: int | None
+    query: int | None
+
+
+def stack(found: Sequence[Task | None], template: Task, widths: Widths | None = None) -> Batch:
     """Stacks tasks on a new leading axis in host memory; None becomes the template at weight 0.
 
-    Tasks of other sizes than the template's are padded to the next power of two, so that few programs are compiled.
+    Tasks of other sizes than the template's are padded, to `widths` or else to the next power of two, so that few
+    programs are compiled.
     """
     tasks = [template if task is None else task for task in found]
     counts = [sizes(task, stacked=False) for task in tasks]
@@ -236,9 +265,10 @@ def stack(found: Sequence[Task | None], template: Task) -> Batch:
         masks = [getattr(task, f"{name}_mask") for task in tasks]
         lengths = [getattr(count, name) for count in counts]
         whole = getattr(usual, name)
-        if all(length == whole for length in lengths) and all(mask is None for mask in masks):
+        width = None if widths is None else getattr(widths, name)
+        if width is None and all(length == whole for length in lengths) and all(mask is None for mask in masks):
             return jax.tree.map(_stacked, *batches), None, whole
-        longest = 1 << (max(lengths) - 1).bit_length()
+        longest = 1 << (max(lengths) - 1).bit_length() if width is None else width
 
         def padded(*leaves: Any) -> Any:
             rows = [np.minimum(np.arange(longest), length - 1) for length in lengths]
