@@ -149,7 +149,8 @@ def auto(
             known=state.known,
             exploration=exploration,
         )
-        turned = jnp.broadcast_to(growth.turned, info.status.shape)
+        # A curvature that is zero to rounding turns nothing round.
+        turned = growth.turned & (info.min_curvature < 0)
         info = info._replace(
             num_matvecs=info.num_matvecs + before, choice=choice(Choice.KRYLOV, Choice.KRYLOV_ABSOLUTE, turned)
         )

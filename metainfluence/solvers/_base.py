@@ -70,7 +70,11 @@ class SolveInfo(NamedTuple):
       damping: what was added to every eigenvalue of H; None from a solver alone.
       meta_params_norm: ‖λ‖, to which distances in λ compare; None from a solver alone.
       flat_directions: dimensions along which H is zero to working precision. The solution is the one of least norm, and
-        a right-hand side with a part along them leaves a residual. None where a solver does not look for them.
+        a right-hand side with a part along them leaves a residual. Of a Krylov solver those that it has met; None where
+        a solver does not look for them.
+      asymmetry: how far the products are from those of a symmetric operator, ‖Hx − Hᵀx‖ / ‖Hx‖ as far as the solver's
+        own products show it; rounding makes it, or a derivative of the problem that is not exact. None where a solver
+        keeps no second product to compare with.
     """
 
     status: Int[Array, "..."]
@@ -84,6 +88,7 @@ class SolveInfo(NamedTuple):
     damping: Float[Array, "..."] | None = None
     meta_params_norm: Float[Array, "..."] | None = None
     flat_directions: Int[Array, "..."] | None = None
+    asymmetry: Float[Array, "..."] | None = None
 
     def __repr__(self) -> str:
         """The fields, with the names of codes."""
@@ -117,6 +122,7 @@ class Outcome(NamedTuple):
       failure: the status if the solve did not converge.
       flat_directions: dimensions along which H is zero to working precision and the solution therefore 0; None where
         the solver does not look for them.
+      asymmetry: as `SolveInfo.asymmetry`; None where it is not known.
     """
 
     solution: Float[Array, " size"]
@@ -124,6 +130,7 @@ class Outcome(NamedTuple):
     min_curvature: Any
     failure: Any = SolveStatus.MAX_STEPS
     flat_directions: Any = None
+    asymmetry: Any = None
 
 
 class Iteration(NamedTuple):
