@@ -242,6 +242,7 @@ def sweep(
                 effective_curvature=scale / jnp.where(length > 0, length, 1),
                 damping=damping,
                 meta_params_norm=flat_norm(meta_params),
+                working_eps=jnp.asarray(point.working_eps, relative.dtype),
             )
             direction = operator.domain.unravel(solution)
             return jax.tree.map(jnp.multiply, resolved, point.mixed_transposed(direction)), report

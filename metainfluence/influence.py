@@ -529,8 +529,8 @@ def edit(
         rest = without_spoilt(options.problem, norms[-1], meta_params, tasks, either)
         if rest is not None:
             return run(meta_params, rest, new_weights, weights)
-        info = jax.tree.map(lambda leaf: leaf[:-1], info)
-        return Edit(edited, info._replace(outer_gradient_norm=norms[1:], inner_gradient_norm=inner_norms[1:]))
+        info, inner = jax.tree.map(lambda leaf: leaf[:-1], info), jax.tree.map(lambda leaf: leaf[1:], inner_norms)
+        return Edit(edited, info._replace(outer_gradient_norm=norms[1:], inner_gradient_norm=inner))
 
     return run
 

@@ -225,7 +225,7 @@ def galerkin(
         turned = jnp.abs(values) + shift
         components = matmul(inside, rotation)
         zero = flat(turned)
-        solved = jnp.where(zero, 0, components / jnp.where(zero, 1, turned))
+        solved = jnp.where(zero[None], 0, components / jnp.where(zero, 1, turned)[None])
         coordinates = jnp.where(subspace.filled[None], matmul(solved, rotation.T), 0)
         singular = ~jnp.all(jnp.isfinite(turned))
         coordinates = jnp.where(singular, 0, coordinates)

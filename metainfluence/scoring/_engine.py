@@ -23,7 +23,7 @@ from metainfluence._progress import Progress, Reporter, reporter
 from metainfluence.curvature import Curvature, exact
 from metainfluence.data import sizes
 from metainfluence.operators import Domain, Operator, flat_norm
-from metainfluence.problem import Bilevel, check_derivatives, check_meta_params, meta_regularization
+from metainfluence.problem import Bilevel, check_derivatives, check_meta_params, knows_inner, meta_regularization
 from metainfluence.response import (
     RANK,
     Options,
@@ -225,7 +225,9 @@ class _Run:
         reader = Reader(self.source, 1, self.on_error)
         batch = stack([reader.template()], reader.template())
         self.check_columns(reader)
-        check_derivatives(self.options.problem, self.meta_params, *batch, twice=self.options.curvature.is_exact)
+        self.working_eps = check_derivatives(
+            self.options.problem, self.meta_params, *batch, twice=self.options.curvature.is_exact
+        )
 
         def product(meta_params: PyTree, vector: PyTree, batch: Any) -> PyTree:
             return batch_pull(self.options.problem, self.options.curvature, meta_params, *batch)(vector)[0]
@@ -373,8 +375,9 @@ class _Run:
         solution, info = self.solved(operator, memorised, slope, rhs, store, report)
         info = info._replace(
             outer_gradient_norm=flat_norm(slope.gradient),
-            inner_gradient_norm=slope.inner_gradient_norm,
+            inner_gradient_norm=slope.inner_gradient_norm if knows_inner(self.options.problem) else None,
             meta_params_norm=flat_norm(self.meta_params),
+            working_eps=jnp.asarray(self.working_eps, info.relative_residual.dtype),
         )
         given = {name: np.asarray(value) for name, value in info._asdict().items() if value is not None}
         store.write("solution", 0, {"solution": np.asarray(solution), **_packed("info", given)})

@@ -63,7 +63,8 @@ class SolveInfo(NamedTuple):
       outer_gradient_norm: ‖D_λF‖, how far λ is from the stationary point that the formula presumes; None from a solver
         alone, which knows no λ.
       inner_gradient_norm: max over tasks of ‖∂_θ L_in‖ for implicit adaptation, infinite where a task's parameters are
-        seen to be near no minimum of L_in; 0 for other adaptations, None from a solver alone.
+        seen to be near no minimum of L_in; 0 for unrolled steps, which are what they are. None where it is not known, as
+        for a `closed_form` without `inner_loss` and from a solver alone.
       effective_curvature: ‖b‖ / ‖x‖, the curvature that the solution met; with the residual and the smallest curvature
         it bounds the solution's error.
       choice: what `auto` chose, see `Choice`; None from other solvers.
@@ -75,6 +76,8 @@ class SolveInfo(NamedTuple):
       asymmetry: how far the products are from those of a symmetric operator, ‖Hx − Hᵀx‖ / ‖Hx‖ as far as the solver's
         own products show it; rounding makes it, or a derivative of the problem that is not exact. None where a solver
         keeps no second product to compare with.
+      working_eps: machine epsilon of the lowest precision in which the losses are computed, as 0.0078 for a network in
+        bfloat16 whatever λ is held in; None from a solver alone.
     """
 
     status: Int[Array, "..."]
@@ -89,6 +92,7 @@ class SolveInfo(NamedTuple):
     meta_params_norm: Float[Array, "..."] | None = None
     flat_directions: Int[Array, "..."] | None = None
     asymmetry: Float[Array, "..."] | None = None
+    working_eps: Float[Array, "..."] | None = None
 
     def __repr__(self) -> str:
         """The fields, with the names of codes."""

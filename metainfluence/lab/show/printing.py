@@ -59,6 +59,11 @@ EVERYWHERE: Options = (
         'compute in float64 (jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1)',
         "compute in float64 (--float64 of metainfluence train; for a problem of yours, JAX_ENABLE_X64=1)",
     ),
+    (", which solvers.auto gives, is 0 there", " is 0 there"),
+    (
+        "lower the tol of their minimizer or allow more steps",
+        "lower --learner.inner-tol of metainfluence train, or, in a problem of yours, the tol of its minimizer",
+    ),
     (", or let the solver find the scale (scale=None)", ""),
     ("; called outside jit, the functions name the task and the leaf", ""),
     ("metainfluence.coupling(problem)(meta_params, task) tells", "metainfluence.coupling, in Python, tells"),
@@ -122,7 +127,7 @@ def check_solve(result: Any, options: Options) -> None:
     """
     try:
         with warnings.catch_warnings():
-            for told in (mi.SlopeWarning, mi.CouplingWarning):
+            for told in (mi.BudgetWarning, mi.SlopeWarning, mi.CouplingWarning):
                 warnings.simplefilter("ignore", told)
             mi.check(result)
     except mi.SolveError as error:
