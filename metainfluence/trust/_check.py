@@ -90,9 +90,8 @@ def check(result: Any, *, tol: float | None = None) -> Any:
         if tol is not None:
             raise SolveError(told)
         warnings.warn(told, SlopeWarning, stacklevel=2)
-    for told in (words.without_support(result), words.not_linear(result)):
-        if told:
-            warnings.warn(told, CouplingWarning, stacklevel=2)
+    if told := words.without_support(result) or words.not_linear(result):
+        warnings.warn(told, CouplingWarning, stacklevel=2)
     worst = float(getattr(budget, budget.dominant))
     if tol is not None and not (worst <= tol and budget.min_curvature > 0):
         raise SolveError(f"expected every term of the error budget to be at most {tol:.1e}: {budget.advice}")

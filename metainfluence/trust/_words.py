@@ -80,7 +80,8 @@ _UNWEIGHED = (
 
 def advice(result: Any, info: SolveInfo, budget: Any, small: float) -> str:
     """What comes first of what is wrong, and the cure; that all is well where no error is above `small`."""
-    told = "; ".join(line for line in (without_slope(result), without_support(result), not_linear(result)) if line)
+    silent = (without_slope(result), without_support(result) or not_linear(result))
+    told = "; ".join(line for line in silent if line)
     cause = _cause(info, budget, small)
     flat = 0 if info.flat_directions is None else int(np.max(np.asarray(info.flat_directions)))
     if flat and np.all(np.asarray(info.status) == SolveStatus.CONVERGED):
