@@ -63,8 +63,8 @@ class SolveInfo(NamedTuple):
       outer_gradient_norm: ‖D_λF‖, how far λ is from the stationary point that the formula presumes; None from a solver
         alone, which knows no λ.
       inner_gradient_norm: max over tasks of ‖∂_θ L_in‖ for implicit adaptation, infinite where a task's parameters are
-        seen to be near no minimum of L_in; 0 for unrolled steps, which are what they are. None where it is not known, as
-        for a `closed_form` without `inner_loss` and from a solver alone.
+        seen to be near no minimum of L_in; 0 for unrolled steps, which are what they are. None where it is not known:
+        for a `closed_form` without `inner_loss`, a `from_task_loss`, and from a solver alone.
       effective_curvature: ‖b‖ / ‖x‖, the curvature that the solution met; with the residual and the smallest curvature
         it bounds the solution's error.
       choice: what `auto` chose, see `Choice`; None from other solvers.

@@ -142,8 +142,7 @@ def budget_of_solves(result: Any, meta_params: PyTree, small: float, kinks: floa
         dominant = "inner_residual"
     budget = ErrorBudget(**terms, min_curvature=float(np.min(curvature)), dominant=dominant, advice="")
     # What rounding alone leaves no training and no solve takes away.
-    budget = budget._replace(advice=words.advice(result, info, budget, max(small, eps_of(info) ** (2 / 3))))
-    return budget
+    return budget._replace(advice=words.advice(result, info, budget, max(small, eps_of(info) ** (2 / 3))))
 
 
 def budget_of_run(info: Any) -> ErrorBudget:
@@ -193,7 +192,7 @@ def tolerated_asymmetry(info: SolveInfo) -> float:
 
 
 def rounded(info: SolveInfo) -> Any:
-    """Where the residual is what rounding left, and not what a solver left undone, or what lies along flat directions."""
+    """Where the residual is what rounding left, and not what a solver left undone or what flat directions hold."""
     positive = (np.asarray(info.min_curvature) > 0) & np.isfinite(np.asarray(info.relative_residual))
     indefinite = np.asarray(info.status) == SolveStatus.INDEFINITE
     found = indefinite & ~(number(info.flat_directions) > 0)

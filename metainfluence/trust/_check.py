@@ -13,7 +13,6 @@ from metainfluence.solvers import SolveInfo, SolveStatus
 from metainfluence.trust import _words as words
 from metainfluence.trust._budget import (
     SMALL,
-    ErrorBudget,
     budget_of_run,
     budget_of_solves,
     eps_of,

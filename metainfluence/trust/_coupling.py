@@ -97,7 +97,9 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
             # Fixed weights of which no two are the same, so that nothing cancels.
             other = own * (1 + jnp.linspace(0.1, 0.9, own.shape[0], dtype=own.dtype))
             many = jnp.stack([own, 2 * own, other, (own + other) / 2])
-            plain, twice, bent, between = jax.lax.map(lambda v: loss(meta_params, task, weights._replace(query=v)), many)
+            plain, twice, bent, between = jax.lax.map(
+                lambda v: loss(meta_params, task, weights._replace(query=v)), many
+            )
             off = jnp.maximum(jnp.abs(twice - 2 * plain), jnp.abs(plain + bent - 2 * between))
             return off / jnp.maximum(jnp.abs(plain), jnp.finfo(plain.dtype).tiny)
 

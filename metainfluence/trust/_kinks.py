@@ -48,17 +48,22 @@ def left_out_by_kinks(problem: Bilevel, meta_params: PyTree, tasks: Task, weight
         rows = length * rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
         product = hessian_map(lambda point: (gradient(point), None), flat, problem.hvp)[1]
         steps = jnp.asarray(_STEPS, flat.dtype)
-        offsets = (rows[:, None, None] * steps[:, None, None]) * jnp.asarray([1, -1], flat.dtype)[:, None]
-        slopes = jax.lax.map(gradient, flat[None] + offsets.reshape(-1, len(flat))).reshape(offsets.shape)
-        found = (slopes[:, :, 0] - slopes[:, :, 1]) / (2 * steps[:, None])
-        linear = jax.lax.map(product, rows)[:, None]
-        size = jnp.maximum(jnp.linalg.norm(found, axis=-1), jnp.linalg.norm(linear, axis=-1))
-        return jnp.linalg.norm(found - linear, axis=-1) / jnp.where(size > 0, size, 1)
+        ends = jnp.stack([steps, -steps])
+
+        def single(row: Array) -> Array:
+            def slopes(step: Array) -> Array:
+                return gradient(flat + step * row)
+
+            ahead, behind = jax.lax.map(slopes, ends.reshape(-1)).reshape(2, len(steps), -1)
+            found, linear = (ahead - behind) / (2 * steps[:, None]), product(row)[None]
+            size = jnp.maximum(jnp.linalg.norm(found, axis=1), jnp.linalg.norm(linear, axis=1))
+            return jnp.linalg.norm(found - linear, axis=1) / jnp.where(size > 0, size, 1)
+
+        return jax.lax.map(single, rows)
 
     with traced_at("highest"):
         shares = np.asarray(jax.jit(measured)(flat, tasks, resolved))
-    kinked = [_of_kinks(*pair) for pair in shares.tolist()]
-    return max(kinked)
+    return max(_of_kinks(wide, narrow) for wide, narrow in shares.tolist())
 
 
 def _of_kinks(wide: float, narrow: float) -> float:

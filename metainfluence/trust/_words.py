@@ -54,7 +54,7 @@ _NOT_FINITE = (
     "inner solve; called outside jit, the functions name the task and the leaf"
 )
 SEEN = (
-    "{share:.0%} of the right-hand side lies along flat directions of H, of which the tasks say nothing (a symmetry, a "
+    "{share} of the right-hand side lies along flat directions of H, of which the tasks say nothing (a symmetry, a "
     "leaf behind stop_gradient, rows of an embedding that no task uses): there is no answer along them, and the one of "
     "least norm, which solvers.auto gives, is 0 there; a meta_regularizer or damping makes them matter"
 )
@@ -171,7 +171,10 @@ def seen_flat(info: SolveInfo, select: Any = None) -> str:
         share = float(np.asarray(info.relative_residual)[select])
     elif np.any(unsolved):
         share = float(np.max(np.where(unsolved, np.asarray(info.relative_residual), 0)))
-    return SEEN.format(share=min(share, 1.0)) if np.any(unsolved) else ""
+    if not np.any(unsolved):
+        return ""
+    # What is left is the part along them, unless the solver ran off along them.
+    return SEEN.format(share=f"{share:.0%}" if share < 1 else "a part")
 
 
 def without_slope(result: Any) -> str:

@@ -111,12 +111,13 @@ def test_rows_that_no_task_uses_are_flat_directions(embedding, solver):
     seeing = pull.copy()
     seeing[59] = 0.5 * np.linalg.norm(pull) * np.eye(4)[0]
     found = scores(seeing, solver)
-    with pytest.raises(mi.SolveError, match=r"45% of the right-hand side lies along flat directions") as told:
+    with pytest.raises(mi.SolveError, match=r"(45%|a part) of the right-hand side lies along flat dir") as told:
         mi.check(found)
     assert "INDEFINITE" in str(told.value) or "MAX_STEPS" in str(told.value)
     assert "rounding" not in str(told.value)
     assert found.info.flat_directions >= 1
     if solver != mi.solvers.cg():
+        assert "45%" in str(told.value)
         # The answer of least norm is that without the row.
         np.testing.assert_allclose(found.task, right(pull), rtol=1e-5, atol=1e-8)
         assert found.info.choice in (mi.solvers.Choice.DENSE, mi.solvers.Choice.KRYLOV)
@@ -219,7 +220,9 @@ def test_advice_fits_what_was_done():
 
 
 def test_what_comes_first_is_told_first():
-    lost = report(status=np.int32(mi.SolveStatus.INDEFINITE), inner_gradient_norm=np.inf, min_curvature=np.float64(1e-9))
+    lost = report(
+        status=np.int32(mi.SolveStatus.INDEFINITE), inner_gradient_norm=np.inf, min_curvature=np.float64(1e-9)
+    )
     with pytest.raises(mi.SolveError, match=r"^an inner problem has no minimum .*; with that, 1 of 1 solves ended IND"):
         mi.check(lost)
     # Solved or not, derivatives at an inner problem that is not solved are inexact.
@@ -253,7 +256,9 @@ def test_a_loss_that_divides_by_the_sum_of_its_weights_is_told():
     quotient, plain = problem(jnp.sum), problem(len)
     found = mi.influence_scores(quotient, lambda m: m**3)(at, tasks)
     np.testing.assert_allclose(np.sum(found.query, axis=1), 0, atol=1e-15)
-    with pytest.warns(mi.CouplingWarning, match=r"not linear in the query weights: the scores of task \d.*by the number"):
+    with pytest.warns(
+        mi.CouplingWarning, match=r"not linear in the query weights: the scores of task \d.*by the number"
+    ):
         mi.check(found)
     with pytest.warns(mi.CouplingWarning, match="not linear in the query weights"):
         assert float(mi.coupling(quotient)(at, first).nonlinear) == pytest.approx(1.0)
@@ -301,7 +306,9 @@ def test_the_precision_that_losses_are_computed_in_is_told(nested):
 
     def problem(network):
         return mi.from_task_loss(
-            lambda m, task, w: jnp.sum(w.query * (network(m, task.query).astype(jnp.float32) - 1) ** 2),
+            lambda m, task, w: jnp.sum(
+                w.query.astype(jnp.float32) * (network(m, task.query).astype(jnp.float32) - 1) ** 2
+            ),
             meta_regularizer=mi.l2(1.0),
         )
 
