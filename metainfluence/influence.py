@@ -502,7 +502,7 @@ def edit(
         # One compiled body serves the first-order step, Newton's, and the last turn, which only looks at the end.
         def turn(
             carry: tuple[PyTree, PyTree, Array], number: Array
-        ) -> tuple[tuple[PyTree, PyTree, Array], tuple[SolveInfo, Array, Array]]:
+        ) -> tuple[tuple[PyTree, PyTree, Array], tuple[SolveInfo, Array, Array | None]]:
             current, best, least = carry
             first = number == 0
             at = options.expanded(current, tasks, optax.tree.where(first, old, new), chunks)

@@ -26,8 +26,8 @@ class Coupling(NamedTuple):
     Attributes:
       support: `[n_support]`.
       query: `[n_query]`.
-      nonlinear: how far the task's loss is from linear in the query weights, relative to the loss: by twice the weights,
-        and by the mean of two sets of them.
+      nonlinear: how far the task's loss is from linear in the query weights, relative to the loss: by twice the
+        weights, and by the mean of two sets of them.
     """
 
     support: Float[Array, " n_support"]

@@ -256,9 +256,7 @@ def test_a_loss_that_divides_by_the_sum_of_its_weights_is_told():
     quotient, plain = problem(jnp.sum), problem(len)
     found = mi.influence_scores(quotient, lambda m: m**3)(at, tasks)
     np.testing.assert_allclose(np.sum(found.query, axis=1), 0, atol=1e-15)
-    with pytest.warns(
-        mi.CouplingWarning, match=r"not linear in the query weights: the scores of task \d.*by the number"
-    ):
+    with pytest.warns(mi.CouplingWarning, match=r"not linear in the query weights: the scores of task \d"):
         mi.check(found)
     with pytest.warns(mi.CouplingWarning, match="not linear in the query weights"):
         assert float(mi.coupling(quotient)(at, first).nonlinear) == pytest.approx(1.0)
