@@ -141,6 +141,8 @@ def remedy(info: SolveInfo, select: tuple[int, ...] = ()) -> str:
         return words.inexact(info)
     if told := words.seen_flat(info, select):
         return told
+    single = eps_of(info) > np.finfo(np.float64).eps
     if kind == SolveStatus.INDEFINITE and np.broadcast_to(rounded(info), np.shape(info.status))[select]:
-        return words.ROUNDING.format(f"{words.FLOAT64}, or " if eps_of(info) > np.finfo(np.float64).eps else "")
-    return solvers.REMEDIES[kind]
+        return words.ROUNDING.format(f"{words.FLOAT64}, or " if single else "")
+    told = solvers.REMEDIES[kind]
+    return told if single else told.replace("precondition, or compute in float64", "or precondition")

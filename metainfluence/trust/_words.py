@@ -58,6 +58,10 @@ SEEN = (
     "leaf behind stop_gradient, rows of an embedding that no task uses): there is no answer along them, and the one of "
     "least norm, which solvers.auto gives, is 0 there; a meta_regularizer or damping makes them matter"
 )
+_NEARLY_FLAT = (
+    "; or the direction is flat, as a symmetry of the loss makes it: a curvature of {curvature:.1e} is no more than "
+    "‖D_λF‖ / ‖λ‖ = {least:.1e}, below which no one can tell. Then train on, or raise the damping"
+)
 NO_SLOPE = (
     "the target's gradient is exactly 0, and so is every score: accuracy, argmax and thresholds have no gradient; take "
     "a loss"
@@ -108,12 +112,28 @@ def _cause(info: SolveInfo, budget: Any, small: float) -> str:
     if not budget.min_curvature > 0:
         return (
             f"the curvature is {budget.min_curvature:.1e} along a direction that was met, and no bound holds: λ is no "
-            f"minimum; {_beyond_indefinite(info)}"
+            f"minimum; {_beyond_indefinite(info)}{_nearly_flat(info, budget)}"
         )
     largest = float(getattr(budget, budget.dominant))
     if not largest > small:
         return f"{_NOTHING_LARGE} ({budget.dominant} {largest:.1e})"
-    return f"{_of_term(info, budget.dominant)} ({budget.dominant} {largest:.1e})"
+    hint = _nearly_flat(info, budget) if budget.dominant == "outer_stationarity" else ""
+    return f"{_of_term(info, budget.dominant)}{hint} ({budget.dominant} {largest:.1e})"
+
+
+def _nearly_flat(info: SolveInfo, budget: Any) -> str:
+    """What to add where the smallest curvature is one that a flat direction has at a λ not trained to the end.
+
+    Along λ(t) of constant F, λ'ᵀHλ' = −⟨D_λF, λ''⟩: a symmetry has a curvature of about ‖D_λF‖ / ‖λ‖, and of any sign.
+    """
+    if info.meta_params_norm is None or info.outer_gradient_norm is None:
+        return ""
+    length = float(np.max(np.asarray(info.meta_params_norm)))
+    least = float(np.max(np.asarray(info.outer_gradient_norm))) / length if length > 0 else 0.0
+    damping = 0.0 if info.damping is None else float(np.max(np.asarray(info.damping)))
+    if damping > 0 or not abs(budget.min_curvature) <= least:
+        return ""
+    return _NEARLY_FLAT.format(curvature=budget.min_curvature, least=least)
 
 
 def _of_term(info: SolveInfo, dominant: str) -> str:

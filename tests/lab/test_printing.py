@@ -11,6 +11,7 @@ from metainfluence.lab.commands.score import ScoreConfig
 from metainfluence.lab.experiments.demo import DemoConfig
 from metainfluence.lab.show import printing
 from metainfluence.trust import _words as words
+from metainfluence.trust import remedy
 
 COMMANDS = {
     "score": (printing.OF_SCORE, ScoreConfig),
@@ -88,6 +89,7 @@ def check_words(text, config):
 def test_every_phrase_is_one_of_the_librarys():
     told = [*mi.solvers.REMEDIES.values(), *words.ADVICE.values(), words.ROUNDING, words.NO_SUPPORT, words.SEEN]
     told.append(words.INNER_INEXACT)
+    told += [remedy(info(status=int(kind))) for kind in mi.SolveStatus if kind != mi.SolveStatus.CONVERGED]
     told += [mi.error_budget(state).advice for state in STATES.values()]
     for options in (printing.OF_SCORE, printing.OF_EDIT, printing.OF_DEMO, printing.EVERYWHERE):
         for phrase, _ in options:

@@ -214,9 +214,20 @@ def test_advice_fits_what_was_done():
     for dtype in (np.float64, np.float32):
         rounded = report(relative_residual=dtype(1e-9), min_curvature=dtype(1e-13), choice=np.int32(0))
         assert ("compute in float64" in mi.error_budget(rounded).advice) == (dtype == np.float32)
+        failed = report(status=np.int32(1), relative_residual=dtype(0.1))
+        with pytest.raises(mi.SolveError, match="MAX_STEPS") as told:
+            mi.check(failed)
+        assert ("compute in float64" in str(told.value)) == (dtype == np.float32)
     # No training brings λ nearer than rounding does.
     with pytest.raises(mi.SolveError, match=r"at most 1\.0e-13: all is well.*outer_stationarity 4\.0e-12"):
         mi.check(report(outer_gradient_norm=np.float64(4e-12)), tol=1e-13)
+
+
+def test_a_curvature_that_a_symmetry_may_have_is_not_only_laid_to_training():
+    left = report(outer_gradient_norm=np.float64(1e-5), meta_params_norm=np.float64(2.0))
+    for curvature, told in ((3e-6, True), (-3e-6, True), (1e-3, False)):
+        advice = mi.error_budget(left._replace(min_curvature=np.float64(curvature))).advice
+        assert ("or the direction is flat, as a symmetry" in advice) == told, advice
 
 
 def test_what_comes_first_is_told_first():

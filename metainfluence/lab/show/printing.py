@@ -19,6 +19,10 @@ OF_SCORE: Options = (
         "raise --max-steps, --damping or --tol, try --solver auto, or compute in float64",
     ),
     (
+        "allow more steps, raise the damping, loosen tol, or precondition",
+        "raise --max-steps, --damping or --tol, or try --solver auto",
+    ),
+    (
         "use a solver for indefinite operators (minres, dense)",
         "use --solver minres, or --solver auto, which goes on with |H|",
     ),
@@ -30,6 +34,7 @@ OF_EDIT: Options = (
         "allow more steps, raise the damping, loosen tol, precondition, or compute in float64",
         "raise --damping, remove less, or compute in float64",
     ),
+    ("allow more steps, raise the damping, loosen tol, or precondition", "raise --damping, or remove less"),
     (", or use a solver for indefinite operators (minres, dense)", ", or take fewer --num-newton-steps"),
     (", or solve with |H| (solvers.auto does where it must)", ", or take fewer --num-newton-steps"),
 )
