@@ -24,6 +24,11 @@ from metainfluence.trust._budget import (
 from metainfluence.trust._coupling import CouplingWarning
 
 
+# Errors of which no digit is left. The distance from a stationary point is taken along the smallest curvature, and is
+# mostly shorter.
+_MEANINGLESS = {"outer_stationarity": 10.0}
+
+
 class SolveError(RuntimeError):
     """Right-hand sides that were not solved, or not as well as was asked for."""
 
@@ -46,8 +51,8 @@ def check(result: Any, *, tol: float | None = None) -> Any:
       tol: raise, too, where a term of the `error_budget` is above this or the target's gradient is exactly 0.
 
     Warns:
-      BudgetWarning: λ is no minimum along a direction that was met, or a term of the `error_budget` is above 1, so that
-        not one digit is sure; an error with `tol`.
+      BudgetWarning: not one digit is sure: λ is no minimum along a direction that was met, or a term of the
+        `error_budget` is above 1, the distance from a stationary point above 10; an error with `tol`.
       SlopeWarning: the target's gradient is exactly 0, and so is every score; an error with `tol`.
       CouplingWarning: every score of a support example is exactly 0, or those of a task's query examples do not add up
         to the task's, as where the loss divides by the sum of the query weights.
@@ -94,7 +99,7 @@ def check(result: Any, *, tol: float | None = None) -> Any:
     worst = float(getattr(budget, budget.dominant))
     if tol is not None and not (worst <= tol and budget.min_curvature > 0):
         raise SolveError(f"expected every term of the error budget to be at most {tol:.1e}: {budget.advice}")
-    if not (worst <= 1 and budget.min_curvature > 0):
+    if not (worst <= _MEANINGLESS.get(budget.dominant, 1.0) and budget.min_curvature > 0):
         warnings.warn(f"not one digit is sure: {budget.advice}", BudgetWarning, stacklevel=2)
     return result
 

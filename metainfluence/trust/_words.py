@@ -133,6 +133,9 @@ def _nearly_flat(info: SolveInfo, budget: Any) -> str:
     damping = 0.0 if info.damping is None else float(np.max(np.asarray(info.damping)))
     if damping > 0 or not abs(budget.min_curvature) <= least:
         return ""
+    # Of a curvature that is small beside those that the solution met.
+    if not least <= 1e-2 * float(np.max(np.asarray(info.effective_curvature, float))):
+        return ""
     return _NEARLY_FLAT.format(curvature=budget.min_curvature, least=least)
 
 

@@ -253,6 +253,8 @@ def test_plain_check_warns_where_no_digit_is_sure():
         mi.check(found, tol=0.1)
     with pytest.warns(mi.BudgetWarning, match="λ is not stationary"):
         mi.check(report(outer_gradient_norm=np.float64(2.0), min_curvature=np.float64(0.1)))
+    with pytest.warns(mi.BudgetWarning, match="the unfinished solve dominates"):
+        mi.check(report(relative_residual=np.float64(1e-6), min_curvature=np.float64(1e-7)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mi.check(report(outer_gradient_norm=np.float64(0.5)))
