@@ -23,7 +23,6 @@ from metainfluence.trust._budget import (
 )
 from metainfluence.trust._coupling import CouplingWarning
 
-
 # Errors of which no digit is left. The distance from a stationary point is taken along the smallest curvature, and is
 # mostly shorter.
 _MEANINGLESS = {"outer_stationarity": 10.0}
