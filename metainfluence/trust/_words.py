@@ -172,6 +172,9 @@ def _beyond_indefinite(info: SolveInfo) -> str:
         return (
             "the answer is that for |H| and the derivative of nothing; train closer to a minimum, or raise the damping"
         )
+    if info.choice is None and np.all(np.asarray(info.status) == SolveStatus.CONVERGED):
+        # A solver that was told to may have taken |H|, and does not say so.
+        return "train closer to a minimum, or raise the damping"
     return "raise the damping, or solve with |H| (solvers.auto does where it must)"
 
 

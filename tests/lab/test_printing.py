@@ -44,6 +44,7 @@ STATES = {
     "inner": info(inner_gradient_norm=0.1),
     "far": info(outer_gradient_norm=0.1),
     "indefinite": info(min_curvature=-0.1),
+    "met": info(status=int(mi.SolveStatus.INDEFINITE), min_curvature=-0.1),
     "nonfinite": info(status=int(mi.SolveStatus.NONFINITE), relative_residual=np.nan),
     "without a minimum": info(inner_gradient_norm=np.inf),
     "inexact": info(asymmetry=1e-2, min_curvature=1e-4),

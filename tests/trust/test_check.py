@@ -210,6 +210,7 @@ def test_advice_fits_what_was_done():
     assert mi.error_budget(report()).advice.startswith("all is well")
     turned = report(min_curvature=np.float64(-0.5), choice=np.int32(mi.solvers.Choice.KRYLOV_ABSOLUTE))
     assert "solve with |H|" not in mi.error_budget(turned).advice
+    assert "solve with |H|" not in mi.error_budget(turned._replace(choice=None)).advice
     assert "solve with |H|" in mi.error_budget(turned._replace(choice=np.int32(mi.solvers.Choice.CG))).advice
     for dtype in (np.float64, np.float32):
         rounded = report(relative_residual=dtype(1e-9), min_curvature=dtype(1e-13), choice=np.int32(0))
