@@ -58,6 +58,7 @@ from metainfluence.spectra import Spectrum as Spectrum
 from metainfluence.training import Run as Run
 from metainfluence.training import training as training
 from metainfluence.training import training_loop as training_loop
+from metainfluence.trust import BudgetWarning as BudgetWarning
 from metainfluence.trust import Chosen as Chosen
 from metainfluence.trust import Coupling as Coupling
 from metainfluence.trust import CouplingWarning as CouplingWarning

@@ -60,12 +60,15 @@ class Adaptation:
       measure: (meta_params, support, coefficients) -> (params, that norm), by one linearisation for both; None for one
         after the other.
       step_norms: (meta_params, support, coefficients) -> ‖∂_θ L_in‖ before each step of an unrolled loop; else None.
+      known: whether it is known what params are meant to be: False for a program of which nobody has said whether it
+        solves an inner problem.
     """
 
     adapt: Callable[[PyTree, PyTree, Array], PyTree]
     inner_gradient_norm: Callable[[PyTree, PyTree, PyTree, Array], Array] | None = None
     measure: Callable[[PyTree, PyTree, Array], tuple[PyTree, Array]] | None = None
     step_norms: Callable[[PyTree, PyTree, Array], Array] | None = None
+    known: bool = True
 
     def __call__(self, meta_params: PyTree, support: PyTree, coefficients: Float[Array, " n_support"]) -> PyTree:
         """Adapts."""
@@ -352,17 +355,27 @@ def _apply(linear: Callable[[PyTree], PyTree], vector: PyTree) -> PyTree:
     return linear(vector)
 
 
-def closed_form(fn: Callable[[PyTree, PyTree, Array], PyTree]) -> Adaptation:
-    """Any differentiable function: ridge heads (R2D2), prototypes (ProtoNet), a user's own program.
+def closed_form(
+    fn: Callable[[PyTree, PyTree, Array], PyTree],
+    *,
+    inner_loss: Loss | None = None,
+    regularizer: Regularizer | None = None,
+) -> Adaptation:
+    """Any differentiable function: ridge heads (R2D2), prototypes (ProtoNet), a user's own program or solver.
 
     Systems of equations in it are best solved by `linear_solve`, see there.
 
     Args:
       fn: (meta_params, support, coefficients `[n_support]`) -> params. Removal of support examples works through the
         coefficients, so `fn` must weigh each example by its own; they sum to 1 at unit weights.
+      inner_loss: (params, meta_params, support) -> losses `[n_support]`, of whose weighted sum `fn` is meant to return
+        the minimum: how near it comes is then reported as `SolveInfo.inner_gradient_norm`. None for what is no minimum;
+        the norm is then None, unknown.
+      regularizer: (params, meta_params) -> scalar, added to the inner objective.
 
     Raises:
-      TypeError: `fn` cannot be called so.
+      TypeError: a function that cannot be called so.
+      ValueError: a `regularizer` without `inner_loss`; at trace time, losses that are not one per example.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -373,7 +386,19 @@ def closed_form(fn: Callable[[PyTree, PyTree, Array], PyTree]) -> Adaptation:
       (10.0, 2.5)
     """
     check_function("fn", fn, "(meta_params, support, coefficients) -> params", *"msc")
-    return Adaptation(outline(fn)(lambda *operands: fn(*operands)))
+    adapt = outline(fn)(lambda *operands: fn(*operands))
+    if inner_loss is None:
+        if regularizer is not None:
+            raise ValueError("regularizer: expected None without inner_loss, to which it is added")
+        return Adaptation(adapt, known=False)
+    _check_functions(inner_loss, lambda meta_params, support: None, regularizer)
+    gradient = jax.grad(_inner_objective(inner_loss, regularizer))
+
+    def inner_gradient_norm(params: PyTree, *operands: Any) -> Array:
+        slope, product = jax.linearize(lambda params: gradient(params, *operands), params)
+        return gradient_norm(slope, product, params)
+
+    return Adaptation(adapt, inner_gradient_norm)
 
 
 def _depends(fn: Callable[[PyTree], PyTree], point: PyTree) -> bool:

@@ -259,6 +259,7 @@ def sweep(
                 damping=damping,
                 meta_params_norm=flat_norm(meta_params),
                 support_shared=shared,
+                working_eps=jnp.asarray(point.working_eps, relative.dtype),
             )
             change = point.mixed_transposed(operator.domain.unravel(solution))
             if direct is not None:

@@ -25,20 +25,20 @@ def check_hvp(hvp: Any) -> None:
         raise ValueError(f"hvp: expected {FORWARD!r} or {REVERSE!r}, got {hvp!r}")
 
 
-def check_forward(loss: Callable[[PyTree], Array], at: PyTree, *, twice: bool) -> None:
+def check_forward(loss: Callable[[PyTree], Array], at: PyTree, jaxpr: Any, *, twice: bool) -> None:
     """Raises where forward mode meets a `custom_vjp`, which under jit JAX says only when it compiles, far from here.
 
     Args:
       loss: (point) -> scalar.
       at: the point; may be traced.
+      jaxpr: of the loss there.
       twice: whether forward mode is taken of the loss's gradient, in which the `custom_vjp` may have been replaced by
         functions that have a derivative, or of the loss itself.
 
     Raises:
       TypeError: naming the argument to change.
     """
-    # A trace of the loss is cheap beside those of its second derivatives.
-    if not _holds(jax.make_jaxpr(loss)(at).jaxpr, "custom_vjp_call"):
+    if not _holds(jaxpr, "custom_vjp_call"):
         return
     fn = jax.grad(loss) if twice else loss
     vectors = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)), jnp.result_type(leaf)), at)

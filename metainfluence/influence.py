@@ -552,7 +552,7 @@ class _Point(NamedTuple):
     meta_params: PyTree
     value: Array
     norm: Array
-    inner_norm: Array
+    inner_norm: Array | None
 
 
 class _Search(NamedTuple):
@@ -647,7 +647,7 @@ def _edited(options: Options, count: int, meta_params: PyTree, tasks: Task, old:
         zeros = jax.tree.map(lambda leaf: jnp.zeros((count + 1, *leaf.shape), leaf.dtype), info)
         zero = jnp.zeros((), value.dtype)
         norms: Any = (info.outer_gradient_norm, info.inner_gradient_norm)
-        point = _Point(meta_params, zero, *(jnp.zeros((), norm.dtype) for norm in norms))
+        point = _Point(meta_params, zero, *jax.tree.map(lambda norm: jnp.zeros((), norm.dtype), norms))
         edit = Edit(meta_params, zeros, jnp.zeros(count + 2, value.dtype), jnp.zeros(count + 1, value.dtype))
         step = jax.tree.map(jnp.zeros_like, meta_params)
         return _Search(point, step, zero, zero, jnp.int32(-1), jnp.bool_(True), edit)

@@ -30,6 +30,7 @@ from metainfluence._checks import (
 )
 from metainfluence._chunks import reduce_tasks
 from metainfluence._outline import outline
+from metainfluence._working import working_eps
 from metainfluence.adaptation import Adaptation, Loss
 from metainfluence.data import Task, Weights, coefficients, fill_padding, resolve_weights, sizes, weighted_sum
 from metainfluence.differentiation import FORWARD, check_forward, check_hvp
@@ -119,7 +120,7 @@ def bilevel(
         check_function("outer_head", outer_head, "(outputs, query) -> losses [n_query]", *"oq")
     check_hvp(hvp)
 
-    chosen = adapt if isinstance(adapt, Adaptation) else Adaptation(adapt)
+    chosen = adapt if isinstance(adapt, Adaptation) else Adaptation(adapt, known=False)
 
     def operands(meta_params: PyTree, task: Task, weights: Weights) -> tuple[PyTree, PyTree, Array]:
         support = fill_padding(task.support, task.support_mask)
@@ -163,6 +164,7 @@ def bilevel(
     if chosen.step_norms is not None:
         step_norms = chosen.step_norms
         adapted.inner_gradient_norms = lambda *data: step_norms(*operands(*data))  # type: ignore[attr-defined]
+    adapted.known = chosen.known  # type: ignore[attr-defined]
 
     def inner_gradient_norm(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         assert chosen.inner_gradient_norm is not None
@@ -324,17 +326,29 @@ def evaluate(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights
     return loss, norm_or_zero(norm, loss)
 
 
-def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weights, *, twice: bool) -> None:
-    """Raises TypeError where the problem is to be differentiated in forward mode and cannot, see `check_forward`."""
-    if problem.hvp != FORWARD:
-        return
+def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weights, *, twice: bool) -> float:
+    """Traces the loss of a task: the machine epsilon of the lowest precision in which what hangs on λ is computed.
+
+    Raises:
+      TypeError: the problem is to be differentiated in forward mode and cannot, see `check_forward`.
+    """
+    found: list[float] = []
 
     def check(at: PyTree, tasks: Task, weights: Weights) -> None:
         first = jax.tree.map(lambda leaf: leaf[0], (tasks, weights))
-        check_forward(lambda m: evaluate(problem, m, *first)[0], at, twice=twice)
+
+        def loss(meta_params: PyTree) -> Array:
+            return evaluate(problem, meta_params, *first)[0]
+
+        # A trace of the loss is cheap beside those of its second derivatives.
+        jaxpr = jax.make_jaxpr(loss)(at).jaxpr
+        found.append(working_eps(jaxpr))
+        if problem.hvp == FORWARD:
+            check_forward(loss, at, jaxpr, twice=twice)
 
     # The user's functions see JAX's arrays, whatever the data are.
     jax.eval_shape(check, at, tasks, weights)
+    return found[0]
 
 
 def adapted(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) -> tuple[PyTree, Array | None]:
@@ -349,6 +363,11 @@ def adapted(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights)
         return params, None
     frozen = jax.lax.stop_gradient((params, meta_params, weights))
     return params, problem.inner_gradient_norm(frozen[0], frozen[1], task, frozen[2])
+
+
+def knows_inner(problem: Bilevel) -> bool:
+    """Whether it is known how well tasks are adapted to, and not left to a program of the user's."""
+    return problem.adapt is not None and bool(getattr(problem.adapt, "known", True))
 
 
 def norm_or_zero(norm: Array | None, loss: Array) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,10 +131,26 @@ def ritz_values(subspace: Subspace, shift: Float[Array, ""]) -> RitzValues:
     return RitzValues(values, jnp.where(found.valid, found.residuals, jnp.nan), found.valid)
 
 
-def smallest_value(subspace: Subspace) -> Float[Array, ""]:
-    """The smallest Ritz value, without shift; infinite where there is none."""
-    smallest = _lapack.eigh(_bordered(subspace, 2 * jnp.max(jnp.abs(subspace.gram)) + 1))[0][0]
-    return jnp.where(jnp.any(subspace.filled), smallest, jnp.inf)
+def smallest_value(subspace: Subspace, shift: Float[Array, ""]) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The smallest Ritz value, shift included, that is not zero to rounding, infinite without one; and the zeros."""
+    bordered = _bordered(subspace, 2 * jnp.max(jnp.abs(subspace.gram)) + 1)
+    values = _lapack.eigh(bordered)[0] + shift
+    valid = jnp.arange(len(values)) < jnp.sum(subspace.filled)
+    zero = flat(jnp.where(valid, values, 0), valid)
+    least = jnp.min(jnp.where(valid & ~zero, values, jnp.inf))
+    return select(jnp.isinf(least) & jnp.any(zero), jnp.zeros_like(least), least), jnp.sum(zero, dtype=jnp.int32)
+
+
+def flat(values: Float[Array, " m"], valid: Bool[Array, " m"] | None = None) -> Bool[Array, " m"]:
+    """Which eigenvalues rounding cannot tell from zero, among those that are valid."""
+    size = jnp.abs(values)
+    zero = size <= rounding(len(values), values.dtype) * jnp.max(size)
+    return zero if valid is None else zero & valid
+
+
+def rounding(size: int, dtype: Any) -> float:
+    """Up to which share of the largest one an eigenvalue of a matrix of that size may be rounding's."""
+    return max(size, 10 * size**0.5) * float(jnp.finfo(dtype).eps)
 
 
 def low_rank_inverse(
@@ -197,18 +213,21 @@ def galerkin(
     |A| is A with the signs of the subspace's negative Ritz values turned round, so that its residual, too, is a
     combination of products.
 
+    Along Ritz values that are zero to rounding the solution with |A| is 0.
+
     Returns:
-      Coordinates of x, residuals b − A x, and whether the projected operator was not positive definite (where it was
-      not, the coordinates are 0).
+      Coordinates of x, residuals b − A x, and whether the projected operator was not positive definite or, with |A|,
+      not finite (the coordinates are then 0).
     """
     inside = matmul(rhs, subspace.basis.T)
     if absolute:
-        values, rotation = _lapack.eigh(_bordered(subspace, 1))
+        values, rotation = _lapack.eigh(_bordered(subspace, jnp.max(jnp.abs(subspace.gram))))
         turned = jnp.abs(values) + shift
         components = matmul(inside, rotation)
-        solved = components / jnp.where(turned > 0, turned, 1)[None]
+        zero = flat(turned)
+        solved = jnp.where(zero[None], 0, components / jnp.where(zero, 1, turned)[None])
         coordinates = jnp.where(subspace.filled[None], matmul(solved, rotation.T), 0)
-        singular = ~jnp.all((turned > 0) & jnp.isfinite(turned))
+        singular = ~jnp.all(jnp.isfinite(turned))
         coordinates = jnp.where(singular, 0, coordinates)
         # (|A| − A) x = 2 Σ_{θ<0} |θ| y yᵀ x, in coordinates.
         extra = matmul(matmul(coordinates, rotation) * (jnp.abs(values) - values)[None], rotation.T)
@@ -221,6 +240,17 @@ def galerkin(
         extra = jnp.zeros_like(coordinates)
     product = matmul(coordinates, subspace.products) + matmul(shift * coordinates + extra, subspace.basis)
     return coordinates, rhs - product, singular
+
+
+def asymmetry(
+    subspace: Subspace, coordinates: Float[Array, "k m"], solutions: Float[Array, "k n"], shift: Float[Array, ""]
+) -> Float[Array, " k"]:
+    """‖V (Ax − Aᵀx)‖ / ‖(A + shift) x‖ for solutions x in the subspace, 0 for x = 0."""
+    products = matmul(coordinates, subspace.products)
+    # The basis's products hold Aᵀ of it as seen by x.
+    difference = matmul(products, subspace.basis.T) - matmul(solutions, subspace.products.T)
+    size = jnp.linalg.norm(products + shift * solutions, axis=1)
+    return jnp.linalg.norm(difference, axis=1) / select(size > 0, size, jnp.ones_like(size))
 
 
 def combine(subspace: Subspace, coordinates: Float[Array, "k m"]) -> Float[Array, "k n"]:

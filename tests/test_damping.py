@@ -179,7 +179,7 @@ def test_a_good_solve_is_not_told_to_do_better():
     good = mi.error_budget(info(relative_residual=np.float64(3e-7)))
     assert (good.dominant, good.outer_residual) == ("outer_residual", 3e-7)
     assert good.advice == (
-        "no error is large, and a lower tol or more training would bring little; the largest is this "
+        "all is well: no error is large, and a lower tol or more training would bring little; the largest is this "
         "(outer_residual 3.0e-07)"
     )
     single = mi.error_budget(info(relative_residual=np.float32(3e-6), min_curvature=np.float32(1)))

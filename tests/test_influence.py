@@ -95,6 +95,9 @@ def test_validation_examples_are_those_of_theorem_4_1(problem_name):
     assert relative_error(delta, -solve(problem_name, share * gradients)) <= 1e-9
 
 
+UNKNOWN = ("ridge_head", "prototypes")
+
+
 @pytest.mark.parametrize("problem_name", KINDS)
 def test_info_reports_the_solve_and_the_stationarity_of_both_levels(problem_name):
     found = runs.influences(problem_name)
@@ -103,10 +106,13 @@ def test_info_reports_the_solve_and_the_stationarity_of_both_levels(problem_name
         assert np.all(info.status == mi.SolveStatus.CONVERGED), name
         assert np.all(info.relative_residual <= 1e-9), name
         assert np.all(info.outer_gradient_norm <= 1e-10), name
-        assert np.all(info.inner_gradient_norm <= 1e-10), name
+        # Nobody has said what a closed form, or a loss of one piece, solves.
+        known = info.inner_gradient_norm is not None
+        assert known == (problem_name not in UNKNOWN), name
+        assert not known or np.all(info.inner_gradient_norm <= 1e-10), name
         assert np.all(info.min_curvature >= smallest * (1 - 1e-6)), name
     np.testing.assert_allclose(found["scores"].info.min_curvature, smallest, rtol=1e-6)
-    if spec(problem_name).inner is None:
+    if spec(problem_name).inner is None and problem_name not in UNKNOWN:
         assert found["scores"].info.inner_gradient_norm == 0
     mi.check(found["scores"])
     mi.check(found["task"])

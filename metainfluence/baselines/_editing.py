@@ -16,7 +16,7 @@ from metainfluence.baselines._base import dtype_of, unsolved
 from metainfluence.curvature import exact
 from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.influence import Edit
-from metainfluence.problem import Bilevel, check_meta_params
+from metainfluence.problem import Bilevel, check_meta_params, knows_inner
 from metainfluence.response import gradient_map
 
 
@@ -131,7 +131,7 @@ def _steps(
         final, final_inner = at(edited, new)
         info = unsolved(dtype_of(meta_params), (num_steps,))._replace(
             outer_gradient_norm=jnp.append(norms[1:], optax.tree.norm(final)),
-            inner_gradient_norm=jnp.append(inner_norms[1:], final_inner),
+            inner_gradient_norm=jnp.append(inner_norms[1:], final_inner) if knows_inner(problem) else None,
         )
         return Edit(edited, info)
 

@@ -33,13 +33,15 @@ class OptimumInfo(NamedTuple):
       damping: what was added to every eigenvalue of H.
       num_matvecs: products with H that the choice of the damping took.
       meta_params_norm: ‖λ‖.
+      working_eps: machine epsilon of the lowest precision in which the losses are computed.
     """
 
     outer_gradient_norm: Float[Array, ""]
-    inner_gradient_norm: Float[Array, ""]
+    inner_gradient_norm: Float[Array, ""] | None
     damping: Float[Array, ""]
     num_matvecs: Int[Array, ""]
     meta_params_norm: Float[Array, ""]
+    working_eps: Float[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -138,14 +140,22 @@ class Optimum:
 
 def _with_point(info: SolveInfo, at: OptimumInfo) -> SolveInfo:
     """The report on solves, with what is known of the point."""
-    shape = info.status.shape
+    shape, inner = info.status.shape, at.inner_gradient_norm
     return info._replace(
         num_matvecs=info.num_matvecs + at.num_matvecs,
         outer_gradient_norm=jnp.broadcast_to(at.outer_gradient_norm, shape),
-        inner_gradient_norm=jnp.broadcast_to(at.inner_gradient_norm, shape),
+        inner_gradient_norm=None if inner is None else jnp.broadcast_to(inner, shape),
         damping=jnp.broadcast_to(at.damping, shape),
         meta_params_norm=jnp.broadcast_to(at.meta_params_norm, shape),
+        working_eps=jnp.broadcast_to(at.working_eps, shape),
     )
+
+
+def _info_of(expansion: Expansion, damping: Array, matvecs: Any) -> OptimumInfo:
+    """What is known of a point once it is expanded and its damping chosen."""
+    norm, length = flat_norm(expansion.gradient), flat_norm(expansion.meta_params)
+    eps = jnp.asarray(expansion.working_eps, norm.dtype)
+    return OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs), length, eps)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -281,20 +291,16 @@ def optimum_at(options: Options, meta_params: PyTree, tasks: Task, weights: Weig
     """The response for checked arguments, with room for some right-hand sides at once."""
     chunks = options.chunks(meta_params, tasks, vectors)
     expansion = options.expanded(meta_params, tasks, weights, chunks)
-    norm = flat_norm(expansion.gradient)
     about = (expansion.gradient, meta_params)
     damping, state, matvecs = _prepared(options.solver, options.damping, expansion.operator, about)
-    info = OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs), flat_norm(meta_params))
-    return Optimum(expansion, info, state, options.solver, chunks.vectors)
+    return Optimum(expansion, _info_of(expansion, damping, matvecs), state, options.solver, chunks.vectors)
 
 
 def solve_once(options: Options, expansion: Expansion, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
     """H⁻¹ times a pytree like λ, for a response that is asked once."""
-    norm = flat_norm(expansion.gradient)
     about = (expansion.gradient, expansion.meta_params)
     solution, info, damping, matvecs = solve_alone(options.solver, options.damping, expansion.operator, about, rhs)
-    at = OptimumInfo(norm, expansion.inner_gradient_norm, damping, jnp.int32(matvecs), flat_norm(expansion.meta_params))
-    return solution, _with_point(info, at)
+    return solution, _with_point(info, _info_of(expansion, damping, matvecs))
 
 
 def solve_alone(

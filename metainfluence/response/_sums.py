@@ -25,7 +25,7 @@ from metainfluence.curvature import Curvature, exact
 from metainfluence.data import Task, Weights, coefficients, weighted_sum
 from metainfluence.differentiation import REVERSE
 from metainfluence.operators import Domain, FlatProduct, Losses, Operator, from_matvec
-from metainfluence.problem import Bilevel, check_derivatives, meta_regularization, weighted_losses
+from metainfluence.problem import Bilevel, check_derivatives, knows_inner, meta_regularization, weighted_losses
 
 
 @jax.tree_util.register_dataclass
@@ -69,19 +69,21 @@ class Expansion:
       tasks: stacked tasks.
       weights: w.
       gradient: D_λF, a pytree like λ.
-      inner_gradient_norm: max over tasks of ‖∂_θ L_in‖.
+      inner_gradient_norm: max over tasks of ‖∂_θ L_in‖; None where it is not known.
       linear: the map's derivative as a pytree: of forward mode, or, in reverse mode, its pullback.
       shift: what the curvature adds to the diagonal.
+      working_eps: machine epsilon of the lowest precision in which the losses are computed.
     """
 
     meta_params: PyTree
     tasks: Task
     weights: Weights
     gradient: PyTree
-    inner_gradient_norm: Array
+    inner_gradient_norm: Array | None
     linear: Callable[..., Any]
     shift: Array
     _sums: Sums = dataclasses.field(metadata={"static": True})
+    working_eps: float = dataclasses.field(metadata={"static": True})
 
     @property
     def chunks(self) -> Chunks:
@@ -200,13 +202,14 @@ class Sums(NamedTuple):
         """The gradient map to first order, linearised once."""
         at, gradient = meta_params, gradient_map(self.problem, self.chunks, self.mesh)
         # The other curvatures take forward mode of the adaptation itself, and not of a gradient.
-        check_derivatives(self.problem, at, tasks, weights, twice=self.curvature.is_exact)
+        eps = check_derivatives(self.problem, at, tasks, weights, twice=self.curvature.is_exact)
         slope, linear, norm = _linearised(
             self.problem, functools.partial(gradient, self.curvature, at, tasks), at, weights
         )
         if not self.curvature.keeps_gradient:
             slope, norm = gradient(exact(), at, tasks, at, weights)
-        return Expansion(at, tasks, weights, slope, norm, linear, self.shift(at, tasks, weights), self)
+        norm = norm if knows_inner(self.problem) else None
+        return Expansion(at, tasks, weights, slope, norm, linear, self.shift(at, tasks, weights), self, eps)
 
     def shift(self, at: PyTree, tasks: Task, weights: Weights) -> Array:
         """(1/T) Σ_k w_k s_k, see `Curvature.shift`."""

@@ -24,7 +24,7 @@ from metainfluence._source import Reader, Source, ids_of, stack, widened
 from metainfluence.curvature import Curvature, exact
 from metainfluence.data import sizes
 from metainfluence.operators import Domain, Operator, flat_norm
-from metainfluence.problem import Bilevel, check_derivatives, check_meta_params, meta_regularization
+from metainfluence.problem import Bilevel, check_derivatives, check_meta_params, knows_inner, meta_regularization
 from metainfluence.response import (
     RANK,
     Options,
@@ -225,7 +225,8 @@ class _Run:
         reader = Reader(self.source, 1, self.on_error)
         batch = stack([reader.template()], reader.template())
         self.check_columns(reader)
-        check_derivatives(self.options.problem, self.meta_params, *batch, twice=self.options.curvature.is_exact)
+        twice = self.options.curvature.is_exact
+        eps = check_derivatives(self.options.problem, self.meta_params, *batch, twice=twice)
 
         def product(meta_params: PyTree, vector: PyTree, batch: Any) -> PyTree:
             return batch_pull(self.options.problem, self.options.curvature, meta_params, *batch)(vector)[0]
@@ -239,6 +240,7 @@ class _Run:
             "dtype": str(jnp.result_type(*jax.tree.leaves(self.meta_params))),
             "default dtype": str(jnp.result_type(float)),
             "precision": self.options.precision,
+            "working_eps": eps,
             "meta_params": _disk.of_arrays(self.meta_params),
             "problem and curvature": _disk.of_function(product, self.meta_params, self.meta_params, batch),
             "meta_regularizer": _disk.of_function(regularizer, self.meta_params),
@@ -333,7 +335,7 @@ class _Run:
         slope = _slope(passes, store)
         memo = _Memo(Domain.of(self.meta_params), store)
         direction, info = self.solution(
-            passes.operator(slope), passes.operator(slope, memo.around), slope, store, report
+            passes.operator(slope), passes.operator(slope, memo.around), slope, store, report, manifest["working_eps"]
         )
         report.phase("scores")
         shards = _Shards(reader)
@@ -358,7 +360,7 @@ class _Run:
             _table.write_tables(out, lambda: _tables(store, shards.numbers), {**metadata, **own})
 
     def solution(
-        self, operator: Operator, memorised: Operator, slope: Slope, store: Store, report: Reporter
+        self, operator: Operator, memorised: Operator, slope: Slope, store: Store, report: Reporter, working_eps: float
     ) -> tuple[PyTree, SolveInfo]:
         """The solution of (H + δI) s = ∇φ; the second operator is the first one with its products kept."""
         domain = operator.domain
@@ -373,8 +375,9 @@ class _Run:
         solution, info = self.solved(operator, memorised, slope, rhs, store, report)
         info = info._replace(
             outer_gradient_norm=flat_norm(slope.gradient),
-            inner_gradient_norm=slope.inner_gradient_norm,
+            inner_gradient_norm=slope.inner_gradient_norm if knows_inner(self.options.problem) else None,
             meta_params_norm=flat_norm(self.meta_params),
+            working_eps=jnp.asarray(working_eps, info.relative_residual.dtype),
         )
         given = {name: np.asarray(value) for name, value in info._asdict().items() if value is not None}
         store.write("solution", 0, {"solution": np.asarray(solution), **_packed("info", given)})

@@ -149,7 +149,8 @@ def auto(
             known=state.known,
             exploration=exploration,
         )
-        turned = jnp.broadcast_to(growth.turned, info.status.shape)
+        # A curvature that is zero to rounding turns nothing round.
+        turned = growth.turned & (info.min_curvature < 0)
         info = info._replace(
             num_matvecs=info.num_matvecs + before, choice=choice(Choice.KRYLOV, Choice.KRYLOV_ABSOLUTE, turned)
         )
@@ -191,4 +192,7 @@ def flat(
     """Solves for a flat right-hand side, after `before` products that led here."""
     solution, info = solver.solve(operator, state, operator.domain.unravel(rhs))
     code = None if chosen is None else jnp.int32(chosen)
-    return operator.domain.ravel(solution), info._replace(num_matvecs=info.num_matvecs + before, choice=code)
+    # MINRES looks for none, and branches of a program report alike.
+    zeros = jnp.int32(0) if info.flat_directions is None else info.flat_directions
+    info = info._replace(num_matvecs=info.num_matvecs + before, choice=code, flat_directions=zeros)
+    return operator.domain.ravel(solution), info

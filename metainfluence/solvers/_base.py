@@ -63,14 +63,21 @@ class SolveInfo(NamedTuple):
       outer_gradient_norm: ‖D_λF‖, how far λ is from the stationary point that the formula presumes; None from a solver
         alone, which knows no λ.
       inner_gradient_norm: max over tasks of ‖∂_θ L_in‖ for implicit adaptation, infinite where a task's parameters are
-        seen to be near no minimum of L_in; 0 for other adaptations, None from a solver alone.
+        seen to be near no minimum of L_in; 0 for unrolled steps, which are what they are. None where it is not known:
+        for a `closed_form` without `inner_loss`, a `from_task_loss`, and from a solver alone.
       effective_curvature: ‖b‖ / ‖x‖, the curvature that the solution met; with the residual and the smallest curvature
         it bounds the solution's error.
       choice: what `auto` chose, see `Choice`; None from other solvers.
       damping: what was added to every eigenvalue of H; None from a solver alone.
       meta_params_norm: ‖λ‖, to which distances in λ compare; None from a solver alone.
       flat_directions: dimensions along which H is zero to working precision. The solution is the one of least norm, and
-        a right-hand side with a part along them leaves a residual. None where a solver does not look for them.
+        a right-hand side with a part along them leaves a residual. Of a Krylov solver those that it has met; None where
+        a solver does not look for them.
+      asymmetry: how far the products are from those of a symmetric operator, ‖Hx − Hᵀx‖ / ‖Hx‖ as far as the solver's
+        own products show it; rounding makes it, or a derivative of the problem that is not exact. None where a solver
+        keeps no second product to compare with.
+      working_eps: machine epsilon of the lowest precision in which the losses are computed, as 0.0078 for a network in
+        bfloat16 whatever λ is held in; None from a solver alone.
       support_shared: whether the target's tasks share support data with training while the direct effect is left out;
         None where no target's tasks could.
     """
@@ -87,6 +94,8 @@ class SolveInfo(NamedTuple):
     meta_params_norm: Float[Array, "..."] | None = None
     flat_directions: Int[Array, "..."] | None = None
     support_shared: Bool[Array, "..."] | None = None
+    asymmetry: Float[Array, "..."] | None = None
+    working_eps: Float[Array, "..."] | None = None
 
     def __repr__(self) -> str:
         """The fields, with the names of codes."""
@@ -120,6 +129,7 @@ class Outcome(NamedTuple):
       failure: the status if the solve did not converge.
       flat_directions: dimensions along which H is zero to working precision and the solution therefore 0; None where
         the solver does not look for them.
+      asymmetry: as `SolveInfo.asymmetry`; None where it is not known.
     """
 
     solution: Float[Array, " size"]
@@ -127,6 +137,7 @@ class Outcome(NamedTuple):
     min_curvature: Any
     failure: Any = SolveStatus.MAX_STEPS
     flat_directions: Any = None
+    asymmetry: Any = None
 
 
 class Iteration(NamedTuple):

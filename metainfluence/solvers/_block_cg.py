@@ -185,15 +185,19 @@ def grown(
     failure = jnp.where(growth.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))
     status = jnp.where(residual <= goal, jnp.int32(SolveStatus.CONVERGED), failure)
     broken = ~finite | ~jnp.isfinite(residual) | ~growth.finite
-    smallest = subspace.smallest_value(growth.subspace) + operator.shift + growth.damping
+    smallest, zeros = subspace.smallest_value(growth.subspace, operator.shift + growth.damping)
     products = linear.init_matvecs + shared + (growth.num_products - shared) * (1 + linear.matvecs)
     info = SolveInfo(
         status=jnp.where(broken, jnp.int32(SolveStatus.NONFINITE), status),
         num_matvecs=jnp.full(count, products, jnp.int32),
         relative_residual=jnp.where(finite, residual, jnp.nan),
         min_curvature=jnp.full(count, smallest),
+        flat_directions=jnp.full(count, zeros),
     )
     solutions = subspace.combine(growth.subspace, growth.coordinates)
     length = jnp.linalg.norm(solutions, axis=1)
-    info = info._replace(effective_curvature=scale / jnp.where(length > 0, length, 1))
+    info = info._replace(
+        effective_curvature=scale / jnp.where(length > 0, length, 1),
+        asymmetry=subspace.asymmetry(growth.subspace, growth.coordinates, solutions, operator.shift + growth.damping),
+    )
     return jnp.where(broken[:, None], jnp.nan, solutions), info, growth

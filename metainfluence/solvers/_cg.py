@@ -32,6 +32,8 @@ class _Carry(NamedTuple):
     steps_left: Array
     matvecs: Array
     min_curvature: Array
+    max_curvature: Array
+    flat: Array
     indefinite: Array
 
 
@@ -39,8 +41,8 @@ class _Carry(NamedTuple):
 def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver | None = None) -> Solver:
     """Preconditioned conjugate gradients for positive definite operators (Hestenes and Stiefel, 1952).
 
-    One product per step. Stops at the first direction of non-positive curvature, keeping the iterate reached before it,
-    with status INDEFINITE.
+    One product per step. Stops at the first direction of non-positive curvature, or of none that rounding could tell
+    from zero, keeping the iterate reached before it, with status INDEFINITE.
 
     Args:
       tol: relative residual ‖b − Hx‖/‖b‖ at which the solve counts as converged; less than 100 eps (1.2e-5 in float32)
@@ -82,6 +84,8 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
             steps_left=jnp.int32(default_max_steps(operator.size, max_steps)),
             matvecs=jnp.asarray(linear.init_matvecs, jnp.int32),
             min_curvature=jnp.full((), jnp.inf, residual.dtype),
+            max_curvature=jnp.zeros((), residual.dtype),
+            flat=jnp.bool_(False),
             indefinite=jnp.bool_(False),
         )
 
@@ -97,7 +101,10 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
 
     def take(operator: Operator, state: Any, carry: _Carry, product: Array) -> _Carry:
         curvature = dot(carry.direction, product)
-        indefinite = curvature <= 0
+        quotient = curvature / dot(carry.direction, carry.direction)
+        # Along a direction of no curvature a step has any length that rounding gives it.
+        flat = jnp.abs(quotient) <= 10 * float(jnp.finfo(product.dtype).eps) * carry.max_curvature
+        indefinite = flat | (curvature <= 0)
         length = jnp.where(indefinite, 0, carry.inner / jnp.where(indefinite, 1, curvature))
         residual = carry.residual - length * product
         return carry._replace(
@@ -106,13 +113,16 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
             residual_norm=norm(residual),
             steps_left=carry.steps_left - 1,
             matvecs=carry.matvecs + 1 + preconditioner_of(preconditioner, operator, state).matvecs,
-            min_curvature=jnp.minimum(carry.min_curvature, curvature / dot(carry.direction, carry.direction)),
+            min_curvature=jnp.minimum(carry.min_curvature, jnp.where(flat, jnp.inf, quotient)),
+            max_curvature=jnp.maximum(carry.max_curvature, quotient),
+            flat=flat,
             indefinite=indefinite,
         )
 
     def finish(carry: _Carry) -> Outcome:
         failure = jnp.where(carry.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))
-        return Outcome(carry.solution, carry.matvecs, carry.min_curvature, failure)
+        flat = carry.flat.astype(jnp.int32)
+        return Outcome(carry.solution, carry.matvecs, carry.min_curvature, failure, flat)
 
     def init_matvecs(state: Any) -> Any:
         return 0 if preconditioner is None else preconditioner.init_matvecs(state)

@@ -11,11 +11,11 @@ from jaxtyping import Array
 
 from metainfluence import _lapack, krylov
 from metainfluence.operators import Operator, from_matvec
-from metainfluence.solvers._base import Outcome, Solver, SolveStatus
+from metainfluence.solvers._base import Outcome, Solver, SolveStatus, norm
 from metainfluence.solvers._block_cg import in_turn
 from metainfluence.solvers._called import called
 from metainfluence.solvers._kit import from_map
-from metainfluence.subspace import RitzValues, unshifted
+from metainfluence.subspace import RitzValues, flat, rounding, unshifted
 
 
 class _Eigen(NamedTuple):
@@ -33,10 +33,6 @@ class _Cholesky(NamedTuple):
     factor: Array
     positive: Array
     smallest_diagonal: Array
-
-
-def _rounding(operator_size: int, dtype: Any) -> Any:
-    return operator_size * jnp.finfo(dtype).eps
 
 
 def _residual_tol(dtype: Any) -> Any:
@@ -91,11 +87,6 @@ def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
         values, vectors = _lapack.eigh(0.5 * (rows + rows.T))
         return _Eigen(values, vectors.T, jnp.zeros_like(values), jnp.ones_like(values, bool), rows)
 
-    def flat(values: Array) -> Array:
-        """Which eigenvalues rounding cannot tell from zero."""
-        size = jnp.abs(values)
-        return size <= _rounding(len(values), values.dtype) * jnp.max(size)
-
     def smallest_of(operator: Operator, state: _Eigen) -> Array:
         """The smallest eigenvalue that is not zero; 0 where all are."""
         values = state.values + operator.shift
@@ -110,7 +101,8 @@ def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
         solution = _matmul(inverse * _matmul(state.vectors, rhs), state.vectors)
         finite = jnp.all(jnp.isfinite(solution))
         failure = jnp.where(finite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.NONFINITE))
-        return Outcome(solution, operator.size, smallest, failure, jnp.sum(zero, dtype=jnp.int32))
+        count = jnp.sum(zero, dtype=jnp.int32)
+        return Outcome(solution, operator.size, smallest, failure, count, _asymmetry(operator, state.rows, solution))
 
     def multiply(operator: Operator, state: _Eigen, vector: Array) -> Array:
         extra = jnp.where(turn(smallest_of(operator, state)), jnp.maximum(-2 * state.values, 0), 0)
@@ -132,6 +124,13 @@ def _by_rows(operator: Operator, state: Any, vector: Array) -> Array:
     return _matmul(vector, state.rows) + operator.shift.astype(vector.dtype) * vector
 
 
+def _asymmetry(operator: Operator, rows: Array, vector: Array) -> Array:
+    """‖Hx − Hᵀx‖ / ‖Hx‖ for the matrix Hᵀ without its shift."""
+    product = _matmul(vector, rows)
+    size = norm(product + operator.shift.astype(vector.dtype) * vector)
+    return norm(product - _matmul(rows, vector)) / jnp.where(size > 0, size, 1)
+
+
 def _matmul(left: Array, right: Array) -> Array:
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
@@ -142,7 +141,7 @@ def _cholesky_init(operator: Operator) -> _Cholesky:
     factor = _lapack.cholesky(matrix)
     pivots = jnp.diagonal(factor) ** 2
     # A pivot that rounding alone could have made positive would give finite nonsense.
-    positive = jnp.min(pivots) > _rounding(operator.size, factor.dtype) * jnp.max(pivots)
+    positive = jnp.min(pivots) > rounding(operator.size, factor.dtype) * jnp.max(pivots)
     return _Cholesky(rows, factor, positive, jnp.min(jnp.diagonal(matrix)))
 
 
@@ -154,4 +153,10 @@ def _cholesky_solve(operator: Operator, state: _Cholesky, rhs: Array) -> Outcome
         jnp.int32(SolveStatus.MAX_STEPS),
         jnp.int32(SolveStatus.INDEFINITE),
     )
-    return Outcome(solution, operator.size, state.smallest_diagonal, failure)
+    return Outcome(
+        solution,
+        operator.size,
+        state.smallest_diagonal,
+        failure,
+        asymmetry=_asymmetry(operator, state.rows, solution),
+    )

@@ -82,14 +82,18 @@ class _Turn(NamedTuple):
     Attributes:
       carry: the iteration's.
       before: the one that the last turn began with.
-      product: of the vector multiplied last.
+      vector: multiplied last.
+      product: of that vector.
+      asymmetry: as `SolveInfo.asymmetry`.
       guessing: whether the guess is multiplied next.
       closed: whether the solution was multiplied last.
     """
 
     carry: Any
     before: Any
+    vector: Array
     product: Array
+    asymmetry: Array
     guessing: Array
     closed: Array
 
@@ -164,18 +168,22 @@ def from_steps(
             carry, vector = iteration.aim(operator, state, last.carry)
             # At the guess the solution is the guess.
             whole = closing if x0 is None else closing | last.guessing
-            product = operator.flat_matvec(jax.lax.select(whole, reached(last.carry).solution, vector))
+            vector = jax.lax.select(whole, reached(last.carry).solution, vector)
+            product = operator.flat_matvec(vector)
+            asymmetry = _asymmetry(last.vector, last.product, vector, product)
             carry = iteration.take(operator, state, carry, product)
             if x0 is not None:
                 closing = closing & ~last.guessing
                 begun = iteration.start(operator, state, rhs - product, norm(rhs))
                 carry = jax.tree.map(lambda new, old: jnp.where(last.guessing, new, old), begun, carry)
-            return _Turn(carry, last.carry, product, jnp.bool_(False), closing)
+            return _Turn(carry, last.carry, vector, product, asymmetry, jnp.bool_(False), closing)
 
-        start = iteration.start(operator, state, rhs, None)
-        first = _Turn(start, start, jnp.zeros_like(rhs), jnp.bool_(x0 is not None), jnp.bool_(False))
+        start, zero = iteration.start(operator, state, rhs, None), jnp.zeros_like(rhs)
+        guessing, no = jnp.bool_(x0 is not None), jnp.bool_(False)
+        first = _Turn(start, start, zero, zero, jnp.zeros((), rhs.dtype), guessing, no)
         last = jax.lax.while_loop(lambda turn: ~turn.closed, turn, first)
-        return reached(last.before), last.product
+        outcome = reached(last.before)
+        return outcome._replace(asymmetry=last.asymmetry), last.product
 
     def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
         operator.domain.check("rhs", rhs)
@@ -283,8 +291,15 @@ def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any) -> SolveInfo:
         relative_residual=relative,
         min_curvature=jnp.minimum(jnp.asarray(outcome.min_curvature, relative.dtype), quotient),
         flat_directions=outcome.flat_directions,
+        asymmetry=outcome.asymmetry,
         effective_curvature=scale / jnp.sqrt(divisor),
     )
+
+
+def _asymmetry(left: Array, product: Array, right: Array, other: Array) -> Array:
+    """By how much ⟨left, H right⟩ and ⟨H left, right⟩ differ, over ‖left‖ ‖H right‖; 0 for zero vectors."""
+    size = norm(left) * norm(other)
+    return jnp.abs(dot(left, other) - dot(product, right)) / jnp.where(size > 0, size, 1)
 
 
 def _no_state(operator: Operator) -> None:

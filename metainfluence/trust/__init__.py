@@ -1,10 +1,11 @@
 """What a result's numbers rest on: read a response, a result, or a problem."""
 
-from metainfluence.trust._check import ErrorBudget as ErrorBudget
+from metainfluence.trust._budget import ErrorBudget as ErrorBudget
+from metainfluence.trust._budget import error_budget as error_budget
+from metainfluence.trust._check import BudgetWarning as BudgetWarning
 from metainfluence.trust._check import SlopeWarning as SlopeWarning
 from metainfluence.trust._check import SolveError as SolveError
 from metainfluence.trust._check import check as check
-from metainfluence.trust._check import error_budget as error_budget
 from metainfluence.trust._check import remedy as remedy
 from metainfluence.trust._choose import Chosen as Chosen
 from metainfluence.trust._choose import choose as choose
@@ -20,6 +21,7 @@ from metainfluence.trust._smoothness import smoothness as smoothness
 from metainfluence.trust._spectrum import spectrum as spectrum
 
 __all__ = [
+    "BudgetWarning",
     "Chosen",
     "Coupling",
     "CouplingWarning",

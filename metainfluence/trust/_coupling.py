@@ -26,10 +26,13 @@ class Coupling(NamedTuple):
     Attributes:
       support: `[n_support]`.
       query: `[n_query]`.
+      nonlinear: how far the task's loss is from linear in the query weights, relative to the loss: by twice the
+        weights, and by the mean of two sets of them.
     """
 
     support: Float[Array, " n_support"]
     query: Float[Array, " n_query"]
+    nonlinear: Float[Array, ""]
 
 
 def coupling(problem: Bilevel) -> Callable[..., Coupling]:
@@ -41,9 +44,13 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
     influence then answers what would be if the example's own term did not count, not if the example were not there; the
     influence of whole tasks is not touched. Runs one adaptation per example, and no derivative.
 
+    A loss that divides by the sum of its weights is no such sum either: its scores of query examples add up to 0, and
+    not to the task's. Four sets of query weights show it.
+
     Returns:
-      Function that warns (`CouplingWarning`) where examples are coupled; under jit it returns the numbers only. Side
-      by side with a copy of itself an example shows nothing, and neither does the only one of its side.
+      Function that warns (`CouplingWarning`) where examples are coupled, or the loss is not linear in the query
+      weights; under jit it returns the numbers only. Side by side with a copy of itself an example shows nothing, and
+      neither does the only one of its side.
 
     Raises:
       ValueError: a loss that is not finite, and as `total_gradient`.
@@ -85,7 +92,18 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
                 return jnp.zeros_like(own)
             return jax.lax.map(single, jnp.arange(own.shape[0]))
 
-        found = Coupling(side("support"), side("query"))
+        def nonlinear() -> Array:
+            own = weights.query
+            # Fixed weights of which no two are the same, so that nothing cancels.
+            other = own * (1 + jnp.linspace(0.1, 0.9, own.shape[0], dtype=own.dtype))
+            many = jnp.stack([own, 2 * own, other, (own + other) / 2])
+            plain, twice, bent, between = jax.lax.map(
+                lambda v: loss(meta_params, task, weights._replace(query=v)), many
+            )
+            off = jnp.maximum(jnp.abs(twice - 2 * plain), jnp.abs(plain + bent - 2 * between))
+            return off / jnp.maximum(jnp.abs(plain), jnp.finfo(plain.dtype).tiny)
+
+        found = Coupling(side("support"), side("query"), nonlinear())
         if concrete(found):
             _warn(found)
         return found
@@ -94,12 +112,22 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
 
 
 def _warn(found: Coupling) -> None:
-    peaks = {name: float(np.max(values, initial=0.0)) for name, values in found._asdict().items()}
+    sides = {"support": found.support, "query": found.query}
+    peaks = {name: float(np.max(values, initial=0.0)) for name, values in sides.items()}
     if not all(map(np.isfinite, peaks.values())):
         raise ValueError("task: expected a finite loss without any one example, got NaN or infinity")
     # Without coupling the two losses are the same sum, to the last bit; a margin for kernels that are not
     # deterministic.
-    eps = max(float(np.finfo(np.asarray(values).dtype).eps) for values in found)
+    eps = max(float(np.finfo(np.asarray(values).dtype).eps) for values in sides.values())
+    if float(found.nonlinear) > max(1e-3, eps**0.5):
+        warnings.warn(
+            f"the task's loss is not linear in the query weights (off by {float(found.nonlinear):.1e}, relative): it "
+            "divides by their sum, or has a part that they do not weigh. Scores of its query examples do not add up to "
+            "the task's, and are not those of leaving an example out of a mean of fixed size; scores of tasks hold. "
+            "Divide by the number of examples, as in jnp.sum(w.query * losses) / len(losses)",
+            CouplingWarning,
+            stacklevel=3,
+        )
     coupled = [f"{name} set by {peak:.1e}" for name, peak in peaks.items() if peak > 100 * eps]
     if coupled:
         warnings.warn(

@@ -10,7 +10,8 @@ from metainfluence.lab.commands.edit import EditConfig
 from metainfluence.lab.commands.score import ScoreConfig
 from metainfluence.lab.experiments.demo import DemoConfig
 from metainfluence.lab.show import printing
-from metainfluence.trust import _check as diagnosis
+from metainfluence.trust import _words as words
+from metainfluence.trust import remedy
 
 COMMANDS = {
     "score": (printing.OF_SCORE, ScoreConfig),
@@ -43,8 +44,14 @@ STATES = {
     "inner": info(inner_gradient_norm=0.1),
     "far": info(outer_gradient_norm=0.1),
     "indefinite": info(min_curvature=-0.1),
+    "met": info(status=int(mi.SolveStatus.INDEFINITE), min_curvature=-0.1),
     "nonfinite": info(status=int(mi.SolveStatus.NONFINITE), relative_residual=np.nan),
     "without a minimum": info(inner_gradient_norm=np.inf),
+    "inexact": info(asymmetry=1e-2, min_curvature=1e-4),
+    "inexact inner": info(asymmetry=1e-2, min_curvature=1e-4, inner_gradient_norm=1e-3),
+    "flat, seen": info(status=int(mi.SolveStatus.INDEFINITE), flat_directions=3, relative_residual=0.3),
+    "coarse": info(working_eps=2**-7, min_curvature=1e-4),
+    "turned": info(min_curvature=-0.1, choice=int(mi.solvers.Choice.DENSE_ABSOLUTE)),
 }
 
 
@@ -81,7 +88,9 @@ def check_words(text, config):
 
 
 def test_every_phrase_is_one_of_the_librarys():
-    told = [*mi.solvers.REMEDIES.values(), *diagnosis._ADVICE.values(), diagnosis._ROUNDING, diagnosis._NO_SUPPORT]
+    told = [*mi.solvers.REMEDIES.values(), *words.ADVICE.values(), words.ROUNDING, words.NO_SUPPORT, words.SEEN]
+    told.append(words.INNER_INEXACT)
+    told += [remedy(info(status=int(kind))) for kind in mi.SolveStatus if kind != mi.SolveStatus.CONVERGED]
     told += [mi.error_budget(state).advice for state in STATES.values()]
     for options in (printing.OF_SCORE, printing.OF_EDIT, printing.OF_DEMO, printing.EVERYWHERE):
         for phrase, _ in options:

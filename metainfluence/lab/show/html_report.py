@@ -122,6 +122,7 @@ def verdict(table: mi.scoring.ScoreTable, info: mi.SolveInfo, budget: mi.ErrorBu
         "precision": "rounding",
         "inner_residual": "tasks that are not adapted to the end",
         "outer_stationarity": "λ that is not trained to the end",
+        "asymmetry": "derivatives that are not exact",
     }.get(budget.dominant, budget.dominant)
     if int(info.status) != mi.SolveStatus.CONVERGED:
         return f"{found}; do not believe it: the solve failed."
@@ -172,7 +173,9 @@ def diagnostics(metadata: Mapping[str, Any], info: mi.SolveInfo, budget: mi.Erro
     ]
     good = int(info.status) == mi.SolveStatus.CONVERGED
     line = "The solve converged." if good else f"The solve failed: {remedy(info)}."
-    errors = [(name, f"{value:.1e}", meaning) for name, value, meaning in terms]
+    if budget.asymmetry > 0:
+        terms.append(("derivatives", budget.asymmetry, "bound by what they lack of symmetry, as inexact ones do"))
+    errors = [(name, "unknown" if np.isnan(value) else f"{value:.1e}", meaning) for name, value, meaning in terms]
     skipped = metadata.get("skipped")
     left_out = "".join(f"<li>{_text(each)}</li>" for each in skipped) if isinstance(skipped, list) else ""
     return "".join(

@@ -19,6 +19,10 @@ OF_SCORE: Options = (
         "raise --max-steps, --damping or --tol, try --solver auto, or compute in float64",
     ),
     (
+        "allow more steps, raise the damping, loosen tol, or precondition",
+        "raise --max-steps, --damping or --tol, or try --solver auto",
+    ),
+    (
         "use a solver for indefinite operators (minres, dense)",
         "use --solver minres, or --solver auto, which goes on with |H|",
     ),
@@ -30,6 +34,7 @@ OF_EDIT: Options = (
         "allow more steps, raise the damping, loosen tol, precondition, or compute in float64",
         "raise --damping, remove less, or compute in float64",
     ),
+    ("allow more steps, raise the damping, loosen tol, or precondition", "raise --damping, or remove less"),
     (", or use a solver for indefinite operators (minres, dense)", ", or take fewer --num-newton-steps"),
     (", or solve with |H| (solvers.auto does where it must)", ", or take fewer --num-newton-steps"),
 )
@@ -58,6 +63,11 @@ EVERYWHERE: Options = (
     (
         'compute in float64 (jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1)',
         "compute in float64 (--float64 of metainfluence train; for a problem of yours, JAX_ENABLE_X64=1)",
+    ),
+    (", which solvers.auto gives, is 0 there", " is 0 there"),
+    (
+        "lower the tol of their minimizer or allow more steps",
+        "lower --learner.inner-tol of metainfluence train, or, in a problem of yours, the tol of its minimizer",
     ),
     (", or let the solver find the scale (scale=None)", ""),
     ("; called outside jit, the functions name the task and the leaf", ""),
@@ -122,7 +132,7 @@ def check_solve(result: Any, options: Options) -> None:
     """
     try:
         with warnings.catch_warnings():
-            for told in (mi.SlopeWarning, mi.CouplingWarning):
+            for told in (mi.BudgetWarning, mi.SlopeWarning, mi.CouplingWarning):
                 warnings.simplefilter("ignore", told)
             mi.check(result)
     except mi.SolveError as error:

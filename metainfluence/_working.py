@@ -1,0 +1,49 @@
+"""In which floating-point format a function really computes, read off its traced program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def working_eps(jaxpr: Any) -> float:
+    """The largest machine epsilon among the values that depend on a program's arguments; 0 where none is a float.
+
+    What is computed of constants alone, as data that are cast and scaled, is exact for what it is and does not count.
+    """
+    return _eps(jaxpr, [True] * len(jaxpr.invars))[0]
+
+
+def _eps(jaxpr: Any, reached: list[bool]) -> tuple[float, list[bool]]:
+    """The largest epsilon of what depends on the arguments that are reached, and which results do."""
+    known = {var for var, is_reached in zip(jaxpr.invars, reached, strict=True) if is_reached}
+    largest = 0.0
+    for equation in jaxpr.eqns:
+        inputs = [not hasattr(atom, "val") and atom in known for atom in equation.invars]
+        if not any(inputs):
+            continue
+        outputs = [True] * len(equation.outvars)
+        for inner in _inside(equation.params):
+            # Loops and branches take their arguments in an order of their own; there all are taken for reached.
+            alone = equation.primitive.name not in ("while", "cond") and len(inner.invars) == len(inputs)
+            found, ends = _eps(inner, inputs if alone else [True] * len(inner.invars))
+            largest = max(largest, found)
+            if alone and len(ends) == len(outputs) and equation.primitive.name != "scan":
+                outputs = ends
+        for var, is_reached in zip(equation.outvars, outputs, strict=True):
+            if is_reached:
+                known.add(var)
+                if jnp.issubdtype(var.aval.dtype, jnp.floating):
+                    largest = max(largest, float(jnp.finfo(var.aval.dtype).eps))
+    return largest, [hasattr(atom, "aval") and not hasattr(atom, "val") and atom in known for atom in jaxpr.outvars]
+
+
+def _inside(value: Any) -> list[Any]:
+    """The jaxprs in an equation's parameters."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return [jaxpr for item in value for jaxpr in _inside(item)]
+    inner = getattr(value, "jaxpr", value)
+    return [inner] if hasattr(inner, "eqns") else []
