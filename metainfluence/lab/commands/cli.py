@@ -89,6 +89,7 @@ COMMANDS = {
             "peers": ("metainfluence.lab.bench.peers.suite", "PeersBenchConfig"),
             "growth": ("metainfluence.lab.bench.growth", "GrowthBenchConfig"),
             "accuracy": ("metainfluence.lab.bench.accuracy", "OmniglotAccuracyConfig"),
+            "bank": ("metainfluence.lab.bench.bank", "BankBenchConfig"),
         },
     ),
     "report": Command(

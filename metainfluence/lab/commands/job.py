@@ -72,15 +72,28 @@ def tolerance(meta_params: Any) -> float:
 
 
 def of_function(name: str) -> Job:
-    """Calls `module:function`, found as Python finds modules and in the current directory.
+    """Calls `module:function`, as `named_function` finds it.
 
     Raises:
       ConfigError: there is no such module or function.
       TypeError: it returns something else than a `Job` or a dict of its fields.
     """
+    return checked(named_function(name, "--problem")(), name)
+
+
+def named_function(name: str, option: str) -> Callable[..., Any]:
+    """The function `module:function`, found as Python finds modules and in the current directory.
+
+    Args:
+      name: of the function.
+      option: that names it, for messages.
+
+    Raises:
+      ConfigError: there is no such module or function.
+    """
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name.isidentifier():
-        raise ConfigError(f"--problem: expected MODULE:FUNCTION, got {name!r}")
+        raise ConfigError(f"{option}: expected MODULE:FUNCTION, got {name!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -90,12 +103,13 @@ def of_function(name: str) -> Job:
         known = None
     if known is None:
         raise ConfigError(
-            f"--problem: expected a module in {here} or installed, got {module_name!r}, which there is not"
+            f"{option}: expected a module in {here} or installed, got {module_name!r}, which there is not"
         )
     function = getattr(importlib.import_module(module_name), function_name, None)
     if not callable(function):
-        raise ConfigError(f"--problem: expected a function in {module_name}, got {function_name!r}, which there is not")
-    return checked(function(), name)
+        raise ConfigError(f"{option}: expected a function in {module_name}, got {function_name!r}, which there is not")
+    found: Callable[..., Any] = function
+    return found
 
 
 def checked(returned: Any, name: str) -> Job:
