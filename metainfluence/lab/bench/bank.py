@@ -19,8 +19,7 @@ from metainfluence.lab.experiments.runs import Case
 
 @dataclasses.dataclass(frozen=True)
 class BankBenchConfig:
-    """Judge a method's scores by the outcomes in banks, beside all methods of this library; without one, rebuild the
-    tables of the banks."""
+    """Judge a method's scores by the outcomes in banks, beside all others; without a method, rebuild the tables."""
 
     banks: tuple[str, ...] = ("bank.parquet",)
     """Files that `metainfluence reproduce` wrote for experiments of the kind estimators."""

@@ -30,6 +30,9 @@ class Job(NamedTuple):
       metric: (meta_params, stacked tasks) -> one number per task, which `evaluate` compares; None for the query loss.
       metric_name: of that number.
       images: (a task's support or query) -> [n, H, W] or [n, H, W, 3] from 0 to 1, for the report; None without any.
+      run: the training, made by `metainfluence.training` or `training_loop`, for scores by its trajectory.
+      start: what it starts from.
+      checkpoints: of the training, as made by `metainfluence.checkpoints`, for scores by segments.
       text: (a task's support or query) -> a string for each example, for the report of data that are no images; None
         for the numbers of short leaves, or the examples' ids.
     """
@@ -44,6 +47,9 @@ class Job(NamedTuple):
     metric_name: str = "metric"
     images: Callable[[Any], Any] | None = None
     text: Callable[[Any], Sequence[str]] | None = None
+    run: Any = None
+    start: Any = None
+    checkpoints: Sequence[mi.Checkpoint] | None = None
 
     def stacked(self) -> mi.Task:
         """All training tasks; half-precision data in float32, as `scoring.score` takes them."""
@@ -138,6 +144,8 @@ def checked(returned: Any, name: str) -> Job:
         )
     if not isinstance(returned.target_args, tuple):
         raise TypeError(f"{name}: target_args: expected a tuple, got {type(returned.target_args).__name__}")
+    if returned.run is not None and returned.start is None:
+        raise TypeError(f"{name}: start: expected what the run starts from, got none")
     check_arrays(returned.meta_params, f"{name}: meta_params")
     return returned._replace(
         meta_params=widened(jax.tree.map(jnp.asarray, returned.meta_params)), target_args=widened(returned.target_args)
