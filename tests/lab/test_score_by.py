@@ -14,7 +14,7 @@ from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.learn.train import training_steps
 
 SMOOTH = [
-    *("--training.num-steps", "60", "--training.learning-rate", "0.02", "--training.warmup", "5"),
+    *("--training.num-steps", "60", "--training.learning-rate", "0.003", "--training.warmup", "5"),
     *("--training.eps-root", "1e-5", "--training.tasks-per-step", "4"),
 ]
 
