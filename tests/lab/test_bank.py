@@ -256,7 +256,7 @@ def test_the_banks_of_the_repository_are_whole_and_small():
 
 @pytest.mark.parametrize("path", BANKS, ids=lambda path: path.parent.parent.name)
 def test_the_tables_of_the_repository_are_rebuilt_from_its_banks(path):
-    config, accounts = bank.load(path)
+    _, accounts = bank.load(path)
     written = (path.parent / "table.md").read_text(encoding="utf-8")
     account = accounts[-1]
     found = judging.judged(account, judging.in_use(account.scores, account.truth, best=False), draws=1)

@@ -53,7 +53,7 @@ def job(folder):
 
 @pytest.fixture(scope="module")
 def slopes(folder, job):
-    """dφ/dw of a task's, a support and a query example's weight, by training as `train` does with a little less of it."""
+    """dφ/dw of a task's, a support and a query example's weight, by training as `train` does at other weights."""
     config = runs.read(folder)
     steps = config.training
     optimizer = runs.optimizer_of(steps)
@@ -71,7 +71,9 @@ def slopes(folder, job):
     for row, place in enumerate((5, 12 + 6 * 5 + 2, 12 + 72 + 12 * 5 + 3)):
         changes[row, place] = 1e-3
     task, support, query = np.split(np.concatenate([1 + changes, 1 - changes]), [12, 84], axis=1)
-    weights = mi.Weights(jnp.asarray(task), jnp.asarray(support.reshape(6, 12, 6)), jnp.asarray(query.reshape(6, 12, 12)))
+    weights = mi.Weights(
+        jnp.asarray(task), jnp.asarray(support.reshape(6, 12, 6)), jnp.asarray(query.reshape(6, 12, 12))
+    )
     up, down = np.split(np.asarray(ends(weights)), 2)
     return (up - down) / 2e-3
 

@@ -130,7 +130,9 @@ def test_a_loop_that_was_wrapped_ends_where_it_did_and_has_its_derivative(data):
         @quick_jit
         def ends(steps):
             def end(step):
-                return target(run(start, tasks, weights._replace(task=weights.task.at[PLANTED].add(step))), scope["held_out"])
+                return target(
+                    run(start, tasks, weights._replace(task=weights.task.at[PLANTED].add(step))), scope["held_out"]
+                )
 
             return jax.vmap(end)(steps)
 
