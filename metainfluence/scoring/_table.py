@@ -329,8 +329,10 @@ def info_of(report: Mapping[str, Any]) -> Any:
     kind = _KINDS[values.pop("kind", "optimum")]
     if "status" in kind._fields:
         values["status"] = SolveStatus[values["status"]].value
-    known = {name: jax.numpy.asarray(value) for name, value in values.items()}
-    return kind(**{**dict.fromkeys(kind._fields), **known}) if kind is RunInfo else kind(**known)
+    known: dict[str, Any] = {name: jax.numpy.asarray(value) for name, value in values.items()}
+    # A run's report may lack what was not known.
+    missing: dict[str, Any] = dict.fromkeys(RunInfo._fields) if kind is RunInfo else {}
+    return kind(**{**missing, **known})
 
 
 def _is_number(name: str, value: Any) -> bool:

@@ -161,7 +161,7 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
             [each._replace(step=None) for each in job.checkpoints or ()], tasks
         )
     scores = mi.scores(at, phi)(*job.target_args)
-    own = {
+    own: dict[str, Any] = {
         "estimator": choice.told,
         "smoothness": choice.smoothness,
         "score": "predicted change of the target on removal: positive helps, negative harms",
@@ -188,4 +188,5 @@ def from_file(job: Job, out: Path) -> mi.Scores:
         found[index[rows], np.arange(len(rows)) - first[index[rows]]] = table.score[rows]
         sides.append(jnp.asarray(found))
     info: Any = mi.scoring.info_of(table.metadata["solve"])
-    return mi.Scores(jnp.asarray(table.score[table.role == "task"]), *sides, info)
+    support, query = sides
+    return mi.Scores(jnp.asarray(table.score[table.role == "task"]), support, query, info)

@@ -93,8 +93,9 @@ class Methods:
                 eps_root=optimizer.eps_root,
                 place=place,
             )
-            known = [each._replace(step=None) for each in known]
-            yield Scored(SEGMENTS, place, place == "end", -np.asarray(self._segments(known, tasks, slopes)))
+            # Numbers of steps would be traced, which nothing asks for.
+            bare = [each._replace(step=None) for each in known]
+            yield Scored(SEGMENTS, place, place == "end", -np.asarray(self._segments(bare, tasks, slopes)))
         damping = self._damping(at, tasks)
         yield from self._by_matrix(at, tasks, np.asarray(self._flat(slopes)), float(damping))
         for value in (0.01, 0.1, 1.0, 10.0):
