@@ -209,6 +209,24 @@ def test_a_strangers_scores_are_judged_beside_those_of_the_bank(folder):
     assert row[runs.LEFT_OUT][0] < 1
 
 
+def test_without_a_method_the_tables_are_made_again(folder):
+    printed = done("bench", "--config", config_file(folder))
+    assert (
+        "smooth: agreement with retraining, each at its best option" in (folder / "bank-output" / "bank.md").read_text()
+    )
+    assert "0 of 1 learners" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_lead_is_one_over_every_method_at_every_small_removal(ahead):
+    high, low = np.asarray([0.99, 0.5, 0.6]), np.asarray([0.0, 0.1, 0.2 if ahead else -0.1])
+    estimates = {column: mi.evaluation.Estimate(high, high, high) for column in (runs.LEFT_OUT, "0.05", "0.5")}
+    leads = {column: mi.evaluation.Estimate(low, low, low) for column in estimates}
+    leads["0.5"] = mi.evaluation.Estimate(-high, -high, -high)
+    found = judging.Judged(["trajectory", "a", "b"], [""] * 3, estimates, leads, np.full(3, np.nan))
+    assert run_tables.leads(found) == ahead
+
+
 @pytest.mark.parametrize(
     ("method", "status", "expected"),
     [

@@ -13,7 +13,7 @@ from metainfluence.lab.experiments import bank, estimators, judging
 from metainfluence.lab.experiments.ranges import Count
 from metainfluence.lab.experiments.results import markdown
 from metainfluence.lab.experiments.run_methods import Scored
-from metainfluence.lab.experiments.run_tables import agreement_table, column_name, entry, result_of
+from metainfluence.lab.experiments.run_tables import agreement_table, column_name, entry, overall_table, result_of
 from metainfluence.lab.experiments.runs import Case
 
 
@@ -44,9 +44,11 @@ def run(config: BankBenchConfig) -> dict[str, Any]:
     method = None if config.method is None else named_function(config.method, "--method")
     lines: list[str] = []
     rows: list[dict[str, Any]] = []
+    read: list[tuple[Any, Sequence[bank.Account]]] = []
     for name in config.banks:
         stored, accounts = bank.load(Path(name))
         experiment = dataclasses.replace(estimators.config_of(stored), draws=config.draws)
+        read.append((experiment, accounts))
         if method is None:
             result = result_of(experiment, accounts)
             tables, found = result.tables, result.rows
@@ -56,6 +58,9 @@ def run(config: BankBenchConfig) -> dict[str, Any]:
         for title, (headers, cells) in tables.items():
             lines += [f"### {title}", "", *markdown(headers, cells), ""]
         rows += [{"bank": name, **row} for row in found]
+    if method is None:
+        headers, cells = overall_table(read)
+        lines += ["## All together", "", *markdown(headers, cells), ""]
     return publish("bank", config, "\n".join(lines), rows=rows)
 
 
