@@ -68,7 +68,8 @@ def chosen(job: Job, by: str, asked: str, smooth: bool) -> Choice:
     known = job.checkpoints is not None
     found = mi.choose(gradient_norm=norm, run=job.run is not None, checkpoints=known)
     if found.estimator != TRAJECTORY or not smooth:
-        return Choice(found.estimator, found.reason)
+        # The command takes the automatic damping by itself, and prints the budget.
+        return Choice(found.estimator, found.reason.replace(': take damping="auto", and mind the budget', ""))
     say("Which estimator: training eight times, to measure how smoothly the run answers the data")
     measured: Any = mi.smoothness(
         job.run, step_sizes=STEP_SIZES, num_directions=DIRECTIONS, parts=False, runs_at_once=4
