@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-NAMES = ("quickstart", "wrap_your_code", "choose_a_solver", "reproduce_the_paper", "beyond_images")
+NAMES = ("quickstart", "wrap_your_code", "choose_a_solver", "reproduce_the_paper", "beyond_images", "stopped_early")
 
 
 class ThisInterpreter(AsyncKernelManager):

@@ -33,7 +33,7 @@ ADVICE = (
 
 def warn_of_direct_effect(result: Any, *, stacklevel: int = 2) -> None:
     """Warns where a target's tasks share support data with training, and adaptation reads the support weights."""
-    shared = getattr(result.info, "support_shared", None)
+    shared = getattr(getattr(result, "info", None), "support_shared", None)
     if shared is None or not concrete(shared, result) or not np.any(np.asarray(shared)):
         return
     unread = np.any(np.asarray(result.task)) and not np.any(np.asarray(result.support))

@@ -19,6 +19,7 @@ from metainfluence._disk import replacing
 from metainfluence._source import Source, ids_of
 from metainfluence.data import Task, sizes
 from metainfluence.influence import Scores
+from metainfluence.response import RunInfo, SegmentsInfo
 from metainfluence.solvers import SolveInfo, SolveStatus
 
 ROLES = ("task", "support", "query")
@@ -310,16 +311,32 @@ def decoded(content: bytes) -> Any:
     return parquet().read_table(arrow().BufferReader(content))
 
 
-def report(info: SolveInfo) -> dict[str, Any]:
-    """A report on one solve as JSON."""
-    given = {name: np.asarray(value).tolist() for name, value in info._asdict().items() if value is not None}
-    return {**given, "status": SolveStatus(given["status"]).name}
+_KINDS: dict[str, Any] = {"optimum": SolveInfo, "trajectory": RunInfo, "segments": SegmentsInfo}
 
 
-def info_of(report: Mapping[str, Any]) -> SolveInfo:
+def report(info: Any) -> dict[str, Any]:
+    """A report on one answer as JSON; of a run without its smoothness, which no sweep measures."""
+    given = {name: np.asarray(value).tolist() for name, value in info._asdict().items() if _is_number(name, value)}
+    if "status" in given:
+        given["status"] = SolveStatus(given["status"]).name
+    (kind,) = (name for name, kind in _KINDS.items() if isinstance(info, kind))
+    return given if kind == "optimum" else {"kind": kind, **given}
+
+
+def info_of(report: Mapping[str, Any]) -> Any:
     """Inverse of `report`."""
-    values = {**report, "status": SolveStatus[report["status"]].value}
-    return SolveInfo(**{name: jax.numpy.asarray(value) for name, value in values.items()})
+    values = dict(report)
+    kind = _KINDS[values.pop("kind", "optimum")]
+    if "status" in kind._fields:
+        values["status"] = SolveStatus[values["status"]].value
+    known: dict[str, Any] = {name: jax.numpy.asarray(value) for name, value in values.items()}
+    # A run's report may lack what was not known.
+    missing: dict[str, Any] = dict.fromkeys(RunInfo._fields) if kind is RunInfo else {}
+    return kind(**{**missing, **known})
+
+
+def _is_number(name: str, value: Any) -> bool:
+    return value is not None and name != "smoothness"
 
 
 class Dense(NamedTuple):

@@ -10,7 +10,8 @@ import pytest
 import metainfluence as mi
 from wrapping.page import SECTIONS, as_a_reader, execute, quick_jit
 
-WRAPPED = [title for title in SECTIONS if title not in ("Data", "Scores", "Batch normalisation")]
+LOOP = "A training loop of your own"
+WRAPPED = [title for title in SECTIONS if title not in ("Data", "Scores", "Batch normalisation", LOOP)]
 PLANTED = 3
 
 
@@ -54,7 +55,7 @@ def data():
         return execute(SECTIONS["Data"], {})
 
 
-@pytest.mark.parametrize("title", WRAPPED)
+@pytest.mark.parametrize("title", [*WRAPPED, LOOP])
 def test_wrapping_takes_at_most_ten_lines(title):
     lines = [line.partition("#")[0] for line in SECTIONS[title][-1].splitlines()]
     assert 0 < sum(1 for line in lines if line.strip()) <= 10
@@ -109,3 +110,33 @@ def test_scores_as_printed(data, capsys):
     with as_a_reader(x64=False):
         execute([*SECTIONS["Plain pytrees"], *SECTIONS["Scores"]], dict(data))
     assert capsys.readouterr().out.startswith(f"most harmful: task {PLANTED} ")
+
+
+def test_a_loop_that_was_wrapped_ends_where_it_did_and_has_its_derivative(data):
+    with as_a_reader(x64=False):
+        scope = execute([*SECTIONS["Plain pytrees"], *SECTIONS[LOOP]], dict(data))
+    with as_a_reader(x64=True):
+        scope = in_float64(scope)
+        meta_params, tasks, run = scope["meta_params"], scope["tasks"], scope["run"]
+        start = (meta_params, scope["optimizer"].init(meta_params), meta_params)
+        at = mi.trajectory(run)(start, tasks)
+        by_hand = quick_jit(scope["train"])(meta_params)
+        assert optax.tree.norm(optax.tree.sub(at.meta_params, by_hand)) < 1e-10 * optax.tree.norm(by_hand)
+
+        target = mi.query_loss(scope["problem"])
+        scores = mi.check(mi.scores(at, target)(scope["held_out"]))
+        weights = mi.unit_weights(tasks)
+
+        @quick_jit
+        def ends(steps):
+            def end(step):
+                return target(
+                    run(start, tasks, weights._replace(task=weights.task.at[PLANTED].add(step))), scope["held_out"]
+                )
+
+            return jax.vmap(end)(steps)
+
+        up, down = ends(jnp.asarray([1e-4, -1e-4]))
+        np.testing.assert_allclose(scores.task[PLANTED], -(up - down) / 2e-4, rtol=1e-5)
+    assert np.all(scores.support != 0)
+    assert np.all(scores.query != 0)

@@ -1,25 +1,30 @@
 """Folders that `metainfluence train` writes: the configuration, checkpoints, and the trained meta-parameters."""
 
 import dataclasses
+import itertools
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 import tyro
 
+import metainfluence as mi
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands.config_files import ConfigError, as_arguments, check_ranges, load_toml
 from metainfluence.lab.commands.job import Job, of_function
 from metainfluence.lab.data import datasets, fewshot
 from metainfluence.lab.data.sources import FewShotSource
 from metainfluence.lab.experiments import setting
-from metainfluence.lab.experiments.ranges import Count, Positive, Size, Ways
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Size, Ways
 from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.learners import Learner
 from metainfluence.scoring import ids_of
 
-CONFIG, CHECKPOINTS, TRAINED = "train.toml", "checkpoints", "trained.npz"
+CONFIG, CHECKPOINTS, TRAINED, STATES = "train.toml", "checkpoints", "trained.npz", "states"
+BLOCK = 25
+MOST_STATES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,11 @@ class StepsConfig:
     """Meta-training by Adam, its learning rate falling to 0 along a cosine."""
 
     learning_rate: Positive = 0.05
-    """At the first step."""
+    """At its height, which without a warm-up is the first step."""
+    warmup: Size = 0
+    """Steps up to the height: with them the run answers the data more smoothly."""
+    eps_root: NotNegative = 0.0
+    """Under Adam's root, where optax has 0 by default; 1e-6 and more make the run smoother."""
     num_steps: Count = 200
     """Steps."""
     tasks_per_step: Count | None = None
@@ -127,6 +136,70 @@ def lists(config: TrainConfig) -> Lists:
     return Lists(dataset, training, held_out, test)
 
 
+def schedule_of(steps: StepsConfig) -> optax.Schedule:
+    """The learning rate of each step."""
+    if steps.warmup:
+        return optax.warmup_cosine_decay_schedule(
+            steps.learning_rate / steps.warmup, steps.learning_rate, steps.warmup, steps.num_steps
+        )
+    return optax.cosine_decay_schedule(steps.learning_rate, steps.num_steps)
+
+
+def optimizer_of(steps: StepsConfig) -> optax.GradientTransformation:
+    """What is trained with.
+
+    Raises:
+      ConfigError: a warm-up of all steps.
+    """
+    if steps.warmup >= steps.num_steps:
+        raise ConfigError(
+            f"--training.warmup: expected fewer than --training.num-steps {steps.num_steps}, got {steps.warmup}"
+        )
+    return optax.adam(schedule_of(steps), eps_root=steps.eps_root)
+
+
+def run_of(config: TrainConfig, problem: mi.Bilevel) -> Any:
+    """The training as what `metainfluence.trajectory` differentiates."""
+    steps = config.training
+    return mi.training(
+        problem, optimizer_of(steps), steps.num_steps, tasks_per_step=steps.tasks_per_step, seed=config.seed
+    )
+
+
+def kept_steps(num_steps: int) -> list[int]:
+    """After which steps the states are kept, for segments: ends of blocks, as even as these allow."""
+    ends = list(itertools.accumulate([BLOCK] * (num_steps // BLOCK) + [num_steps % BLOCK] * (num_steps % BLOCK > 0)))
+    count = min(MOST_STATES, len(ends))
+    return sorted({ends[-(-len(ends) * k // count) - 1] for k in range(1, count + 1)})
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """Where the state after a step is kept."""
+    return folder / STATES / f"step-{step:06d}.npz"
+
+
+def checkpoints_of(folder: Path, config: TrainConfig, initial: Any) -> tuple[mi.Checkpoint, ...] | None:
+    """The run's checkpoints, for `metainfluence.segments`; None where they are not there.
+
+    Raises:
+      ValueError: files that make no sense.
+    """
+    steps = config.training
+    kept = kept_steps(steps.num_steps)
+    if not all(state_path(folder, step).exists() for step in kept):
+        return None
+    like = (initial, optimizer_of(steps).init(initial))
+    states = [parameters.load(state_path(folder, step), like) for step in kept]
+    return mi.checkpoints(
+        states,
+        steps=kept,
+        learning_rate=schedule_of(steps),
+        second_moments=True,
+        eps_root=steps.eps_root,
+        place="middle",
+    )
+
+
 def learner(config: TrainConfig, listed: Lists) -> tuple[Learner, Any]:
     """The learner and the meta-parameters that it starts from."""
     first = fewshot.materialize(fewshot.take(listed.training, 0), listed.dataset.images)
@@ -160,6 +233,9 @@ def job_of(folder: Path) -> Job:
         metric=learners.accuracy(made.problem),
         metric_name="accuracy",
         images=lambda side: side.images,
+        run=run_of(config, made.problem),
+        start=initial,
+        checkpoints=checkpoints_of(folder, config, initial),
     )
 
 

@@ -91,6 +91,7 @@ COMMANDS = {
             "growth": ("metainfluence.lab.bench.growth", "GrowthBenchConfig"),
             "runs": ("metainfluence.lab.bench.runs", "RunsBenchConfig"),
             "accuracy": ("metainfluence.lab.bench.accuracy", "OmniglotAccuracyConfig"),
+            "bank": ("metainfluence.lab.bench.bank", "BankBenchConfig"),
         },
     ),
     "report": Command(

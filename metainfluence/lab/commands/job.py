@@ -30,6 +30,9 @@ class Job(NamedTuple):
       metric: (meta_params, stacked tasks) -> one number per task, which `evaluate` compares; None for the query loss.
       metric_name: of that number.
       images: (a task's support or query) -> [n, H, W] or [n, H, W, 3] from 0 to 1, for the report; None without any.
+      run: the training, made by `metainfluence.training` or `training_loop`, for scores by its trajectory.
+      start: what it starts from.
+      checkpoints: of the training, as made by `metainfluence.checkpoints`, for scores by segments.
       text: (a task's support or query) -> a string for each example, for the report of data that are no images; None
         for the numbers of short leaves, or the examples' ids.
     """
@@ -44,6 +47,9 @@ class Job(NamedTuple):
     metric_name: str = "metric"
     images: Callable[[Any], Any] | None = None
     text: Callable[[Any], Sequence[str]] | None = None
+    run: Any = None
+    start: Any = None
+    checkpoints: Sequence[mi.Checkpoint] | None = None
 
     def stacked(self) -> mi.Task:
         """All training tasks; half-precision data in float32, as `scoring.score` takes them."""
@@ -72,15 +78,28 @@ def tolerance(meta_params: Any) -> float:
 
 
 def of_function(name: str) -> Job:
-    """Calls `module:function`, found as Python finds modules and in the current directory.
+    """Calls `module:function`, as `named_function` finds it.
 
     Raises:
       ConfigError: there is no such module or function.
       TypeError: it returns something else than a `Job` or a dict of its fields.
     """
+    return checked(named_function(name, "--problem")(), name)
+
+
+def named_function(name: str, option: str) -> Callable[..., Any]:
+    """The function `module:function`, found as Python finds modules and in the current directory.
+
+    Args:
+      name: of the function.
+      option: that names it, for messages.
+
+    Raises:
+      ConfigError: there is no such module or function.
+    """
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name.isidentifier():
-        raise ConfigError(f"--problem: expected MODULE:FUNCTION, got {name!r}")
+        raise ConfigError(f"{option}: expected MODULE:FUNCTION, got {name!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -90,12 +109,13 @@ def of_function(name: str) -> Job:
         known = None
     if known is None:
         raise ConfigError(
-            f"--problem: expected a module in {here} or installed, got {module_name!r}, which there is not"
+            f"{option}: expected a module in {here} or installed, got {module_name!r}, which there is not"
         )
     function = getattr(importlib.import_module(module_name), function_name, None)
     if not callable(function):
-        raise ConfigError(f"--problem: expected a function in {module_name}, got {function_name!r}, which there is not")
-    return checked(function(), name)
+        raise ConfigError(f"{option}: expected a function in {module_name}, got {function_name!r}, which there is not")
+    found: Callable[..., Any] = function
+    return found
 
 
 def checked(returned: Any, name: str) -> Job:
@@ -124,6 +144,8 @@ def checked(returned: Any, name: str) -> Job:
         )
     if not isinstance(returned.target_args, tuple):
         raise TypeError(f"{name}: target_args: expected a tuple, got {type(returned.target_args).__name__}")
+    if returned.run is not None and returned.start is None:
+        raise TypeError(f"{name}: start: expected what the run starts from, got none")
     check_arrays(returned.meta_params, f"{name}: meta_params")
     return returned._replace(
         meta_params=widened(jax.tree.map(jnp.asarray, returned.meta_params)), target_args=widened(returned.target_args)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,20 +10,23 @@ import numpy as np
 
 import metainfluence as mi
 from metainfluence._disk import of_arrays
+from metainfluence.lab.commands import _estimators as estimators
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.experiments import results
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive
 from metainfluence.lab.show.printing import OF_SCORE, check_solve, facts, say, say_budget, say_table
+from metainfluence.scoring import ids_of
 
 SCORES = "scores.parquet"
+OF_OPTIMUM = ("solver", "tol", "max_steps", "curvature", "damping", "batch_size", "on_error")
 MOST_SHOWN = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """Predict what the target becomes without each task and each example: one solve, streamed, resumable."""
+    """Predict what the target becomes without each task and each example: by one solve or one sweep, resumable."""
 
     run: Path | None = None
     """Folder that `metainfluence train` wrote."""
@@ -31,6 +35,11 @@ class ScoreConfig:
     target_args, and, where there are, target, test, metric, metric_name, images."""
     out: Path | None = None
     """Score file; none for scores.parquet in the run's folder, or, for a problem, here."""
+    by: Literal["auto", "trajectory", "segments", "optimum"] = "auto"
+    """Which estimator: the derivative of the training run, its checkpoints, or the optimum's; auto for the rule of
+    metainfluence.choose, which says which one it takes and why. The options from solver to on_error are of optimum."""
+    smoothness: bool = True
+    """Let the rule train eight times more, to measure whether the run's derivative tells what removals do."""
     solver: Literal["cg", "minres", "auto"] = "cg"
     """minres for a total Hessian that the damping leaves indefinite; auto for the default of the functions in Python,
     which up to 200 meta-parameters diagonalises the matrix, and where H is indefinite goes on with |H|."""
@@ -61,6 +70,13 @@ def run(config: ScoreConfig) -> None:
     target = job.phi()
     out = config.out or (config.run or Path()) / SCORES
     there = out.exists() and config.resume
+    choice = chosen(config, job, out)
+    say(f"By {choice.told}")
+    told = {"run": origin(config, job)}
+    if choice.name != estimators.OPTIMUM:
+        found, there = estimators.score(job, choice, out, config.resume, told)
+        tell(found, job, config, out, there, [str(each) for each in ids_of(job.source)])
+        return
     found = mi.scoring.score(
         job.problem,
         target,
@@ -74,19 +90,40 @@ def run(config: ScoreConfig) -> None:
         batch_size=config.batch_size,
         on_error=config.on_error,
         resume=config.resume,
-        metadata={"run": origin(config, job)},
+        metadata=told,
     )
-    say_table(("task", "score"), [(str(found.ids[k]), f"{found.task[k]:+.3e}") for k in order(found.task)[:MOST_SHOWN]])
-    say(
-        f"The most harmful of {len(found.ids)} tasks; a score is the predicted change of the target on removal: "
-        "negative harms"
-    )
-    for skipped in found.skipped.values():
-        say(f"Left out: {skipped}")
-    say_table(("", "", ""), facts(found.info))
-    # With the scores themselves, since some of what is told is seen in them alone.
     given: Any = found
     scores = mi.Scores(given.task, given.support, given.query, found.info)
+    tell(scores, job, config, out, there, [str(each) for each in found.ids], list(found.skipped.values()))
+
+
+def chosen(config: ScoreConfig, job: Job, out: Path) -> estimators.Choice:
+    """The estimator: the one asked for, that of the file which is there, or the rule's."""
+    asked = [name for name in OF_OPTIMUM if getattr(config, name) != getattr(ScoreConfig(), name)]
+    option = f"--{asked[0].replace('_', '-')}" if asked else ""
+    if config.by == estimators.AUTO and not option and config.resume and out.exists():
+        said = mi.read_scores(out).metadata.get("estimator")
+        name, _, reason = (said if isinstance(said, str) else "optimum: as in the file that is there").partition(": ")
+        return estimators.Choice(name, reason)
+    return estimators.chosen(job, config.by, option, config.smoothness)
+
+
+def tell(
+    scores: Any, job: Job, config: ScoreConfig, out: Path, there: bool, ids: Sequence[str], skipped: Sequence[str] = ()
+) -> None:
+    """Prints the most harmful tasks, what the scores rest on, and what comes next.
+
+    Raises:
+      SolveError: what they rest on failed.
+    """
+    task = np.asarray(scores.task)
+    say_table(("task", "score"), [(ids[k], f"{task[k]:+.3e}") for k in order(task)[:MOST_SHOWN]])
+    harmful = "a score is the predicted change of the target on removal: negative harms"
+    say(f"The most harmful of {len(ids)} tasks; {harmful}")
+    for each in skipped:
+        say(f"Left out: {each}")
+    say_table(("", "", ""), facts(scores.info))
+    # With the scores themselves, since some of what is told is seen in them alone.
     say_budget(scores, job.meta_params, OF_SCORE)
     own = ["--problem", str(config.problem)] if config.run is None else ["--run", str(config.run)]
     own = [] if config.run is not None and config.run == out.parent else own

@@ -4,9 +4,9 @@ import logging
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
-import optax
 
 import metainfluence as mi
 from metainfluence._disk import write_atomically
@@ -40,13 +40,21 @@ def run(config: TrainConfig) -> None:
     listed = runs.lists(config)
     learner, initial = runs.learner(config, listed)
     steps = config.training
-    optimizer = optax.adam(optax.cosine_decay_schedule(steps.learning_rate, steps.num_steps))
+    optimizer = runs.optimizer_of(steps)
+    kept = runs.kept_steps(steps.num_steps)
+
+    def keep(done: int, state: tuple[Any, Any]) -> None:
+        if done in kept:
+            parameters.save(runs.state_path(folder, done), state)
+
     train = meta_train(
         learner.problem,
         optimizer,
         steps.num_steps,
         tasks_per_step=steps.tasks_per_step,
         seed=config.seed,
+        block_size=runs.BLOCK,
+        on_block=keep,
         console=progress_console(),
         checkpoints=folder / CHECKPOINTS,
         save_every=steps.save_every,
@@ -95,7 +103,8 @@ def claim(folder: Path, config: TrainConfig) -> None:
 def release(folder: Path) -> None:
     """Undoes `claim` for a training that failed and would fail again, so that another may use the folder."""
     (folder / CONFIG).unlink()
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for part in (CHECKPOINTS, runs.STATES):
+        shutil.rmtree(folder / part, ignore_errors=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 

@@ -178,6 +178,7 @@ def meta_train(
     console: Console | None = None,
     checkpoints: Path | None = None,
     save_every: int | None = None,
+    on_block: Callable[[int, tuple[Any, Any]], None] | None = None,
 ) -> Callable[..., Training]:
     """Makes a trainer, (meta_params, tasks, weights=None, *data) -> Training, that compiles once for all its calls.
 
@@ -195,6 +196,7 @@ def meta_train(
       checkpoints: folder of one run's checkpoints; a run that was cut short goes on from the last one, to the same
         result. None for none.
       save_every: steps between two checkpoints, a multiple of `block_size`; None for one at the end only.
+      on_block: called with the number of steps done and (λ, optimiser's state) after every block, before that is saved.
 
     Raises:
       ValueError: `save_every` is no multiple of `block_size`; when training, a folder with another run's checkpoints.
@@ -228,6 +230,8 @@ def meta_train(
                 _check_finite(losses[: done + size], done, state[0])
                 run_seconds += blocks[size].run_seconds
                 done += size
+                if on_block is not None:
+                    on_block(done, tuple(state))
                 advance(done, float(of_block[-1]))
                 if saved is not None and (done == num_steps or (save_every is not None and done % save_every == 0)):
                     saved.save(done, tuple(state), losses)

@@ -19,6 +19,7 @@ import metainfluence as mi
 from metainfluence.lab.show.gallery import Shown
 from metainfluence.lab.show.page_data import Measured, cell, packed
 from metainfluence.lab.show.printing import facts
+from metainfluence.response import RunInfo, problems_of_run
 from metainfluence.scoring import info_of
 from metainfluence.trust import remedy
 
@@ -74,8 +75,8 @@ def _text(value: Any) -> str:
     return html.escape(cell(value))
 
 
-def told(metadata: Mapping[str, Any], meta_params: Any) -> tuple[mi.SolveInfo, mi.ErrorBudget]:
-    """What the solve says of itself, and its budget of errors.
+def told(metadata: Mapping[str, Any], meta_params: Any) -> tuple[Any, mi.ErrorBudget]:
+    """What the solve, or the run, says of itself, and its budget of errors.
 
     Raises:
       ValueError: no report on a solve.
@@ -99,13 +100,26 @@ def subject(table: mi.scoring.ScoreTable) -> str:
     return f"Which of {count} {name + ' ' if name else ''}tasks help, and which harm"
 
 
-def believed(info: mi.SolveInfo, budget: mi.ErrorBudget) -> bool:
-    """Whether the solve converged and no source of error is above a tenth."""
+def failed(info: Any) -> bool:
+    """Whether the solve did not converge, or the derivative of the run does not hold."""
+    if isinstance(info, RunInfo):
+        return bool(problems_of_run(info))
+    return int(info.status) != mi.SolveStatus.CONVERGED
+
+
+def presumes_minimum(info: Any) -> bool:
+    """Whether the estimator takes λ for a minimum."""
+    return isinstance(info, mi.SolveInfo)
+
+
+def believed(info: Any, budget: mi.ErrorBudget) -> bool:
+    """Whether the solve converged, or the run's derivative holds, and no source of error is above a tenth."""
     worst = getattr(budget, budget.dominant)
-    return int(info.status) == mi.SolveStatus.CONVERGED and bool(budget.min_curvature > 0) and bool(worst <= 0.1)
+    minimum = not presumes_minimum(info) or bool(budget.min_curvature > 0)
+    return not failed(info) and minimum and bool(worst <= 0.1)
 
 
-def verdict(table: mi.scoring.ScoreTable, info: mi.SolveInfo, budget: mi.ErrorBudget) -> str:
+def verdict(table: mi.scoring.ScoreTable, info: Any, budget: mi.ErrorBudget) -> str:
     """What was found, and whether to believe it, in one sentence."""
     scores = table.score[table.role == "task"]
     harmful = scores[scores < 0]
@@ -124,10 +138,15 @@ def verdict(table: mi.scoring.ScoreTable, info: mi.SolveInfo, budget: mi.ErrorBu
         "outer_stationarity": "λ that is not trained to the end",
         "asymmetry": "derivatives that are not exact",
     }.get(budget.dominant, budget.dominant)
-    if int(info.status) != mi.SolveStatus.CONVERGED:
-        return f"{found}; do not believe it: the solve failed."
-    if not budget.min_curvature > 0:
+    if failed(info):
+        what = "the solve failed" if presumes_minimum(info) else "its derivative does not hold"
+        return f"{found}; do not believe it: {what}."
+    if presumes_minimum(info) and not budget.min_curvature > 0:
         return f"{found}; do not believe the numbers: λ is no minimum along a direction that the solve met."
+    measured: Any = table.metadata.get("smoothness")
+    smooth = measured.get("verdict") if isinstance(measured, Mapping) else None
+    if smooth in ("between", "rough"):
+        return f"{found}; believe the order rather than the numbers: the run does not answer the data smoothly."
     if believed(info, budget):
         return f"{found}; believe it: no source of error that was looked for is above {max(worst, 1e-9):.1g}."
     return f"{found}; believe the order rather than the numbers: {source} may shift them by {worst:.1g}, relatively."
@@ -139,14 +158,16 @@ def signed(value: float) -> str:
     return f"{'−' if value < 0 else '+'}{digits}e{int(power)}".replace("e-", "e−")
 
 
-def estimator(metadata: Mapping[str, Any], info: mi.SolveInfo) -> str:
+def estimator(metadata: Mapping[str, Any], info: Any) -> str:
     """Which estimator the scores are by, and why."""
     run: Any = metadata.get("run")
     asked = run.get("score") if isinstance(run, Mapping) else None
     asked = asked if isinstance(asked, Mapping) else {}
     named = metadata.get("estimator")
     if isinstance(named, str):
-        return f"Estimator: {named}."
+        measured = metadata.get("smoothness")
+        advice = measured.get("advice") if isinstance(measured, Mapping) else None
+        return f"Estimator: {named}{f'. Smoothness: {advice}' if isinstance(advice, str) else ''}."
     parts = [f"{asked.get('curvature', 'the file does not say which')} curvature"]
     if "solver" in asked:
         parts.append(f"solver {asked['solver']}")
@@ -159,8 +180,10 @@ def estimator(metadata: Mapping[str, Any], info: mi.SolveInfo) -> str:
     return f"Estimator: the response of an optimum ({', '.join(parts)}){why}."
 
 
-def diagnostics(metadata: Mapping[str, Any], info: mi.SolveInfo, budget: mi.ErrorBudget, relative: bool) -> str:
+def diagnostics(metadata: Mapping[str, Any], info: Any, budget: mi.ErrorBudget, relative: bool) -> str:
     """What the solve says of itself, and which error dominates."""
+    if not presumes_minimum(info):
+        return diagnostics_of_run(info, budget)
     terms = [
         ("unfinished solve", budget.outer_residual, "bound on the solution's relative error by its residual"),
         ("rounding", budget.precision, "estimate of what the precision leaves"),
@@ -186,6 +209,31 @@ def diagnostics(metadata: Mapping[str, Any], info: mi.SolveInfo, budget: mi.Erro
             "<h3>Error budget, by source</h3>",
             _table(errors),
             f"<h3>Tasks left out</h3><ul>{left_out}</ul>" if left_out else "",
+        ]
+    )
+
+
+def diagnostics_of_run(info: Any, budget: mi.ErrorBudget) -> str:
+    """The same of an estimator that goes by the run."""
+    bad = failed(info)
+    line = f"The derivative of the run does not hold: {budget.advice}." if bad else "The derivative of the run holds."
+    replay = "how far the run, gone through again, ends from λ, relative to ‖λ‖"
+    residual = replay if isinstance(info, RunInfo) else "estimate of what too few products leave"
+    errors = [
+        (
+            "replay" if isinstance(info, RunInfo) else "unfinished functions of H",
+            f"{budget.outer_residual:.1e}",
+            residual,
+        ),
+        ("rounding", f"{budget.precision:.1e}", "estimate of what the precision leaves"),
+    ]
+    return "".join(
+        [
+            f'<p class="{"bad" if bad else "good"}">{_text(line)}</p>',
+            f"<p>Error budget: {html.escape(budget.advice)}.</p>",
+            _table(facts(info)),
+            "<h3>Error budget, by source</h3>",
+            _table(errors),
         ]
     )
 

@@ -5,9 +5,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 import metainfluence as mi
+from metainfluence.response import RunInfo, SegmentsInfo
 
 Options = Sequence[tuple[str, str]]
 
@@ -86,8 +88,10 @@ def progress_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def facts(info: mi.SolveInfo) -> list[tuple[str, str, str]]:
-    """What a solve says of itself: name, value, and what that means."""
+def facts(info: Any) -> list[tuple[str, str, str]]:
+    """What a solve, a run or its segments say of themselves: name, value, and what that means."""
+    if not isinstance(info, mi.SolveInfo):
+        return facts_of_run(info) if isinstance(info, RunInfo) else facts_of_segments(info)
     positive = "the smallest that was met along any direction, damping included; positive, as it has to be"
     if not info.min_curvature > 0:
         positive = "not positive: H has directions along which λ is no minimum"
@@ -111,6 +115,35 @@ def facts(info: mi.SolveInfo) -> list[tuple[str, str, str]]:
     ]
 
 
+def facts_of_run(info: RunInfo) -> list[tuple[str, str, str]]:
+    """What a run's derivative says of itself."""
+    met = (
+        ("steps", info.num_steps, "d", "of the run, gone through and back"),
+        ("growth of the cotangent", info.growth, ".1e", "its largest norm on the way back over that at the end"),
+        ("replay", info.replay_difference, ".1e", "‖λ_N − λ‖ / ‖λ‖: whether the run ends where training ended"),
+        ("outer gradient norm", info.outer_gradient_norm, ".1e", "‖D_λF‖ at its end, which need not be small"),
+    )
+    return [
+        (name, format(np.asarray(value).item(), form), meaning)
+        for name, value, form, meaning in met
+        if value is not None
+    ]
+
+
+def facts_of_segments(info: SegmentsInfo) -> list[tuple[str, str, str]]:
+    """What an answer by segments says of itself."""
+    errors, norms = np.asarray(info.relative_error), np.asarray(info.outer_gradient_norm)
+    status = mi.SolveStatus(int(info.status)).name
+    return [
+        ("status", status, "whether the functions of the Hessian reached what was asked for"),
+        ("segments", f"{len(errors)}", "checkpoints that the run is known by"),
+        ("products with the total Hessian", f"{int(info.num_matvecs)}", "of all segments"),
+        ("relative error", f"{float(np.sum(errors)):.1e}", "estimate, of all segments together"),
+        ("smallest curvature", f"{float(np.min(info.min_curvature)):.1e}", "that was seen; a negative one counts as 0"),
+        ("outer gradient norm", f"{float(norms[-1]):.1e}", "‖D_λF‖ at the last checkpoint, which need not be small"),
+    ]
+
+
 def in_options(text: str, options: Options) -> str:
     """A cure that the library words for its Python functions, worded for a command."""
     for phrase, option in (*options, *EVERYWHERE):
@@ -121,7 +154,8 @@ def in_options(text: str, options: Options) -> str:
 def say_budget(result: Any, meta_params: Any, options: Options) -> None:
     """Prints which error dominates, and which of the command's options do something about it."""
     advice = in_options(mi.error_budget(result, meta_params).advice, options)
-    say(f"Error budget (distance from stationarity relative to ‖λ‖): {advice}")
+    solved = isinstance(result.info if hasattr(result, "info") else result, mi.SolveInfo)
+    say(f"Error budget{' (distance from stationarity relative to ‖λ‖)' if solved else ''}: {advice}")
 
 
 def check_solve(result: Any, options: Options) -> None:
