@@ -248,9 +248,12 @@ def asymmetry(
     """‖V (Ax − Aᵀx)‖ / ‖(A + shift) x‖ for solutions x in the subspace, 0 for x = 0."""
     products = matmul(coordinates, subspace.products)
     # The basis's products hold Aᵀ of it as seen by x.
-    difference = matmul(products, subspace.basis.T) - matmul(solutions, subspace.products.T)
+    difference = jnp.linalg.norm(matmul(products, subspace.basis.T) - matmul(solutions, subspace.products.T), axis=1)
     size = jnp.linalg.norm(products + shift * solutions, axis=1)
-    return jnp.linalg.norm(difference, axis=1) / select(size > 0, size, jnp.ones_like(size))
+    # Of an x that has run off along a flat direction rounding is all that Ax and Aᵀx hold.
+    noise = 10 * float(jnp.finfo(size.dtype).eps) * jnp.linalg.norm(subspace.products)
+    rounded = difference <= noise * jnp.linalg.norm(solutions, axis=1)
+    return select(rounded, jnp.zeros_like(size), difference / select(size > 0, size, jnp.ones_like(size)))
 
 
 def combine(subspace: Subspace, coordinates: Float[Array, "k m"]) -> Float[Array, "k n"]:

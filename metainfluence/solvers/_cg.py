@@ -17,6 +17,7 @@ from metainfluence.solvers._base import (
     default_max_steps,
     dot,
     norm,
+    where,
 )
 from metainfluence.solvers._called import called
 from metainfluence.solvers._kit import from_steps, preconditioner_of, reachable
@@ -105,22 +106,22 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
         # Along a direction of no curvature a step has any length that rounding gives it.
         flat = jnp.abs(quotient) <= 10 * float(jnp.finfo(product.dtype).eps) * carry.max_curvature
         indefinite = flat | (curvature <= 0)
-        length = jnp.where(indefinite, 0, carry.inner / jnp.where(indefinite, 1, curvature))
+        length = where(indefinite, 0, carry.inner / where(indefinite, 1, curvature))
         residual = carry.residual - length * product
         return carry._replace(
             solution=carry.solution + length * carry.direction,
             residual=residual,
             residual_norm=norm(residual),
             steps_left=carry.steps_left - 1,
-            matvecs=carry.matvecs + 1 + preconditioner_of(preconditioner, operator, state).matvecs,
-            min_curvature=jnp.minimum(carry.min_curvature, jnp.where(flat, jnp.inf, quotient)),
+            matvecs=carry.matvecs + (1 + preconditioner_of(preconditioner, operator, state).matvecs),
+            min_curvature=jnp.minimum(carry.min_curvature, where(flat, jnp.inf, quotient)),
             max_curvature=jnp.maximum(carry.max_curvature, quotient),
             flat=flat,
             indefinite=indefinite,
         )
 
     def finish(carry: _Carry) -> Outcome:
-        failure = jnp.where(carry.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))
+        failure = where(carry.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))
         flat = carry.flat.astype(jnp.int32)
         return Outcome(carry.solution, carry.matvecs, carry.min_curvature, failure, flat)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Iteration, Outcome, SolveInfo, Solver, SolveStatus, dot, norm
+from metainfluence.solvers._base import Iteration, Outcome, SolveInfo, Solver, SolveStatus, dot, norm, where
 from metainfluence.solvers._called import call_of
 
 Apply = Callable[[Operator, Any, Array], Array | Outcome]
@@ -84,7 +84,7 @@ class _Turn(NamedTuple):
       before: the one that the last turn began with.
       vector: multiplied last.
       product: of that vector.
-      asymmetry: as `SolveInfo.asymmetry`.
+      asymmetry: as `SolveInfo.asymmetry`, the largest between one turn and the next.
       guessing: whether the guess is multiplied next.
       closed: whether the solution was multiplied last.
     """
@@ -170,7 +170,7 @@ def from_steps(
             whole = closing if x0 is None else closing | last.guessing
             vector = jax.lax.select(whole, reached(last.carry).solution, vector)
             product = operator.flat_matvec(vector)
-            asymmetry = _asymmetry(last.vector, last.product, vector, product)
+            asymmetry = jnp.maximum(last.asymmetry, _asymmetry(last.vector, last.product, vector, product))
             carry = iteration.take(operator, state, carry, product)
             if x0 is not None:
                 closing = closing & ~last.guessing
@@ -277,16 +277,16 @@ def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any) -> SolveInfo:
     residual, scale = norm(rhs - product), norm(rhs)
     square = dot(outcome.solution, outcome.solution)
     moved = square > 0
-    divisor = jnp.where(moved, square, 1)
-    quotient = jnp.where(moved, dot(outcome.solution, product) / divisor, jnp.inf)
-    relative = residual / jnp.where(scale > 0, scale, 1)
-    finite = jnp.isfinite(relative) & jnp.all(jnp.isfinite(outcome.solution))
+    divisor = where(moved, square, 1)
+    quotient = where(moved, dot(outcome.solution, product) / divisor, jnp.inf)
+    relative = residual / where(scale > 0, scale, 1)
+    finite = jnp.isfinite(relative + square)
     failure = jnp.asarray(outcome.failure, jnp.int32)
-    status = jnp.where(relative <= reachable(tol, relative.dtype), jnp.int32(SolveStatus.CONVERGED), failure)
+    status = where(relative <= reachable(tol, relative.dtype), jnp.int32(SolveStatus.CONVERGED), failure)
     # A solver that has seen why there is no finite answer knows more than the answer tells.
     unexplained = ~finite & (failure != jnp.int32(SolveStatus.INDEFINITE))
     return SolveInfo(
-        status=jnp.where(unexplained, jnp.int32(SolveStatus.NONFINITE), status),
+        status=where(unexplained, jnp.int32(SolveStatus.NONFINITE), status),
         num_matvecs=jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(1),
         relative_residual=relative,
         min_curvature=jnp.minimum(jnp.asarray(outcome.min_curvature, relative.dtype), quotient),
@@ -299,7 +299,7 @@ def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any) -> SolveInfo:
 def _asymmetry(left: Array, product: Array, right: Array, other: Array) -> Array:
     """By how much ⟨left, H right⟩ and ⟨H left, right⟩ differ, over ‖left‖ ‖H right‖; 0 for zero vectors."""
     size = norm(left) * norm(other)
-    return jnp.abs(dot(left, other) - dot(product, right)) / jnp.where(size > 0, size, 1)
+    return jnp.abs(dot(left, other) - dot(product, right)) / where(size > 0, size, 1)
 
 
 def _no_state(operator: Operator) -> None:
