@@ -152,15 +152,17 @@ def budget_of_run(info: Any) -> ErrorBudget:
         raise TypeError("result: expected an answer, got a response; ask it first")
     if isinstance(info, RunInfo):
         told, curvature = problems_of_run(info), float("nan")
+        calm = "the derivative of the run holds as far as rounding lets it; whether it predicts a removal, "
+        calm += "smoothness tells"
         eps = 0.0 if info.growth is None else float(np.finfo(np.asarray(info.growth).dtype).eps)
         replay = 0.0 if info.replay_difference is None else _worst(np.asarray(info.replay_difference))
         terms = {"precision": 0.0 if info.growth is None else eps * _worst(np.asarray(info.growth)), "residual": replay}
     else:
         told, curvature = problems_of_segments(info), float(np.min(np.asarray(info.min_curvature)))
+        calm = "the segments are solved; how well they stand for the run between the checkpoints, more of them tell"
         eps = float(np.finfo(np.asarray(info.relative_error).dtype).eps)
         terms = {"precision": eps, "residual": _worst(np.sum(np.asarray(info.relative_error), axis=-1))}
     dominant = "precision" if terms["precision"] >= terms["residual"] else "outer_residual"
-    calm = "the derivative of the run holds as far as rounding lets it; whether it predicts a removal, smoothness tells"
     return ErrorBudget(
         outer_residual=terms["residual"],
         precision=terms["precision"],

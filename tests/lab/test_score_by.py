@@ -129,6 +129,14 @@ def test_the_report_shows_the_estimator(folder, by_trajectory):
     assert "λ is no minimum" not in page
 
 
+def test_the_report_on_segments_speaks_of_segments(folder, by_segments):
+    done("report", folder / "segments.parquet", "--no-pictures")
+    page = (folder / "segments.html").read_text(encoding="utf-8")
+    assert "The answer of the segments holds." in page
+    assert "how well they stand for the run between the checkpoints" in page
+    assert "derivative of the run" not in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

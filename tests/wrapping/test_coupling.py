@@ -25,6 +25,11 @@ def task():
     return mi.Task({"x": x[:4], "y": y[:4, 0]}, {"x": x[4:], "y": y[4:, 0]})
 
 
+def silent(values):
+    """Zero but for rounding, which the compiler may take otherwise in one of two equal sums."""
+    return np.all(values <= 4 * np.finfo(values.dtype).eps)
+
+
 def test_batch_norm_of_a_flax_model_is_detected(page):
     assert np.all(page["coupled"].support > 1e-4)
     assert np.all(page["coupled"].query > 1e-4)
@@ -36,12 +41,12 @@ def test_warning_says_what_scores_mean(page):
 
 
 def test_layer_norm_and_fixed_statistics_are_silent(page):
-    assert not np.any(page["free"].support)
-    assert not np.any(page["free"].query)
+    assert silent(page["free"].support)
+    assert silent(page["free"].query)
     with as_a_reader(x64=False):
         fixed = mi.coupling(page["running"])(page["with_running_mean"], page["task"])
-    assert not np.any(fixed.support)
-    assert not np.any(fixed.query)
+    assert silent(fixed.support)
+    assert silent(fixed.query)
 
 
 def test_statistics_threaded_from_the_support_set_couple_that_side_only():
@@ -51,7 +56,7 @@ def test_statistics_threaded_from_the_support_set_couple_that_side_only():
         with pytest.warns(mi.CouplingWarning, match=r"\(support set by [^,]*, relative\)"):
             found = mi.coupling(scope["problem"])(scope["meta_params"], task)
     assert np.all(found.support > 1e-4)
-    assert not np.any(found.query)
+    assert silent(found.query)
 
 
 def test_code_that_forgets_the_weights_is_detected(task):
@@ -61,7 +66,7 @@ def test_code_that_forgets_the_weights_is_detected(task):
     with pytest.warns(mi.CouplingWarning, match="support set"):
         found = mi.coupling(forgetful)(LAMBDA, task)
     assert np.all(found.support > 1e-6)
-    assert not np.any(found.query)
+    assert silent(found.query)
 
 
 def test_padding_is_no_example(task):
@@ -76,15 +81,15 @@ def test_padding_is_no_example(task):
         found = mi.coupling(mi.bilevel(gathered, mi.adaptation.closed_form(ridge)))(LAMBDA, second)
     assert found.query.shape == (5,)
     assert np.any(found.query[:3])
-    assert not np.any(found.query[3:])
-    assert not np.any(found.support)
+    assert silent(found.query[3:])
+    assert silent(found.support)
 
 
 def test_under_jit_it_returns_the_numbers(task):
     found = jax.jit(mi.coupling(PROBLEM))(LAMBDA, task)
     assert found.support.shape == (4,)
-    assert not np.any(found.support)
-    assert not np.any(found.query)
+    assert silent(found.support)
+    assert silent(found.query)
 
 
 def test_a_loss_that_is_not_finite_is_refused(task):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from metainfluence.lab.bench._output import publish
-from metainfluence.lab.commands.job import named_function
 from metainfluence.lab.experiments import bank, estimators, judging
+from metainfluence.lab.experiments.named import named_function
 from metainfluence.lab.experiments.ranges import Count
 from metainfluence.lab.experiments.results import markdown
 from metainfluence.lab.experiments.run_methods import Scored

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from metainfluence.lab.experiments import ranges
+from metainfluence.lab.experiments.named import ConfigError as ConfigError
 
 # Far more than any configuration takes.
 _MOST_BYTES = 1 << 20
-
-
-class ConfigError(ValueError):
-    """A configuration file that makes no sense."""
 
 
 def load_toml(path: Path) -> dict[str, Any]:

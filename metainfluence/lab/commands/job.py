@@ -1,11 +1,7 @@
 """What the commands after `train` work on, and how a user's function gives it."""
 
 import difflib
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +10,7 @@ import numpy as np
 
 import metainfluence as mi
 from metainfluence.lab.commands.config_files import ConfigError
+from metainfluence.lab.experiments.named import named_function
 from metainfluence.scoring import Source
 
 
@@ -85,37 +82,6 @@ def of_function(name: str) -> Job:
       TypeError: it returns something else than a `Job` or a dict of its fields.
     """
     return checked(named_function(name, "--problem")(), name)
-
-
-def named_function(name: str, option: str) -> Callable[..., Any]:
-    """The function `module:function`, found as Python finds modules and in the current directory.
-
-    Args:
-      name: of the function.
-      option: that names it, for messages.
-
-    Raises:
-      ConfigError: there is no such module or function.
-    """
-    module_name, colon, function_name = name.partition(":")
-    if not colon or not module_name or not function_name.isidentifier():
-        raise ConfigError(f"{option}: expected MODULE:FUNCTION, got {name!r}")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        known = importlib.util.find_spec(module_name)
-    except (ModuleNotFoundError, ValueError):
-        known = None
-    if known is None:
-        raise ConfigError(
-            f"{option}: expected a module in {here} or installed, got {module_name!r}, which there is not"
-        )
-    function = getattr(importlib.import_module(module_name), function_name, None)
-    if not callable(function):
-        raise ConfigError(f"{option}: expected a function in {module_name}, got {function_name!r}, which there is not")
-    found: Callable[..., Any] = function
-    return found
 
 
 def checked(returned: Any, name: str) -> Job:

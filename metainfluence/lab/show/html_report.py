@@ -216,7 +216,8 @@ def diagnostics(metadata: Mapping[str, Any], info: Any, budget: mi.ErrorBudget, 
 def diagnostics_of_run(info: Any, budget: mi.ErrorBudget) -> str:
     """The same of an estimator that goes by the run."""
     bad = failed(info)
-    line = f"The derivative of the run does not hold: {budget.advice}." if bad else "The derivative of the run holds."
+    whose = "The derivative of the run" if isinstance(info, RunInfo) else "The answer of the segments"
+    line = f"{whose} does not hold: {budget.advice}." if bad else f"{whose} holds."
     replay = "how far the run, gone through again, ends from λ, relative to ‖λ‖"
     residual = replay if isinstance(info, RunInfo) else "estimate of what too few products leave"
     errors = [
