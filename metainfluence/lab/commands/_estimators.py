@@ -12,8 +12,8 @@ import optax
 
 import metainfluence as mi
 from metainfluence._disk import difference, library, of_arrays, of_function
-from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job
+from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show.printing import say
 from metainfluence.scoring import ids_of
 

@@ -12,11 +12,12 @@ import tyro
 
 import metainfluence as mi
 from metainfluence.lab.commands import _parameters as parameters
-from metainfluence.lab.commands.config_files import ConfigError, as_arguments, check_ranges, load_toml
+from metainfluence.lab.commands.config_files import as_arguments, check_ranges, load_toml
 from metainfluence.lab.commands.job import Job, of_function
 from metainfluence.lab.data import datasets, fewshot
 from metainfluence.lab.data.sources import FewShotSource
 from metainfluence.lab.experiments import setting
+from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Size, Ways
 from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.learners import Learner

@@ -15,7 +15,8 @@ import tyro
 
 from metainfluence.__main__ import LAB_MODULES
 from metainfluence.lab.commands._compiling import compile_quickly, keep_programs
-from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, check_ranges, read_config
+from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, read_config
+from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show.streams import lenient
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from metainfluence.lab.experiments import ranges
-from metainfluence.lab.experiments.named import ConfigError as ConfigError
+from metainfluence.lab.experiments.named import ConfigError
 
 # Far more than any configuration takes.
 _MOST_BYTES = 1 << 20

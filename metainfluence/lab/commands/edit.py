@@ -19,9 +19,9 @@ from metainfluence._disk import of_arrays, write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
-from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.data.places import Place, example_ids, locator, named, without
+from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Size
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.printing import OF_EDIT, check_solve, facts, say, say_budget, say_table

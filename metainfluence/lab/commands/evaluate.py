@@ -15,11 +15,11 @@ from metainfluence.evaluation import bootstrap, roc_auc
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
-from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.edit import CHANGE, EDITED
 from metainfluence.lab.commands.job import Job, widened
 from metainfluence.lab.commands.score import SCORES
 from metainfluence.lab.data.fewshot import CLEAN
+from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count
 from metainfluence.lab.learn.learners import mean_interval
 from metainfluence.lab.learn.timing import Compiled

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import metainfluence as mi
-from metainfluence.lab.commands.config_files import ConfigError
-from metainfluence.lab.experiments.named import named_function
+from metainfluence.lab.experiments.named import ConfigError, named_function
 from metainfluence.scoring import Source
 
 

@@ -11,10 +11,10 @@ import metainfluence as mi
 from metainfluence._disk import write_atomically
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
-from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.edit import CHANGE, located
 from metainfluence.lab.commands.evaluate import EVALUATION
 from metainfluence.lab.data.places import locator
+from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show import html_report
 from metainfluence.lab.show.gallery import Shown, gallery
 from metainfluence.lab.show.page_data import ROLES, Measured, ranked

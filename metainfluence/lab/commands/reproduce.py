@@ -18,8 +18,9 @@ from typing import Any
 
 import tyro
 
-from metainfluence.lab.commands.config_files import ConfigError, as_arguments, as_toml, check_ranges, load_toml
+from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, load_toml
 from metainfluence.lab.experiments import results, verdicts
+from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show.printing import say
 
 # experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.

@@ -12,9 +12,9 @@ import metainfluence as mi
 from metainfluence._disk import of_arrays
 from metainfluence.lab.commands import _estimators as estimators
 from metainfluence.lab.commands import _runs as runs
-from metainfluence.lab.commands.config_files import ConfigError
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.experiments import results
+from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive
 from metainfluence.lab.show.printing import OF_SCORE, check_solve, facts, say, say_budget, say_table
 from metainfluence.scoring import ids_of
