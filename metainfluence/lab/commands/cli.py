@@ -121,8 +121,8 @@ One after the other, from data to a page with pictures:
   --config FILE                     reads them from a TOML file; the command line overrides it
   --dry-run                         shows them all, and what the run would take, and runs nothing
   --traceback                       shows where in the code an error comes from
-  --no-cache                        compiles all anew; else the next run finds the programs in ~/.cache/metainfluence,
-                                    or where JAX_COMPILATION_CACHE_DIR says
+  --no-cache                        compiles all anew; else programs are kept in ~/.cache/metainfluence, or where
+                                    JAX_COMPILATION_CACHE_DIR says
 
 Exit status: 0 done, 1 failed, 2 arguments or files that make no sense, 130 stopped by Ctrl-C; train, score and
 reproduce then go on where they were when they are called again.
