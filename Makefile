@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # What tells most in least time, for the oldest versions.
-QUICK := tests/reliability/test_golden.py tests/reliability/test_properties.py tests/test_oracles.py tests/test_influence.py \
+QUICK := tests/reliability/test_golden.py tests/reliability/test_properties.py tests/test_influence.py \
 	tests/test_edit.py tests/test_programs.py
 OLDEST_STAMP := .venv-oldest/.installed
 

@@ -32,7 +32,13 @@ def matrix(delta, axes):
     return np.concatenate([leaf.reshape(*lead, -1) for leaf in leaves], axis=-1)
 
 
-@pytest.mark.parametrize("problem_name", KINDS)
+# Those that take longest to solve again and again; their like is among the others.
+LONG = {"given", "maml_adam"}
+
+
+@pytest.mark.parametrize(
+    "problem_name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in KINDS]
+)
 @pytest.mark.parametrize("kind", ["task", "support", "query"])
 def test_one_datum_against_central_differences_of_the_re_optimised_meta_params(problem_name, kind):
     direction, expected = optimum_differences(problem_name)[kind]

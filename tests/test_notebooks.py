@@ -39,7 +39,12 @@ def check_outputs(notebook):
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-@pytest.mark.parametrize("name", notebook_runs.NAMES)
+LONG = {"beyond_images", "choose_a_solver"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in notebook_runs.NAMES]
+)
 def test_runs(name):
     notebook = copy.deepcopy(notebook_runs.read(name))
     for cell in code(notebook):

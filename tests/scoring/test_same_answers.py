@@ -1,5 +1,7 @@
 """Scores of tasks that are read in batches are those of tasks in memory: same defaults, same numbers, same status."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,9 +62,31 @@ def point(width, rng):
 
 
 # `auto` forms the matrix of a small operator, and grows a basis for a larger one.
-@pytest.mark.parametrize("width", [6, 40])
-@pytest.mark.parametrize(("damping", "definite"), [(5.0, True), (0.0, False), ("auto", True)])
-@pytest.mark.parametrize("kind", ["closed_form", "unrolled", "implicit"])
+DAMPINGS = [(5.0, True), (0.0, False), ("auto", True)]
+EVERY = list(itertools.product(["closed_form", "unrolled", "implicit"], DAMPINGS, [6, 40]))
+# Every kind, at every damping, in either width; the rest takes long.
+QUICK = {
+    ("closed_form", 5.0, 6),
+    ("closed_form", 0.0, 6),
+    ("closed_form", "auto", 6),
+    ("unrolled", 0.0, 6),
+    ("implicit", 0.0, 6),
+    ("closed_form", 0.0, 40),
+    ("closed_form", "auto", 40),
+    ("unrolled", 5.0, 40),
+    ("unrolled", 0.0, 40),
+    ("implicit", 0.0, 40),
+    ("implicit", "auto", 40),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "damping", "definite", "width"),
+    [
+        pytest.param(kind, *damping, width, marks=[] if (kind, damping[0], width) in QUICK else [pytest.mark.slow])
+        for kind, damping, width in EVERY
+    ],
+)
 def test_streamed_and_in_memory(kind, damping, definite, width, rng, tmp_path):
     problem = problem_of(kind, width)
     meta_params, tasks, held_out = point(width, rng)
