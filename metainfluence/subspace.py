@@ -253,7 +253,7 @@ def asymmetry(
     # Of an x that has run off along a flat direction rounding is all that Ax and Aᵀx hold.
     noise = 10 * float(jnp.finfo(size.dtype).eps) * jnp.linalg.norm(subspace.products)
     rounded = difference <= noise * jnp.linalg.norm(solutions, axis=1)
-    return select(rounded, jnp.zeros_like(size), difference / select(size > 0, size, jnp.ones_like(size)))
+    return select(rounded, 0, difference / select(size > 0, size, 1))
 
 
 def combine(subspace: Subspace, coordinates: Float[Array, "k m"]) -> Float[Array, "k n"]:
@@ -266,11 +266,14 @@ def matmul(left: Array, right: Array) -> Array:
     return jnp.matmul(left, right, precision=_PRECISION)
 
 
-def select(condition: Array, value: Array, other: Array) -> Array:
-    """`jnp.where`, which lowers to a function of its own for each shape."""
+def select(condition: Array, value: Any, other: Any) -> Array:
+    """`jnp.where`, which lowers to a function of its own for each shape; a condition with axes has the result's."""
+    dtype = jnp.result_type(value, other)
+    shape = jnp.broadcast_shapes(jnp.shape(value), jnp.shape(other))
     if condition.ndim:
-        condition = jnp.broadcast_to(condition, other.shape)
-    return jax.lax.select(condition, jnp.broadcast_to(value, other.shape), other)
+        condition = jnp.broadcast_to(condition, shape)
+    value, other = (jnp.broadcast_to(jnp.asarray(each, dtype), shape) for each in (value, other))
+    return jax.lax.select(condition, value, other)
 
 
 def _bordered(subspace: Subspace, value: Array | float) -> Array:

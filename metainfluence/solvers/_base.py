@@ -209,12 +209,6 @@ class Solver(NamedTuple):
         return shown(self, "Solver", self.called)
 
 
-def where(condition: Array, value: Any, other: Any) -> Array:
-    """`jnp.where` of scalars, without the function of its own that each of those adds to a program."""
-    dtype = jnp.result_type(value, other)
-    return jax.lax.select(condition, jnp.asarray(value, dtype), jnp.asarray(other, dtype))
-
-
 def norm(vector: Array) -> Array:
     """Euclidean norm of a flat vector."""
     return jnp.sqrt(dot(vector, vector))

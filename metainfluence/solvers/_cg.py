@@ -17,10 +17,10 @@ from metainfluence.solvers._base import (
     default_max_steps,
     dot,
     norm,
-    where,
 )
 from metainfluence.solvers._called import called
 from metainfluence.solvers._kit import from_steps, preconditioner_of, reachable
+from metainfluence.subspace import select
 
 
 class _Carry(NamedTuple):
@@ -106,7 +106,7 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
         # Along a direction of no curvature a step has any length that rounding gives it.
         flat = jnp.abs(quotient) <= 10 * float(jnp.finfo(product.dtype).eps) * carry.max_curvature
         indefinite = flat | (curvature <= 0)
-        length = where(indefinite, 0, carry.inner / where(indefinite, 1, curvature))
+        length = select(indefinite, 0, carry.inner / select(indefinite, 1, curvature))
         residual = carry.residual - length * product
         return carry._replace(
             solution=carry.solution + length * carry.direction,
@@ -114,14 +114,14 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
             residual_norm=norm(residual),
             steps_left=carry.steps_left - 1,
             matvecs=carry.matvecs + (1 + preconditioner_of(preconditioner, operator, state).matvecs),
-            min_curvature=jnp.minimum(carry.min_curvature, where(flat, jnp.inf, quotient)),
+            min_curvature=jnp.minimum(carry.min_curvature, select(flat, jnp.inf, quotient)),
             max_curvature=jnp.maximum(carry.max_curvature, quotient),
             flat=flat,
             indefinite=indefinite,
         )
 
     def finish(carry: _Carry) -> Outcome:
-        failure = where(carry.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))
+        failure = select(carry.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))
         flat = carry.flat.astype(jnp.int32)
         return Outcome(carry.solution, carry.matvecs, carry.min_curvature, failure, flat)
 

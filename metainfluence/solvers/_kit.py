@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence.operators import Operator
-from metainfluence.solvers._base import Iteration, Outcome, SolveInfo, Solver, SolveStatus, dot, norm, where
+from metainfluence.solvers._base import Iteration, Outcome, SolveInfo, Solver, SolveStatus, dot, norm
 from metainfluence.solvers._called import call_of
+from metainfluence.subspace import select
 
 Apply = Callable[[Operator, Any, Array], Array | Outcome]
 Multiply = Callable[[Operator, Any, Array], Array]
@@ -277,16 +278,16 @@ def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any) -> SolveInfo:
     residual, scale = norm(rhs - product), norm(rhs)
     square = dot(outcome.solution, outcome.solution)
     moved = square > 0
-    divisor = where(moved, square, 1)
-    quotient = where(moved, dot(outcome.solution, product) / divisor, jnp.inf)
-    relative = residual / where(scale > 0, scale, 1)
+    divisor = select(moved, square, 1)
+    quotient = select(moved, dot(outcome.solution, product) / divisor, jnp.inf)
+    relative = residual / select(scale > 0, scale, 1)
     finite = jnp.isfinite(relative + square)
     failure = jnp.asarray(outcome.failure, jnp.int32)
-    status = where(relative <= reachable(tol, relative.dtype), jnp.int32(SolveStatus.CONVERGED), failure)
+    status = select(relative <= reachable(tol, relative.dtype), jnp.int32(SolveStatus.CONVERGED), failure)
     # A solver that has seen why there is no finite answer knows more than the answer tells.
     unexplained = ~finite & (failure != jnp.int32(SolveStatus.INDEFINITE))
     return SolveInfo(
-        status=where(unexplained, jnp.int32(SolveStatus.NONFINITE), status),
+        status=select(unexplained, jnp.int32(SolveStatus.NONFINITE), status),
         num_matvecs=jnp.asarray(outcome.num_matvecs, jnp.int32) + jnp.int32(1),
         relative_residual=relative,
         min_curvature=jnp.minimum(jnp.asarray(outcome.min_curvature, relative.dtype), quotient),
@@ -299,7 +300,7 @@ def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any) -> SolveInfo:
 def _asymmetry(left: Array, product: Array, right: Array, other: Array) -> Array:
     """By how much ⟨left, H right⟩ and ⟨H left, right⟩ differ, over ‖left‖ ‖H right‖; 0 for zero vectors."""
     size = norm(left) * norm(other)
-    return jnp.abs(dot(left, other) - dot(product, right)) / where(size > 0, size, 1)
+    return jnp.abs(dot(left, other) - dot(product, right)) / select(size > 0, size, 1)
 
 
 def _no_state(operator: Operator) -> None:

@@ -106,7 +106,7 @@ EQUIVALENT = {
         "solver = solvers.cg(tol=tol, max_steps=min((3) * domain.size + 10, 100))",
     ): "conjugate gradients end within `size` steps but for rounding, and the margin is free",
     ("_base.py", "return names[(-1)]"): "a single code has a single name",
-    ("_kit.py", "divisor = where(moved, square, (0))"): _MASKED,
+    ("_kit.py", "divisor = select(moved, square, (0))"): _MASKED,
     ("_dense.py", "inverse = jnp.where(zero, 0, 1 / jnp.where(zero, (0), values))"): _MASKED,
     ("_minres.py", "vector=remainder / jnp.where(beta > 0, beta, (2)),"): "the remainder is 0 where beta is",
     ("_minres.py", "steps_left=jnp.where(singular, (-1), carry.steps_left - 1),"): "no steps are left either way",
