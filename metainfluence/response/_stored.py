@@ -159,17 +159,21 @@ class Sweep(NamedTuple):
     norms: Any
 
 
+def begun(state: PyTree, kept: Kept) -> tuple[int, Passed]:
+    """How many segments are done, and where the last of them ended: the start, which is kept, where none is."""
+    passed, done = Passed(state, jnp.asarray(-1, jnp.int32)), kept.last()
+    if done is not None:
+        return done, kept.state(done, passed)
+    kept.keep(0, passed)
+    return 0, passed
+
+
 def train(
     programs: Programs, state: PyTree, steps: Steps, tasks: Task, weights: Weights, kept: Kept, report: Reporter
 ) -> Passed:
     """Goes through the run from where its states end, and returns the last."""
-    passed = Passed(state, jnp.asarray(-1, jnp.int32))
-    total, done = steps.number.shape[0], kept.last()
-    if done is None:
-        done = 0
-        kept.keep(0, passed)
-    else:
-        passed = kept.state(done, passed)
+    done, passed = begun(state, kept)
+    total = steps.number.shape[0]
     report.phase("training")
     for segment in range(done, total):
         passed = programs.segment(passed, _at(steps, segment), tasks, weights)

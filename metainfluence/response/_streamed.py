@@ -238,14 +238,9 @@ def _trained(
     programs: Programs, state: PyTree, steps: Steps, stream: Stream, weights: Weights, kept: Any, report: Reporter
 ) -> Passed:
     """Goes through the run from where its states end, and returns the last."""
-    passed, last_step = Passed(state, jnp.asarray(-1, jnp.int32)), programs.run.num_steps
+    done, passed = _stored.begun(state, kept)
     total, length = steps.number.shape
-    done = kept.last()
-    if done is None:
-        done = 0
-        kept.keep(0, passed)
-    else:
-        passed = kept.state(done, passed)
+    last_step = programs.run.num_steps
     report.phase("training")
     for number, batch in stream.steps(range(min(done * length, last_step), last_step)):
         data = (jnp.asarray(number, jnp.int32), batch.tasks, _rows(weights, stream.rows[number]))

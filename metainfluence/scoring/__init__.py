@@ -8,6 +8,7 @@ from metainfluence.scoring._engine import Result as Result
 from metainfluence.scoring._engine import score as score
 from metainfluence.scoring._table import ScoreTable as ScoreTable
 from metainfluence.scoring._table import info_of as info_of
+from metainfluence.scoring._table import read_dense as read_dense
 from metainfluence.scoring._table import read_scores as read_scores
 from metainfluence.scoring._table import write_scores as write_scores
 

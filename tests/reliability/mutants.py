@@ -37,7 +37,7 @@ WALK = "tests/reliability/test_no_silent_approximation.py"
 GOLDEN = "tests/reliability/test_golden.py"
 SMALL_PRINT = "tests/reliability/test_small_print.py"
 REFUSALS = ["tests/test_bad_input.py", "tests/test_bad_options.py"]
-CORE = ("influence", "operators", "problem", "adaptation", "minimizers", "subspace", "krylov")
+CORE = ("influence", "operators", "problem", "adaptation", "minimizers", "subspace", "krylov", "_edit")
 # What each file's mutants are tried with: the quickest first, since the first failure ends a trial.
 TESTS = {
     "influence.py": [
@@ -49,6 +49,7 @@ TESTS = {
         "tests/test_transformations.py",
         "tests/test_influence.py",
     ],
+    "_edit.py": ["tests/test_edit.py", GOLDEN],
     "operators.py": [GOLDEN, SMALL_PRINT, *REFUSALS, PROPERTIES, "tests/test_many_solves.py"],
     "problem.py": [GOLDEN, "tests/test_bilevel.py", *REFUSALS, PROPERTIES],
     "adaptation.py": [GOLDEN, SMALL_PRINT, *REFUSALS, "tests/test_adaptation.py", FAULTS],

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import metainfluence as mi
@@ -15,7 +14,6 @@ from metainfluence._disk import difference, library, of_arrays, of_function
 from metainfluence.lab.commands.job import Job
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show.printing import say
-from metainfluence.scoring import ids_of
 
 AUTO, TRAJECTORY, SEGMENTS, OPTIMUM = "auto", "trajectory", "segments", "optimum"
 # A quarter and all of a group removed, two groups, to and fro: eight runs.
@@ -153,7 +151,7 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
                 f"out: expected a new file or one of this run, got {out}, which differs in {found}; --no-resume starts "
                 "anew"
             )
-        return from_file(job, out), True
+        return from_file(out), True
     tasks, phi = job.stacked(), job.phi()
     folder = out.with_name(f"{out.name}.run")
     if choice.name == TRAJECTORY:
@@ -175,20 +173,9 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
     return scores, False
 
 
-def from_file(job: Job, out: Path) -> mi.Scores:
-    """Scores of a file as `score` returns them, without padding's zeros."""
-    table = mi.read_scores(out)
-    count = len(ids_of(job.source))
-    # Rows of whole tasks; the examples that a task lacks have no row.
-    index = np.cumsum(table.role == "task") - 1
-    sides = []
-    for side in ("support", "query"):
-        rows = np.flatnonzero(table.role == side)
-        counts = np.bincount(index[rows], minlength=count)
-        found = np.zeros((count, int(np.max(counts, initial=0))))
-        first = np.cumsum(counts) - counts
-        found[index[rows], np.arange(len(rows)) - first[index[rows]]] = table.score[rows]
-        sides.append(jnp.asarray(found))
-    info: Any = mi.scoring.info_of(table.metadata["solve"])
-    support, query = sides
-    return mi.Scores(jnp.asarray(table.score[table.role == "task"]), support, query, info)
+def from_file(path: Path) -> mi.Scores:
+    """Scores of a file as `score` returns them."""
+    found = mi.scoring.read_dense(path)
+    info: Any = mi.scoring.info_of(mi.read_scores(path).metadata["solve"])
+    task, support, query = map(jnp.asarray, (found.task, found.support, found.query))
+    return mi.Scores(task, support, query, info)

@@ -201,16 +201,8 @@ def diagnostics(metadata: Mapping[str, Any], info: Any, budget: mi.ErrorBudget, 
     errors = [(name, "unknown" if np.isnan(value) else f"{value:.1e}", meaning) for name, value, meaning in terms]
     skipped = metadata.get("skipped")
     left_out = "".join(f"<li>{_text(each)}</li>" for each in skipped) if isinstance(skipped, list) else ""
-    return "".join(
-        [
-            f'<p class="{"good" if good else "bad"}">{_text(line)}</p>',
-            f"<p>Error budget: {html.escape(budget.advice)}.</p>",
-            _table(facts(info)),
-            "<h3>Error budget, by source</h3>",
-            _table(errors),
-            f"<h3>Tasks left out</h3><ul>{left_out}</ul>" if left_out else "",
-        ]
-    )
+    found = _diagnosis(good, line, info, budget, errors)
+    return f"{found}<h3>Tasks left out</h3><ul>{left_out}</ul>" if left_out else found
 
 
 def diagnostics_of_run(info: Any, budget: mi.ErrorBudget) -> str:
@@ -228,9 +220,14 @@ def diagnostics_of_run(info: Any, budget: mi.ErrorBudget) -> str:
         ),
         ("rounding", f"{budget.precision:.1e}", "estimate of what the precision leaves"),
     ]
+    return _diagnosis(not bad, line, info, budget, errors)
+
+
+def _diagnosis(good: bool, line: str, info: Any, budget: mi.ErrorBudget, errors: Sequence[Sequence[str]]) -> str:
+    """A verdict, and what it rests on."""
     return "".join(
         [
-            f'<p class="{"bad" if bad else "good"}">{_text(line)}</p>',
+            f'<p class="{"good" if good else "bad"}">{_text(line)}</p>',
             f"<p>Error budget: {html.escape(budget.advice)}.</p>",
             _table(facts(info)),
             "<h3>Error budget, by source</h3>",
