@@ -29,7 +29,7 @@ class Curvature(NamedTuple):
     Attributes:
       name: for messages.
       surrogate: (problem, λ0, task, weights) -> function λ -> (surrogate of L_k, ‖∂_θ L_in‖) whose Hessian at λ0 is the
-        task's share of the operator.
+        task's share of the operator, and whose value there is L_k.
       shift: (problem, λ0, task, weights) -> scalar s_k; (1/T) Σ_k w_k s_k times the identity is added; None for
         nothing.
       needs: which part of the problem it needs beyond the task loss: None, "adapt" or "outer_head".

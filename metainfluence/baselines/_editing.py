@@ -17,7 +17,7 @@ from metainfluence.curvature import exact
 from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.influence import Edit
 from metainfluence.problem import Bilevel, check_meta_params, knows_inner
-from metainfluence.response import gradient_map
+from metainfluence.response import Seen, gradient_map
 
 
 def gradient_ascent(
@@ -117,21 +117,24 @@ def _steps(
         old = resolve_weights(weights, tasks)
         new = resolve_weights(new_weights, tasks, name="new_weights")
 
-        def at(meta_params: PyTree, weights: Weights) -> tuple[PyTree, Array]:
+        def at(meta_params: PyTree, weights: Weights) -> tuple[PyTree, Seen]:
             return gradient(exact(), meta_params, tasks, meta_params, weights)
 
         def step(carry: tuple[PyTree, Any], _: None) -> tuple[tuple[PyTree, Any], tuple[Array, Array]]:
             current, state = carry
-            slope, inner = at(current, new)
+            slope, seen = at(current, new)
             updates, state = optimizer.update(descent(slope, lambda: at(current, old)[0]), state, current)
-            return (optax.apply_updates(current, updates), state), (optax.tree.norm(slope), inner)
+            return (optax.apply_updates(current, updates), state), (optax.tree.norm(slope), seen.inner_gradient_norm)
 
         start = (meta_params, optimizer.init(meta_params))
         (edited, _), (norms, inner_norms) = jax.lax.scan(step, start, length=num_steps)
-        final, final_inner = at(edited, new)
+        final, there = at(edited, new)
+        inner = inner_norms[1:]
         info = unsolved(dtype_of(meta_params), (num_steps,))._replace(
             outer_gradient_norm=jnp.append(norms[1:], optax.tree.norm(final)),
-            inner_gradient_norm=jnp.append(inner_norms[1:], final_inner) if knows_inner(problem) else None,
+            inner_gradient_norm=jnp.append(inner_norms[1:], there.inner_gradient_norm)
+            if knows_inner(problem)
+            else None,
         )
         return Edit(edited, info)
 

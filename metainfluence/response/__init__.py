@@ -43,6 +43,7 @@ from metainfluence.response._segments import segments as segments
 from metainfluence.response._streamed import Streamed as Streamed
 from metainfluence.response._sums import Expansion as Expansion
 from metainfluence.response._sums import Pull as Pull
+from metainfluence.response._sums import Seen as Seen
 from metainfluence.response._sums import Sums as Sums
 from metainfluence.response._sums import batch_gradient as batch_gradient
 from metainfluence.response._sums import batch_pull as batch_pull

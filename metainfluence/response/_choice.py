@@ -20,6 +20,10 @@ from metainfluence.response._sums import batch_pull
 # Bytes of the linearisation of a chunk that stays in a core's cache: measured, see the growth benchmark.
 CACHE_BYTES = 8e6
 
+# Bytes of all tasks' linearisations below which chunks are no faster on a CPU, and only take longer to compile: 50 MB
+# took as long at once as in chunks of any size, 100 MB a quarter longer (jaxlib 0.12, two cores).
+AT_ONCE_BYTES = 64e6
+
 # Fewer tasks than this are never worth two chunks.
 LEAST_CHUNK = 16
 
@@ -47,9 +51,9 @@ def fitting_chunks(
 ) -> Chunks:
     """Chunks for a function that is given all tasks.
 
-    On a CPU a chunk is what stays in its cache; on an accelerator, or a mesh, all tasks that fit. What the products
-    need of all chunks is kept where it fits, and made anew in every product where it does not. Neither what else runs
-    on the machine nor any measurement plays a part.
+    On a CPU a chunk is what stays in its cache, or all tasks where they are small; on an accelerator, or a mesh, all
+    tasks that fit. What the products need of all chunks is kept where it fits, and made anew in every product where it
+    does not. Neither what else runs on the machine nor any measurement plays a part.
 
     Args:
       problem: the problem.
@@ -68,7 +72,9 @@ def fitting_chunks(
     keep = count * each <= room
     chunk = batch_size
     if chunk is None:
-        most = CACHE_BYTES if mesh is None and jax.default_backend() == "cpu" else room / 4
+        most = room / 4
+        if mesh is None and jax.default_backend() == "cpu":
+            most = AT_ONCE_BYTES if count * each <= AT_ONCE_BYTES else CACHE_BYTES
         chunk = evenly(count, max(int(most / each), LEAST_CHUNK if keep else 1))
     # A vector's tangents take no more than the linearisation that they go through, a chunk at a time.
     at_once = max(int((room - (count * each if keep else 0)) / (chunk * each + 1)), 1)

@@ -68,6 +68,7 @@ class Expansion:
       meta_params: λ.
       tasks: stacked tasks.
       weights: w.
+      objective: F.
       gradient: D_λF, a pytree like λ.
       inner_gradient_norm: max over tasks of ‖∂_θ L_in‖; None where it is not known.
       linear: the map's derivative as a pytree: of forward mode, or, in reverse mode, its pullback.
@@ -78,6 +79,7 @@ class Expansion:
     meta_params: PyTree
     tasks: Task
     weights: Weights
+    objective: Array
     gradient: PyTree
     inner_gradient_norm: Array | None
     linear: Callable[..., Any]
@@ -89,12 +91,6 @@ class Expansion:
     def chunks(self) -> Chunks:
         """What was worked on at once."""
         return self._sums.chunks
-
-    @property
-    def objective(self) -> Array:
-        """F."""
-        rest = meta_regularization(self._sums.problem, self.meta_params)
-        return self._sums.objective(self.meta_params, self.tasks, self.weights) + rest
 
     @property
     def operator(self) -> Operator:
@@ -119,10 +115,22 @@ class Expansion:
         return Partial(self._sums.mixed_transposed, self)
 
 
+class Seen(NamedTuple):
+    """What a gradient's evaluation shows besides; no derivative runs through it.
+
+    Attributes:
+      objective: Σ_k w_k L_k of a batch, or F.
+      inner_gradient_norm: ‖∂_θ L_in‖ of each task, or the largest.
+    """
+
+    objective: Array
+    inner_gradient_norm: Array
+
+
 def batch_gradient(
     problem: Bilevel, curvature: Curvature, at: PyTree, meta_params: PyTree, tasks: Task, weights: Weights
-) -> tuple[PyTree, Array]:
-    """Σ_k w_k times the gradient of task k's surrogate built at `at`, and ‖∂_θ L_in‖ of each task."""
+) -> tuple[PyTree, Seen]:
+    """Σ_k w_k times the gradient of task k's surrogate built at `at`, and what its evaluation shows."""
 
     def total(meta_params: PyTree) -> tuple[Array, Array]:
         def single(task: Task, weights: Weights) -> tuple[Array, Array]:
@@ -131,13 +139,14 @@ def batch_gradient(
         losses, norms = jax.vmap(single)(tasks, weights)
         return weighted_sum(losses, weights.task), norms
 
-    return jax.grad(total, has_aux=True)(meta_params)
+    (value, norms), slope = jax.value_and_grad(total, has_aux=True)(meta_params)
+    return slope, Seen(jax.lax.stop_gradient(value), norms)
 
 
 def batch_pull(problem: Bilevel, curvature: Curvature, at: PyTree, tasks: Task, weights: Weights) -> Pull:
     """The pullback of a batch's gradient map, with all that does not depend on the vector done."""
 
-    def gradient(meta_params: PyTree, weights: Weights) -> tuple[PyTree, Array]:
+    def gradient(meta_params: PyTree, weights: Weights) -> tuple[PyTree, Seen]:
         return batch_gradient(problem, curvature, at, meta_params, tasks, weights)
 
     _, linear, _ = _linearised(problem, gradient, at, weights)
@@ -172,18 +181,21 @@ def regularizer_product(problem: Bilevel, meta_params: PyTree, vector: PyTree) -
     return jax.vjp(functools.partial(regularizer_gradient, problem), meta_params)[1](vector)[0]
 
 
-def gradient_map(problem: Bilevel, chunks: Chunks, mesh: Mesh | None = None) -> Callable[..., tuple[PyTree, Array]]:
-    """Makes (curvature, at, tasks, meta_params, weights) -> (∇F by the surrogates built at `at`, max ‖∂_θ L_in‖)."""
+def gradient_map(problem: Bilevel, chunks: Chunks, mesh: Mesh | None = None) -> Callable[..., tuple[PyTree, Seen]]:
+    """Makes (curvature, at, tasks, meta_params, weights) -> (∇F by the surrogates built at `at`, what that shows)."""
 
     def gradient(
         curvature: Curvature, at: PyTree, tasks: Task, meta_params: PyTree, weights: Weights
-    ) -> tuple[PyTree, Array]:
+    ) -> tuple[PyTree, Seen]:
         def chunk(data: tuple[Task, Weights]) -> tuple[PyTree, Array]:
-            return batch_gradient(problem, curvature, at, meta_params, *data)
+            slope, seen = batch_gradient(problem, curvature, at, meta_params, *data)
+            return (slope, seen.objective), seen.inner_gradient_norm
 
-        total, norms = reduce_tasks(chunk, (tasks, weights), chunks.tasks, mesh, keep=chunks.keep)
+        (slope, value), norms = reduce_tasks(chunk, (tasks, weights), chunks.tasks, mesh, keep=chunks.keep)
         count = weights.task.shape[0]
-        return mean(total, count, regularizer_gradient(problem, meta_params)), jnp.max(norms)
+        slope = mean(slope, count, regularizer_gradient(problem, meta_params))
+        rest = jax.lax.stop_gradient(meta_regularization(problem, meta_params))
+        return slope, Seen(value / count + rest, jnp.max(norms))
 
     return gradient
 
@@ -203,13 +215,14 @@ class Sums(NamedTuple):
         at, gradient = meta_params, gradient_map(self.problem, self.chunks, self.mesh)
         # The other curvatures take forward mode of the adaptation itself, and not of a gradient.
         eps = check_derivatives(self.problem, at, tasks, weights, twice=self.curvature.is_exact)
-        slope, linear, norm = _linearised(
+        slope, linear, seen = _linearised(
             self.problem, functools.partial(gradient, self.curvature, at, tasks), at, weights
         )
         if not self.curvature.keeps_gradient:
-            slope, norm = gradient(exact(), at, tasks, at, weights)
-        norm = norm if knows_inner(self.problem) else None
-        return Expansion(at, tasks, weights, slope, norm, linear, self.shift(at, tasks, weights), self, eps)
+            slope, seen = gradient(exact(), at, tasks, at, weights)
+        norm = seen.inner_gradient_norm if knows_inner(self.problem) else None
+        shift = self.shift(at, tasks, weights)
+        return Expansion(at, tasks, weights, seen.objective, slope, norm, linear, shift, self, eps)
 
     def shift(self, at: PyTree, tasks: Task, weights: Weights) -> Array:
         """(1/T) Σ_k w_k s_k, see `Curvature.shift`."""

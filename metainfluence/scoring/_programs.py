@@ -95,9 +95,9 @@ class Programs:
         whole = None if mesh is None else task_sharding(mesh, replicated=True)
 
         def gradient(at: PyTree, batch: Batch) -> Part:
-            total, norms = batch_gradient(problem, exact(), at, at, *batch)
+            total, seen = batch_gradient(problem, exact(), at, at, *batch)
             shift = batch_shift(problem, curvature, at, *batch)
-            return Part((total, shift, jnp.sum(batch.weights.task)), jnp.max(norms))
+            return Part((total, shift, jnp.sum(batch.weights.task)), jnp.max(seen.inner_gradient_norm))
 
         def scores(at: PyTree, direction: PyTree, count: Array, batch: Batch) -> tuple[Array, ...]:
             sensitivities = batch_sensitivities(problem, at, direction, *batch)

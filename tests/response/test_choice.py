@@ -39,10 +39,21 @@ def test_few_tasks_are_taken_at_once_without_a_look_at_them(tasks, meta_params, 
     assert chosen(meta_params, few, 3) == Chunks(None)
 
 
-def test_what_stays_in_the_cache_is_taken_at_once(tasks, meta_params):
+def test_what_is_small_is_taken_at_once(tasks, meta_params, each, monkeypatch):
+    monkeypatch.setattr(_choice, "CACHE_BYTES", each)
     assert chosen(meta_params, tasks, COUNT) == Chunks(None, None, True)
+    monkeypatch.setattr(_choice, "AT_ONCE_BYTES", COUNT * each)
+    assert chosen(meta_params, tasks).tasks is None
+    monkeypatch.setattr(_choice, "AT_ONCE_BYTES", COUNT * each - 1)
+    assert chosen(meta_params, tasks).tasks is not None
 
 
+@pytest.fixture
+def always_in_chunks(monkeypatch):
+    monkeypatch.setattr(_choice, "AT_ONCE_BYTES", 0)
+
+
+@pytest.mark.usefixtures("always_in_chunks")
 def test_a_chunk_stays_in_the_cache(tasks, meta_params, each, monkeypatch):
     monkeypatch.setattr(_choice, "CACHE_BYTES", 25 * each)
     assert chosen(meta_params, tasks) == Chunks(20, None, True)
@@ -51,6 +62,7 @@ def test_a_chunk_stays_in_the_cache(tasks, meta_params, each, monkeypatch):
     assert chosen(meta_params, tasks) == Chunks(14, None, True)
 
 
+@pytest.mark.usefixtures("always_in_chunks")
 def test_what_does_not_fit_is_made_anew(tasks, meta_params, each, monkeypatch):
     monkeypatch.setattr(_choice, "usable_bytes", lambda: 30 * each)
     assert not chosen(meta_params, tasks).keep
@@ -63,6 +75,7 @@ def test_a_named_chunk_is_kept_where_all_of_them_fit(tasks, meta_params):
     assert chosen(meta_params, tasks, batch_size=COUNT).tasks is None
 
 
+@pytest.mark.usefixtures("always_in_chunks")
 def test_the_same_under_jit_and_on_shapes(tasks, meta_params, each, monkeypatch):
     monkeypatch.setattr(_choice, "CACHE_BYTES", 25 * each)
     found = []
@@ -81,6 +94,7 @@ def test_no_answer_depends_on_the_choice(tasks, meta_params, each, room, cache, 
         return scores(meta_params, tasks, *setting.TARGET_ARGS)[:3], deltas(meta_params, tasks).delta
 
     whole = jax.jit(run)(meta_params, tasks)
+    monkeypatch.setattr(_choice, "AT_ONCE_BYTES", 0)
     monkeypatch.setattr(_choice, "CACHE_BYTES", cache * each)
     monkeypatch.setattr(_choice, "usable_bytes", lambda: room * each)
     parts = jax.jit(lambda *args: run(*args))(meta_params, tasks)
