@@ -129,12 +129,10 @@ def _steps(
         start = (meta_params, optimizer.init(meta_params))
         (edited, _), (norms, inner_norms) = jax.lax.scan(step, start, length=num_steps)
         final, there = at(edited, new)
-        inner = inner_norms[1:]
+        inner = jnp.append(inner_norms[1:], there.inner_gradient_norm)
         info = unsolved(dtype_of(meta_params), (num_steps,))._replace(
             outer_gradient_norm=jnp.append(norms[1:], optax.tree.norm(final)),
-            inner_gradient_norm=jnp.append(inner_norms[1:], there.inner_gradient_norm)
-            if knows_inner(problem)
-            else None,
+            inner_gradient_norm=inner if knows_inner(problem) else None,
         )
         return Edit(edited, info)
 
