@@ -1,6 +1,7 @@
 """Float64 and strict promotion for every test: a value that JAX had to guess about fails here, not at a user's."""
 
 import os
+import tempfile
 from importlib.metadata import version
 
 # Compiling takes far longer here than running. Older versions compile in a quarter of the time without XLA's newer
@@ -10,8 +11,12 @@ if version("jaxlib").startswith(("0.8", "0.9", "0.10")):
 else:
     _FLAGS = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling,xla_cpu_disable_slp_vectorizer"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
-# Programs that another run has compiled would hide what this one does.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# What one worker has compiled, the other and the commands that tests call need not compile again; what another run has
+# compiled would hide what this one does.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="metainfluence-programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # LAPACK's own threads, beside those of XLA and of the other test process, only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

@@ -19,6 +19,7 @@ def unset(monkeypatch, tmp_path):
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
     yield tmp_path / "metainfluence" / "programs"
     jax.config.update("jax_compilation_cache_dir", before)
 

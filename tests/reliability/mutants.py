@@ -5,7 +5,6 @@
 
 Every mutant lives in a temporary copy of the package and its tests; the working tree is only read. A run that finds
 outcomes in its file goes on after them. What survives the tests of its own file is tried with the wider ones.
-`JAX_COMPILATION_CACHE_DIR` saves most of the time, since a mutant shares most programs with the others.
 """
 
 from __future__ import annotations
