@@ -59,3 +59,11 @@ def test_held_out_tasks_are_clean_and_share_no_image_with_training():
 
     clean = fewshot.materialize(data.listed._replace(shortcut=np.zeros(40, bool)), demo.digits.load().images)
     assert not images(clean) & images(data.held_out)
+
+
+def test_the_derivative_through_the_run_stands_beside_the_others(tmp_path, capsys):
+    cli.main(["demo", *SMALL, "--num-steps", "25", "--trajectory", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "predicted: through the run" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("all") and "through the run" in line)
+    assert float(row.split()[-1]) > 0.7

@@ -53,6 +53,9 @@ class DemoConfig:
     """Meta-training steps on all tasks."""
     damping: NotNegative | None = None
     """Added to every eigenvalue of the total Hessian; none for the rule of metainfluence.damping.auto."""
+    trajectory: bool = False
+    """Whether to score by the derivative through the training run, too: one sweep back through all its steps, as long
+    as all else."""
     seed: Size = 0
     """Of the tasks, the damage and the initial parameters."""
     out: Path = Path("demo-output")
@@ -130,8 +133,11 @@ def run(config: DemoConfig) -> None:
     report.most_harmful(console, scores, data.listed, truth)
 
     losses = Compiled(jax.vmap(mi.task_loss(problem), (None, 0)))
-    methods = {
-        "exact influence": np.asarray(scores.task),
+    methods = {"exact influence": np.asarray(scores.task)}
+    through = Compiled(through_the_run(problem, optimizer, config.num_steps, target))
+    if config.trajectory:
+        methods["through the run"] = np.asarray(through(initial, data.tasks, data.held_out))
+    methods |= {
         "plain loss": -np.asarray(losses(trained.meta_params, data.tasks)),
         "TracIn-like": first_order_scores(problem, target, trained.meta_params, data),
         "random": np.random.default_rng(config.seed).random((NUM_RANDOM_ORDERS, config.num_tasks)),
@@ -149,9 +155,14 @@ def run(config: DemoConfig) -> None:
         return float(np.mean(losses(meta_params, data.held_out)))
 
     before = held_out_loss(trained.meta_params)
-    predicted = float(methods["exact influence"][flagged].sum())
     rows = [
-        report.Removal("predicted: sum of scores", before + predicted, score.compile_seconds, score.run_seconds),
+        report.Removal(
+            f"predicted: {name}", before + float(methods[name][flagged].sum()), how.compile_seconds, how.run_seconds
+        )
+        for name, how in (("exact influence", score), ("through the run", through))
+        if name in methods
+    ]
+    rows += [
         report.Removal("edited", held_out_loss(edited.meta_params), edit.compile_seconds, edit.run_seconds),
         report.Removal(
             "retrained", held_out_loss(retrained.meta_params), trained.compile_seconds, retrained.run_seconds
@@ -162,6 +173,12 @@ def run(config: DemoConfig) -> None:
     title = f"{config.num_tasks} few-shot digits tasks, {np.sum(truth != fewshot.CLEAN)} of them harmful in two ways"
     plots.ranking_and_detection(methods["exact influence"], truth, methods, config.out / "scores.png", title=title)
     report.files(console, config.out, time.perf_counter() - started)
+
+
+def through_the_run(problem: mi.Bilevel, optimizer: Any, num_steps: int, target: Any) -> Any:
+    """Makes (initial λ, tasks, held-out tasks) -> scores of the tasks [T], by the derivative through their training."""
+    at = mi.trajectory(mi.training(problem, optimizer, num_steps))
+    return lambda initial, tasks, held_out: mi.scores(at(initial, tasks), target)(held_out).task
 
 
 def first_order_scores(problem: mi.Bilevel, target: Any, meta_params: Any, data: Data) -> np.ndarray:
