@@ -76,6 +76,14 @@ EVERYWHERE: Options = (
     ("metainfluence.coupling(problem)(meta_params, task) tells", "metainfluence.coupling, in Python, tells"),
 )
 
+# What errors that a command ends with call a cure.
+IN_ERRORS: Options = (
+    ("resume=False starts anew, with a smaller batch_size", "--no-resume starts anew, with a smaller --batch-size"),
+    ("resume=False starts anew", "--no-resume starts anew"),
+    ("give another folder, or resume=False replaces it", "--no-resume starts anew"),
+    ('on_error="skip" leaves out such tasks', "--on-error skip leaves out such tasks"),
+)
+
 
 def say(text: str) -> None:
     """Prints a line at once, also into a pipe."""
