@@ -211,7 +211,7 @@ def harmful(config: EditConfig, job: Job, table: mi.scoring.ScoreTable) -> tuple
     rows = rows[np.argsort(table.score[rows], kind="stable")]
     if config.most_harmful is not None and config.most_harmful >= len(rows):
         raise ValueError(
-            f"most_harmful: expected fewer than the {len(rows)} rows about a {config.role}, got {config.most_harmful}"
+            f"--most-harmful: expected fewer than the {len(rows)} rows about a {config.role}, got {config.most_harmful}"
         )
     if config.harm_above is not None:
         rows = rows[table.score[rows] < -config.harm_above]
