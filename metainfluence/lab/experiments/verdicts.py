@@ -14,6 +14,13 @@ DETECTION = {"digits": "detection_digits", "Omniglot": "table_omniglot", "mini-I
 EDITING = {"MNIST": "table_mnist", "MNIST, 80 % flipped": "figure2_mnist", "sinusoids": "regression"}
 AGREEMENT = {"implicit head": "agreement_head", "iMAML": "agreement_imaml", "MAML": "agreement_maml"}
 SURROGATES = ("linearized", "gamma", "Gauss-Newton")
+# How lines of the table begin, and the experiments whose rows they are made of.
+_ABOUT = (
+    *((f"{data}: ", (name,)) for data, name in (DETECTION | EDITING | AGREEMENT).items()),
+    ("Problems on which", tuple(AGREEMENT.values())),
+    ("One removal, ", ("speed",)),
+)
+HEADING = "## What was promised"
 FOUND, SUPPORT, KEPT, TIMES = 0.95, 0.9, 0.95, 20.0
 
 
@@ -140,9 +147,30 @@ def all_of(out: Path, size: str) -> list[Verdict]:
     return [*found, *agreement(out, size), *speed(out, size)]
 
 
-def lines(out: Path, size: str) -> list[str]:
-    """A table of the promises, for the report."""
+def lines(out: Path, size: str, earlier: str = "") -> list[str]:
+    """A table of the promises, for the report.
+
+    Args:
+      out: folder with the folders of the experiments.
+      size: "small" or "full".
+      earlier: the report before, whose lines are kept where the rows that they were made of are not here.
+    """
     headers = ("promise", "measured", "bar", "")
     words = {True: "met", False: "missed", None: "no gain to keep"}
     cells = [[v.what, v.measured, v.bar, words[v.met]] for v in all_of(out, size)]
-    return ["## What was promised", "", *markdown(headers, cells)] if cells else []
+    heading = markdown(headers, [[""] * len(headers)])[:2]
+    _, _, table = earlier.partition(f"{HEADING}\n")
+    kept = [line for line in table.partition("\n\n#")[0].splitlines() if _is_missing(line, out, size)]
+    rows = sorted([*markdown(headers, cells)[2:], *kept], key=_place)
+    return [HEADING, "", *heading, *rows] if rows else []
+
+
+def _is_missing(line: str, out: Path, size: str) -> bool:
+    """Whether a line of the table is about experiments of which no rows are here."""
+    place = _place(line)
+    return place < len(_ABOUT) and not any(rows_of(out, name, size) for name in _ABOUT[place][1])
+
+
+def _place(line: str) -> int:
+    """Which entry of `_ABOUT` a line of the table is about; their number for none."""
+    return next((k for k, (start, _) in enumerate(_ABOUT) if line.startswith(f"| {start}")), len(_ABOUT))
