@@ -105,10 +105,10 @@ def wrong_target():
     return {**make(), "target": lambda meta_params: jnp.sum(meta_params)}
 
 def spoilt():
-    loss = mi.from_task_loss(lambda m, t, w: jnp.sum(w.query * t.query["y"] ** 2) * jnp.sum(m) + jnp.linalg.norm(m * t.query["y"][0]))
+    kink = lambda m, t, w: jnp.sum(w.query * t.query["y"] ** 2) * jnp.sum(m) + jnp.linalg.norm(m * t.query["y"][0])
     source = [task(k) for k in range(8)]
     source[int(os.environ.get("SPOILT", "4"))].query["y"][0] = 0
-    return {**own_target(), "problem": loss, "source": source}
+    return {**own_target(), "problem": mi.from_task_loss(kink), "source": source}
 
 def unreadable():
     class Torn(Source):
