@@ -208,6 +208,13 @@ def test_the_verdict_is_one_sentence_that_says_what_to_believe(changes, said, ju
     assert html_report.signed(harmful.sum()) in line
 
 
+@pytest.mark.parametrize(
+    ("value", "bound"), [(0.0136, 0.02), (0.02, 0.02), (0.0961, 0.1), (1e-9, 1e-9), (3.2e-7, 4e-7)]
+)
+def test_a_bound_is_rounded_up(value, bound):
+    assert html_report.rounded_up(value) == bound
+
+
 def test_the_distance_from_stationarity_says_to_what_it_is_relative():
     assert "presumed, not relative to ‖λ‖" in html_report.page(table_of(), title="t")
     assert "presumed, relative to ‖λ‖" in html_report.page(table_of(), title="t", meta_params=jnp.ones(2))

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -119,6 +120,13 @@ def believed(info: Any, budget: mi.ErrorBudget) -> bool:
     return not failed(info) and minimum and bool(worst <= 0.1)
 
 
+def rounded_up(value: float) -> float:
+    """A bound in one digit: 0.014 is at most 0.02."""
+    exponent = math.floor(math.log10(value))
+    # What a digit says exactly stays what it is, rounding aside.
+    return round(math.ceil(round(value / 10.0**exponent, 9)) * 10.0**exponent, -exponent)
+
+
 def verdict(table: mi.scoring.ScoreTable, info: Any, budget: mi.ErrorBudget) -> str:
     """What was found, and whether to believe it, in one sentence."""
     scores = table.score[table.role == "task"]
@@ -148,7 +156,7 @@ def verdict(table: mi.scoring.ScoreTable, info: Any, budget: mi.ErrorBudget) -> 
     if smooth in ("between", "rough"):
         return f"{found}; believe the order rather than the numbers: the run does not answer the data smoothly."
     if believed(info, budget):
-        return f"{found}; believe it: no source of error that was looked for is above {max(worst, 1e-9):.1g}."
+        return f"{found}; believe it: no source of error that was looked for is above {rounded_up(max(worst, 1e-9)):g}."
     return f"{found}; believe the order rather than the numbers: {source} may shift them by {worst:.1g}, relatively."
 
 
