@@ -17,6 +17,7 @@ NO_MINIMUM = (
     "minimiser take more steps"
 )
 FLOAT64 = 'compute in float64 (jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1)'
+UNKNOWN = "; whether an inner problem of yours is solved is unknown (closed_form measures it by inner_loss)"
 ONE_CALL = 'in float32 try solver=metainfluence.solvers.auto(tol=1e-3) with damping="auto" first'
 _COARSE = (
     "the losses are computed in {low}, though λ is held in {high}: make the network compute in {high} (dtype, "
@@ -94,7 +95,7 @@ def advice(result: Any, info: SolveInfo, budget: Any, small: float) -> str:
     elif flat:
         cause = f"flat directions: {flat}; {cause}"
     if np.isnan(budget.inner_residual) and info.outer_gradient_norm is not None:
-        cause += "; whether an inner problem of yours is solved is unknown (closed_form measures it by inner_loss)"
+        cause += UNKNOWN
     return f"{told}; {cause}" if told else cause
 
 

@@ -143,7 +143,7 @@ def run(config: EditConfig) -> None:
     tell(change)
     kept = jax.tree.map(lambda leaf: leaf[reached], edited.info)
     say_table(("", "", ""), facts(kept))
-    say_budget(kept, edited.meta_params, OF_EDIT)
+    say_budget(kept, edited.meta_params, OF_EDIT, own=folder is None)
     # What F is to second order cannot leave more: each component of D_λF ends between its values with all data and
     # without the removed.
     if norms[reached] > math.hypot(with_all, unedited):

@@ -76,6 +76,10 @@ EVERYWHERE: Options = (
     ("metainfluence.coupling(problem)(meta_params, task) tells", "metainfluence.coupling, in Python, tells"),
 )
 
+# The lab's own learners have closed forms that are exact.
+OF_LAB: Options = (
+    ("; whether an inner problem of yours is solved is unknown (closed_form measures it by inner_loss)", ""),
+)
 # What errors that a command ends with call a cure.
 IN_ERRORS: Options = (
     ("resume=False starts anew, with a smaller batch_size", "--no-resume starts anew, with a smaller --batch-size"),
@@ -159,8 +163,16 @@ def in_options(text: str, options: Options) -> str:
     return text
 
 
-def say_budget(result: Any, meta_params: Any, options: Options) -> None:
-    """Prints which error dominates, and which of the command's options do something about it."""
+def say_budget(result: Any, meta_params: Any, options: Options, *, own: bool = True) -> None:
+    """Prints which error dominates, and which of the command's options do something about it.
+
+    Args:
+      result: as `error_budget` takes it.
+      meta_params: λ.
+      options: what the library's cures are called.
+      own: whether the problem is the user's; else one of the lab's learners.
+    """
+    options = options if own else (*options, *OF_LAB)
     advice = in_options(mi.error_budget(result, meta_params).advice, options)
     solved = isinstance(result.info if hasattr(result, "info") else result, mi.SolveInfo)
     say(f"Error budget{' (distance from stationarity relative to ‖λ‖)' if solved else ''}: {advice}")
