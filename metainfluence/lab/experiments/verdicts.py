@@ -14,13 +14,6 @@ DETECTION = {"digits": "detection_digits", "Omniglot": "table_omniglot", "mini-I
 EDITING = {"MNIST": "table_mnist", "MNIST, 80 % flipped": "figure2_mnist", "sinusoids": "regression"}
 AGREEMENT = {"implicit head": "agreement_head", "iMAML": "agreement_imaml", "MAML": "agreement_maml"}
 SURROGATES = ("linearized", "gamma", "Gauss-Newton")
-# How lines of the table begin, and the experiments whose rows they are made of.
-_ABOUT = (
-    *((f"{data}: ", (name,)) for data, name in (DETECTION | EDITING | AGREEMENT).items()),
-    ("Problems on which", tuple(AGREEMENT.values())),
-    ("One removal, ", ("speed",)),
-)
-HEADING = "## What was promised"
 FOUND, SUPPORT, KEPT, TIMES = 0.95, 0.9, 0.95, 20.0
 
 
@@ -153,24 +146,19 @@ def lines(out: Path, size: str, earlier: str = "") -> list[str]:
     Args:
       out: folder with the folders of the experiments.
       size: "small" or "full".
-      earlier: the report before, whose lines are kept where the rows that they were made of are not here.
+      earlier: the report before, whose lines are kept about what nothing new is known of, since rows are not stored.
     """
-    headers = ("promise", "measured", "bar", "")
+    title, headers = "## What was promised", ("promise", "measured", "bar", "")
     words = {True: "met", False: "missed", None: "no gain to keep"}
     cells = [[v.what, v.measured, v.bar, words[v.met]] for v in all_of(out, size)]
-    heading = markdown(headers, [[""] * len(headers)])[:2]
-    _, _, table = earlier.partition(f"{HEADING}\n")
-    kept = [line for line in table.partition("\n\n#")[0].splitlines() if _is_missing(line, out, size)]
-    rows = sorted([*markdown(headers, cells)[2:], *kept], key=_place)
-    return [HEADING, "", *heading, *rows] if rows else []
+    made = markdown(headers, cells)[2:]
+    about = {_about(line) for line in made}
+    _, _, table = earlier.partition(f"{title}\n")
+    before = [line for line in table.partition("\n#")[0].splitlines() if line.startswith("| ")][2:]
+    rows = [*made, *(line for line in before if _about(line) not in about)]
+    return [title, "", *markdown(headers, [[""] * len(headers)])[:2], *rows] if rows else []
 
 
-def _is_missing(line: str, out: Path, size: str) -> bool:
-    """Whether a line of the table is about experiments of which no rows are here."""
-    place = _place(line)
-    return place < len(_ABOUT) and not any(rows_of(out, name, size) for name in _ABOUT[place][1])
-
-
-def _place(line: str) -> int:
-    """Which entry of `_ABOUT` a line of the table is about; their number for none."""
-    return next((k for k, (start, _) in enumerate(_ABOUT) if line.startswith(f"| {start}")), len(_ABOUT))
+def _about(line: str) -> str:
+    """What a line of the table is about: the data, the learner, or the removal."""
+    return line.partition(" | ")[0].partition(":")[0]

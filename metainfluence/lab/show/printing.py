@@ -85,7 +85,7 @@ IN_ERRORS: Options = (
     ("resume=False starts anew, with a smaller batch_size", "--no-resume starts anew, with a smaller --batch-size"),
     ("resume=False starts anew", "--no-resume starts anew"),
     ("give another folder, or resume=False replaces it", "--no-resume starts anew"),
-    ('on_error="skip" leaves out such tasks', "--on-error skip leaves out such tasks"),
+    ('on_error="skip"', "--on-error skip"),
 )
 
 
