@@ -27,10 +27,9 @@ ADVICE = {
     "outer_residual": "the unfinished solve dominates: lower the solver's tol, allow more steps, or raise the damping",
     "precision": f"rounding dominates: {FLOAT64}, or raise the damping",
     "inner_residual": "the inner minimisers dominate: lower their tol or allow more steps",
-    "outer_stationarity": "λ is not stationary: the formula answers for the proximal problem F(λ') + δ/2 ‖λ' − λ − "
-    "D_λF/δ‖² that λ does minimise; train on first, on all tasks at once with a falling learning rate, until "
-    'outer_gradient_norm is small; or take the Newton-corrected λ of edit(problem, damping="auto", '
-    "num_newton_steps=…)(meta_params, tasks, weights, weights), and ask there; each step is taken as far as F falls",
+    "outer_stationarity": "λ is not stationary, and the formula answers for a proximal problem: train on, on all tasks "
+    "at once with a falling learning rate, until outer_gradient_norm is small; or ask at the Newton-corrected λ of "
+    'edit(problem, damping="auto", num_newton_steps=…)(meta_params, tasks, weights, weights)',
     "kinks": "kinks dominate: second derivatives leave out what ReLU, |x|, max or clipping do between the smooth "
     "pieces; take softplus, tanh or GELU, or trust the order of the scores rather than their size",
 }

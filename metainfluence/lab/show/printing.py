@@ -57,8 +57,8 @@ EVERYWHERE: Options = (
     ),
     (
         (
-            '; or take the Newton-corrected λ of edit(problem, damping="auto", num_newton_steps=…)(meta_params, tasks, '
-            "weights, weights), and ask there; each step is taken as far as F falls"
+            '; or ask at the Newton-corrected λ of edit(problem, damping="auto", num_newton_steps=…)(meta_params, tasks, '
+            "weights, weights)"
         ),
         "",
     ),
