@@ -57,8 +57,8 @@ EVERYWHERE: Options = (
     ),
     (
         (
-            '; or ask at the Newton-corrected λ of edit(problem, damping="auto", num_newton_steps=…)(meta_params, tasks, '
-            "weights, weights)"
+            '; or ask at the Newton-corrected λ of edit(problem, damping="auto", num_newton_steps=…)(meta_params, '
+            "tasks, weights, weights)"
         ),
         "",
     ),
