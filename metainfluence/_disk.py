@@ -24,6 +24,7 @@ import numpy as np
 
 _NAME = re.compile(r"(?P<kind>[a-z_]+)-(?P<number>\d{8})-(?P<digest>[0-9a-f]{32})\.(?:npz|parquet)")
 _FOUND = b"+"
+_MANIFEST = "manifest.json"
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
@@ -116,8 +117,8 @@ class Store:
                 try:
                     yield cls(folder, agree)
                 except BaseException:
-                    # A run that was refused before it wrote anything leaves nothing.
-                    if {path.name for path in folder.iterdir()} == {"lock"}:
+                    # A run that ends before it has anything to go on with leaves nothing, so that it may be mended.
+                    if {path.name for path in folder.iterdir()} <= {"lock", _MANIFEST}:
                         shutil.rmtree(folder)
                     raise
                 return
@@ -198,14 +199,14 @@ class Store:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """What the run is about, or None."""
+        """What the run is about; None where there is none, or where it was killed before it had kept anything."""
         folder = self.folder
-        return self.shared(lambda: None if folder is None else read_manifest(folder / "manifest.json"))
+        return self.shared(lambda: read_manifest(folder / _MANIFEST) if folder is not None and self._known else None)
 
     @manifest.setter
     def manifest(self, value: dict[str, Any]) -> None:
         if self.folder is not None:
-            write_manifest(self.folder / "manifest.json", value)
+            write_manifest(self.folder / _MANIFEST, value)
 
     def read_here(self, kind: str, number: int) -> bytes | None:
         """As `read`, for the process with the folder alone."""

@@ -224,7 +224,10 @@ def ids_of(source: Source) -> Sequence[int] | Sequence[str]:
       ValueError: no tasks, not one id for each, or ids that repeat.
     """
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        raise TypeError(f"source: expected a sequence of tasks with len() and indexing, got {type(source).__name__}")
+        raise TypeError(
+            f"source: expected a sequence of tasks with len() and indexing, got {type(source).__name__}; of a stream "
+            "take a piece: list(itertools.islice(stream, 100))"
+        )
     if isinstance(source, (Task, str, bytes)):
         raise TypeError(f"source: expected a sequence of single tasks, got {type(source).__name__}")
     if len(source) == 0:

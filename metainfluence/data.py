@@ -7,7 +7,7 @@ enters the outer objective: 1 by default, 0 for a datum that is removed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 from metainfluence._checks import check_finite_floats, concrete, leaf_name, refuse_half
 
 __all__ = ["Task", "Weights", "drop", "stack_tasks", "unit_weights"]
+
+_PIECE = "of a stream take a piece: list(itertools.islice(stream, 100))"
 
 
 class Task(NamedTuple):
@@ -95,6 +97,10 @@ def sizes(tasks: Task, *, stacked: bool = True, name: str = "tasks") -> Sizes:
     if not isinstance(tasks, Task):
         several = isinstance(tasks, Sequence) and any(isinstance(task, Task) for task in tasks)
         hint = "stack them with metainfluence.stack_tasks" if several else "meta_params come first, then the tasks"
+        if isinstance(tasks, Iterator):
+            hint = f"{_PIECE}, and stack it with metainfluence.stack_tasks"
+        elif not stacked:
+            hint = "make it one: metainfluence.Task(support, query)"
         raise TypeError(f"{name}: expected a metainfluence.Task, got {type(tasks).__name__}; {hint}")
     axes = 2 if stacked else 1
     support = _lead(f"{name}.support", tasks.support, tasks.support_mask, axes)
@@ -161,6 +167,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
       Task with leaves `[T, n_max, ...]`.
 
     Raises:
+      TypeError: an iterator, which may never end; a task that is none.
       ValueError: no tasks, or tasks that differ in structure, trailing shapes or dtypes.
 
     Examples:
@@ -172,6 +179,10 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
       >>> tasks.support.tolist(), tasks.support_mask.tolist()
       ([[1.0, 1.0], [3.0, 4.0]], [[True, False], [True, True]])
     """
+    if isinstance(tasks, Iterator):
+        raise TypeError(
+            f"tasks: expected a sequence of tasks, got {type(tasks).__name__}, which may never end; {_PIECE}"
+        )
     tasks = [jax.tree.map(_array, task) if isinstance(task, Task) else task for task in tasks]
     if not tasks:
         raise ValueError("tasks: expected at least one task, got an empty sequence")

@@ -218,6 +218,14 @@ def test_what_is_no_source_no_problem_or_no_array_is_told_with_what_to_do():
     stream = (jax.tree.map(lambda leaf: leaf[0], TASKS) for _ in range(3))
     with pytest.raises(TypeError, match=r"tasks: expected stacked tasks, or a source .* got generator; .*islice"):
         mi.preflight(PROBLEM)(LAMBDA, stream)
+    with pytest.raises(TypeError, match=r"tasks: expected a sequence of tasks, got generator, .* never end; .*islice"):
+        mi.stack_tasks(stream)
+    with pytest.raises(TypeError, match=r"tasks: expected a metainfluence\.Task, got generator; .*islice"):
+        mi.influence_scores(PROBLEM, mi.query_loss(PROBLEM))(LAMBDA, stream, TASKS)
+    with pytest.raises(
+        TypeError, match=r"tasks\[1\]: .*, got tuple; make it one: metainfluence\.Task\(support, query\)"
+    ):
+        mi.stack_tasks([TASK, (TASK.support, TASK.query)])
     operator = mi.operators.from_matvec(lambda v: v, LAMBDA)
     with pytest.raises(TypeError, match=r"got Operator; of an operator, metainfluence\.spectra\.of_operator"):
         mi.spectrum(operator)

@@ -17,6 +17,7 @@ NO_MINIMUM = (
     "minimiser take more steps"
 )
 FLOAT64 = 'compute in float64 (jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1)'
+UNKNOWN = "; whether an inner problem of yours is solved is unknown (closed_form measures it by inner_loss)"
 ONE_CALL = 'in float32 try solver=metainfluence.solvers.auto(tol=1e-3) with damping="auto" first'
 _COARSE = (
     "the losses are computed in {low}, though λ is held in {high}: make the network compute in {high} (dtype, "
@@ -26,10 +27,9 @@ ADVICE = {
     "outer_residual": "the unfinished solve dominates: lower the solver's tol, allow more steps, or raise the damping",
     "precision": f"rounding dominates: {FLOAT64}, or raise the damping",
     "inner_residual": "the inner minimisers dominate: lower their tol or allow more steps",
-    "outer_stationarity": "λ is not stationary: the formula answers for the proximal problem F(λ') + δ/2 ‖λ' − λ − "
-    "D_λF/δ‖² that λ does minimise; train on first, on all tasks at once with a falling learning rate, until "
-    'outer_gradient_norm is small; or take the Newton-corrected λ of edit(problem, damping="auto", '
-    "num_newton_steps=…)(meta_params, tasks, weights, weights), and ask there; each step is taken as far as F falls",
+    "outer_stationarity": "λ is not stationary, and the formula answers for a proximal problem: train on, on all tasks "
+    "at once with a falling learning rate, until outer_gradient_norm is small; or ask at the Newton-corrected λ of "
+    'edit(problem, damping="auto", num_newton_steps=…)(meta_params, tasks, weights, weights)',
     "kinks": "kinks dominate: second derivatives leave out what ReLU, |x|, max or clipping do between the smooth "
     "pieces; take softplus, tanh or GELU, or trust the order of the scores rather than their size",
 }
@@ -94,7 +94,7 @@ def advice(result: Any, info: SolveInfo, budget: Any, small: float) -> str:
     elif flat:
         cause = f"flat directions: {flat}; {cause}"
     if np.isnan(budget.inner_residual) and info.outer_gradient_norm is not None:
-        cause += "; whether an inner problem of yours is solved is unknown (closed_form measures it by inner_loss)"
+        cause += UNKNOWN
     return f"{told}; {cause}" if told else cause
 
 

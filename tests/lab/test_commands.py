@@ -104,6 +104,18 @@ def own_target():
 def wrong_target():
     return {**make(), "target": lambda meta_params: jnp.sum(meta_params)}
 
+def spoilt():
+    kink = lambda m, t, w: jnp.sum(w.query * t.query["y"] ** 2) * jnp.sum(m) + jnp.linalg.norm(m * t.query["y"][0])
+    source = [task(k) for k in range(8)]
+    source[int(os.environ.get("SPOILT", "4"))].query["y"][0] = 0
+    return {**own_target(), "problem": mi.from_task_loss(kink), "source": source}
+
+def unreadable():
+    class Torn(Source):
+        def __getitem__(self, k):
+            return task(k) if k != 5 else 1 / 0
+    return {**make(), "source": Torn()}
+
 def with_functions():
     return {**make(), "meta_params": {"kernel": jnp.ones((3, 2)), "activation": jax.nn.relu}}
 
@@ -417,6 +429,24 @@ def test_what_makes_no_sense_is_one_line(args, status, message, module):
     assert message in err
     assert not list(module.glob("*.parquet*"))
     assert len(err.splitlines()) == 1
+
+
+def test_a_score_that_gives_nan_names_the_task_and_leaves_nothing(module, monkeypatch):
+    for place in "42":
+        monkeypatch.setenv("SPOILT", place)
+        status, _, err = called("score", "--problem", "theirs:spoilt", "--damping", "1")
+        assert (status, f"got NaN or infinity from tasks {place}:" in err) == (1, True), err
+        assert not list(module.glob("*.parquet*"))
+
+
+def test_errors_name_options_of_the_command(module):
+    status, _, err = called("score", "--problem", "theirs:unreadable", "--damping", "1")
+    assert (status, "--on-error skip leaves out such tasks" in err) == (1, True), err
+    assert "Left out: task 'task 5'" in done(
+        "score", "--problem", "theirs:unreadable", "--damping", "1", "--on-error", "skip"
+    )
+    status, _, err = called("score", "--problem", "theirs:make", "--damping", "1")
+    assert (status, "; --no-resume starts anew" in err) == (1, True), err
 
 
 def test_an_error_can_be_traced(module):

@@ -197,8 +197,7 @@ def test_a_file_without_examples_or_tasks():
     ],
 )
 def test_the_verdict_is_one_sentence_that_says_what_to_believe(changes, said, judged):
-    table = table_of(solve={**SOLVE, **changes})
-    page = html_report.page(table)
+    page = html_report.page(table := table_of(solve={**SOLVE, **changes}))
     line = page.partition('<p id="verdict" class="')[2].partition("</p>")[0]
     assert line.startswith(f'{judged}">')
     assert said in line
@@ -206,6 +205,27 @@ def test_the_verdict_is_one_sentence_that_says_what_to_believe(changes, said, ju
     harmful = table.score[(table.role == "task") & (table.score < 0)]
     assert f"{len(harmful)} of 6 tasks harm" in line
     assert html_report.signed(harmful.sum()) in line
+
+
+def test_a_run_that_is_not_smooth_is_no_good_news():
+    advice = "take a smaller learning rate. " * 6
+    measured = {"score": 0.6, "verdict": "between", "advice": advice}
+    estimator = "segments: the run is not smooth (0.6): its derivative is exact, and tells little"
+    page = html_report.page(
+        table_of(solve={**SOLVE, "outer_gradient_norm": 1e-6}, smoothness=measured, estimator=estimator)
+    )
+    line = page.partition('<p id="verdict" class="')[2].partition("</p>")[0]
+    assert line.startswith('bad">')
+    assert "the run does not answer the data smoothly" in line
+    # Both in full.
+    assert f"{estimator}. Smoothness: {advice}" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "bound"), [(0.0136, 0.02), (0.02, 0.02), (0.0961, 0.1), (1e-9, 1e-9), (3.2e-7, 4e-7)]
+)
+def test_a_bound_is_rounded_up(value, bound):
+    assert html_report.rounded_up(value) == bound
 
 
 def test_the_distance_from_stationarity_says_to_what_it_is_relative():

@@ -87,11 +87,17 @@ def check_words(text, config):
             assert option.replace("-", "_") in config.__dataclass_fields__, (option, text)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_users_are_not_asked_about_problems_of_the_lab(own, capsys):
+    printing.say_budget(info()._replace(inner_gradient_norm=None), np.ones(2), printing.OF_SCORE, own=own)
+    assert ("inner problem of yours" in capsys.readouterr().out) == own
+
+
 def test_every_phrase_is_one_of_the_librarys():
     told = [*mi.solvers.REMEDIES.values(), *words.ADVICE.values(), words.ROUNDING, words.NO_SUPPORT, words.SEEN]
-    told.append(words.INNER_INEXACT)
+    told += [words.INNER_INEXACT, words.UNKNOWN]
     told += [remedy(info(status=int(kind))) for kind in mi.SolveStatus if kind != mi.SolveStatus.CONVERGED]
     told += [mi.error_budget(state).advice for state in STATES.values()]
-    for options in (printing.OF_SCORE, printing.OF_EDIT, printing.OF_DEMO, printing.EVERYWHERE):
+    for options in (printing.OF_SCORE, printing.OF_EDIT, printing.OF_DEMO, printing.OF_LAB, printing.EVERYWHERE):
         for phrase, _ in options:
             assert any(phrase in text for text in told), phrase

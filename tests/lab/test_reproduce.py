@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -148,6 +149,22 @@ def test_verdicts_name_experiments_that_there_are():
 
 def row(**values):
     return {"level": "task", "seed": 0, "of": 100, **values}
+
+
+def test_verdicts_whose_rows_are_not_here_are_those_of_the_report_before(tmp_path):
+    row = {"level": "task", "how": "scored", "method": methods.INFLUENCE, "auc": 0.5, "seconds": 1.0}
+    place = tmp_path / verdicts.DETECTION["digits"] / "small" / results.ROWS
+    place.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([row]), place)
+    old = "# R\n\n## What was promised\n\n| promise | measured | bar |  |\n| :--- | :--- | :--- | :--- |\n"
+    lines = [
+        "| digits: x | 0.9 | ≥ 1 | missed |",
+        "| MAML: y | 1 | ≥ 1 | met |",
+        "| One removal, z | 1 × | ≥ 2 × | missed |",
+    ]
+    found = verdicts.lines(tmp_path, "small", old + "\n".join(lines) + "\n\n## Another\n\n| MAML: no | 1 | 1 | met |\n")
+    assert found[2:4] == old.splitlines()[-2:]
+    assert found[4:] == ["| digits: ROC AUC of damaged tasks, exact influence | 0.500 | ≥ 0.95 | missed |", *lines[1:]]
 
 
 def test_verdicts_hold_the_measurement_against_the_bar():

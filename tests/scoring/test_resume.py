@@ -245,6 +245,19 @@ def test_two_runs_on_one_file_exclude_each_other(tmp_path):
     assert not source.read
 
 
+def test_a_run_that_has_kept_nothing_stands_in_no_ones_way(tmp_path):
+    """Its data gave NaN, or it was killed in its first pass; the mended run is another one."""
+    spoilt = [*TASKS]
+    spoilt[1] = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), TASKS[1])
+    out, folder = tmp_path / "scores.parquet", tmp_path / "scores.parquet.run"
+    with pytest.raises(ValueError, match="NaN"):
+        setting.score(spoilt, out)
+    assert not list(tmp_path.iterdir())
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"damping": 7}')
+    assert np.all(np.isfinite(setting.score(TASKS, out).task))
+
+
 def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_read(tmp_path):
     (tmp_path / "file").write_text("")
     source = Stopping(TASKS)

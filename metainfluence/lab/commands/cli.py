@@ -178,7 +178,9 @@ def entry(args: Sequence[str] | None = None) -> None:
         if traceback or missing:
             raise
         told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        message = " ".join(told.split())
+        # Here, since with it comes JAX.
+        printing = importlib.import_module("metainfluence.lab.show.printing")
+        message = printing.in_options(" ".join(told.split()), printing.IN_ERRORS)
         _complain(f"metainfluence {args[0]}: {message or type(error).__name__} (--traceback shows where)")
         raise SystemExit(1) from error
 

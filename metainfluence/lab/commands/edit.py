@@ -143,7 +143,7 @@ def run(config: EditConfig) -> None:
     tell(change)
     kept = jax.tree.map(lambda leaf: leaf[reached], edited.info)
     say_table(("", "", ""), facts(kept))
-    say_budget(kept, edited.meta_params, OF_EDIT)
+    say_budget(kept, edited.meta_params, OF_EDIT, own=folder is None)
     # What F is to second order cannot leave more: each component of D_λF ends between its values with all data and
     # without the removed.
     if norms[reached] > math.hypot(with_all, unedited):
@@ -211,7 +211,7 @@ def harmful(config: EditConfig, job: Job, table: mi.scoring.ScoreTable) -> tuple
     rows = rows[np.argsort(table.score[rows], kind="stable")]
     if config.most_harmful is not None and config.most_harmful >= len(rows):
         raise ValueError(
-            f"most_harmful: expected fewer than the {len(rows)} rows about a {config.role}, got {config.most_harmful}"
+            f"--most-harmful: expected fewer than the {len(rows)} rows about a {config.role}, got {config.most_harmful}"
         )
     if config.harm_above is not None:
         rows = rows[table.score[rows] < -config.harm_above]

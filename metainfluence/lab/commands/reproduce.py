@@ -178,7 +178,7 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
         f"Written by `metainfluence reproduce --all --size {size}`. Every section names the command that made it;",
         "that command also leaves the rows behind the tables, as a Parquet file beside the picture.",
         "",
-        *verdicts.lines(out, size),
+        *verdicts.lines(out, size, (out / REPORT).read_text(encoding="utf-8") if (out / REPORT).exists() else ""),
     ]
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]

@@ -124,7 +124,7 @@ def tell(
         say(f"Left out: {each}")
     say_table(("", "", ""), facts(scores.info))
     # With the scores themselves, since some of what is told is seen in them alone.
-    say_budget(scores, job.meta_params, OF_SCORE)
+    say_budget(scores, job.meta_params, OF_SCORE, own=config.run is None)
     own = ["--problem", str(config.problem)] if config.run is None else ["--run", str(config.run)]
     own = [] if config.run is not None and config.run == out.parent else own
     following = shlex.join(["metainfluence", "edit", str(out), *own, "--most-harmful", "K"])

@@ -92,7 +92,10 @@ def decode(encoded: bytes, *, size: int | None, mode: str) -> np.ndarray:
                 picture = _plain(opened).convert(mode)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"expected an image of reasonable size, got one that Pillow refuses: {error}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, EOFError, struct.error) as error:
+    except UnidentifiedImageError as error:
+        # Pillow's own message names the buffer.
+        raise ValueError(f"expected a readable JPEG or PNG image, got {len(encoded)} bytes of another kind") from error
+    except (OSError, SyntaxError, EOFError, struct.error) as error:
         raise ValueError(f"expected a readable JPEG or PNG image, got {len(encoded)} bytes: {error}") from error
     if size is not None and picture.size != (size, size):
         smaller = size < min(picture.size)

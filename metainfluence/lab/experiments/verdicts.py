@@ -140,9 +140,25 @@ def all_of(out: Path, size: str) -> list[Verdict]:
     return [*found, *agreement(out, size), *speed(out, size)]
 
 
-def lines(out: Path, size: str) -> list[str]:
-    """A table of the promises, for the report."""
-    headers = ("promise", "measured", "bar", "")
+def lines(out: Path, size: str, earlier: str = "") -> list[str]:
+    """A table of the promises, for the report.
+
+    Args:
+      out: folder with the folders of the experiments.
+      size: "small" or "full".
+      earlier: the report before, whose lines are kept about what nothing new is known of, since rows are not stored.
+    """
+    title, headers = "## What was promised", ("promise", "measured", "bar", "")
     words = {True: "met", False: "missed", None: "no gain to keep"}
     cells = [[v.what, v.measured, v.bar, words[v.met]] for v in all_of(out, size)]
-    return ["## What was promised", "", *markdown(headers, cells)] if cells else []
+    made = markdown(headers, cells)[2:]
+    about = {_about(line) for line in made}
+    _, _, table = earlier.partition(f"{title}\n")
+    before = [line for line in table.partition("\n#")[0].splitlines() if line.startswith("| ")][2:]
+    rows = [*made, *(line for line in before if _about(line) not in about)]
+    return [title, "", *markdown(headers, [[""] * len(headers)])[:2], *rows] if rows else []
+
+
+def _about(line: str) -> str:
+    """What a line of the table is about: the data, the learner, or the removal."""
+    return line.partition(" | ")[0].partition(":")[0]

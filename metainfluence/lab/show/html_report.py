@@ -8,6 +8,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -58,8 +59,8 @@ def page(
         script_hash=_hash(script),
         style_hash=_hash(style),
         verdict=_text(verdict(table, info, budget)),
-        judged="good" if believed(info, budget) else "bad",
-        estimator=_text(estimator(table.metadata, info)),
+        judged="good" if smooth(table.metadata) and believed(info, budget) else "bad",
+        estimator=html.escape(estimator(table.metadata, info)),
         diagnostics=diagnostics(table.metadata, info, budget, meta_params is not None),
         ran=ran(table.metadata),
         data=html.escape(json.dumps(packed(table, most, example, measured), ensure_ascii=False), quote=False),
@@ -112,11 +113,24 @@ def presumes_minimum(info: Any) -> bool:
     return isinstance(info, mi.SolveInfo)
 
 
+def smooth(metadata: Mapping[str, Any]) -> bool:
+    """Whether the run answers the data smoothly, as far as that was measured."""
+    measured = metadata.get("smoothness")
+    return not (isinstance(measured, Mapping) and measured.get("verdict") in ("between", "rough"))
+
+
 def believed(info: Any, budget: mi.ErrorBudget) -> bool:
     """Whether the solve converged, or the run's derivative holds, and no source of error is above a tenth."""
     worst = getattr(budget, budget.dominant)
     minimum = not presumes_minimum(info) or bool(budget.min_curvature > 0)
     return not failed(info) and minimum and bool(worst <= 0.1)
+
+
+def rounded_up(value: float) -> float:
+    """A bound in one digit: 0.014 is at most 0.02."""
+    exponent = math.floor(math.log10(value))
+    # What a digit says exactly stays what it is, rounding aside.
+    return round(math.ceil(round(value / 10.0**exponent, 9)) * 10.0**exponent, -exponent)
 
 
 def verdict(table: mi.scoring.ScoreTable, info: Any, budget: mi.ErrorBudget) -> str:
@@ -143,12 +157,10 @@ def verdict(table: mi.scoring.ScoreTable, info: Any, budget: mi.ErrorBudget) -> 
         return f"{found}; do not believe it: {what}."
     if presumes_minimum(info) and not budget.min_curvature > 0:
         return f"{found}; do not believe the numbers: λ is no minimum along a direction that the solve met."
-    measured: Any = table.metadata.get("smoothness")
-    smooth = measured.get("verdict") if isinstance(measured, Mapping) else None
-    if smooth in ("between", "rough"):
+    if not smooth(table.metadata):
         return f"{found}; believe the order rather than the numbers: the run does not answer the data smoothly."
     if believed(info, budget):
-        return f"{found}; believe it: no source of error that was looked for is above {max(worst, 1e-9):.1g}."
+        return f"{found}; believe it: no source of error that was looked for is above {rounded_up(max(worst, 1e-9)):g}."
     return f"{found}; believe the order rather than the numbers: {source} may shift them by {worst:.1g}, relatively."
 
 
@@ -167,10 +179,10 @@ def estimator(metadata: Mapping[str, Any], info: Any) -> str:
     if isinstance(named, str):
         measured = metadata.get("smoothness")
         advice = measured.get("advice") if isinstance(measured, Mapping) else None
-        return f"Estimator: {named}{f'. Smoothness: {advice}' if isinstance(advice, str) else ''}."
-    parts = [f"{asked.get('curvature', 'the file does not say which')} curvature"]
+        return f"Estimator: {cell(named)}{f'. Smoothness: {cell(advice)}' if isinstance(advice, str) else ''}."
+    parts = [f"{cell(asked.get('curvature', 'the file does not say which'))} curvature"]
     if "solver" in asked:
-        parts.append(f"solver {asked['solver']}")
+        parts.append(f"solver {cell(asked['solver'])}")
     if info.damping is not None:
         chosen = " by the rule" if asked.get("damping") == "auto" else ""
         parts.append(f"damping {float(info.damping):.1e}{chosen}")

@@ -57,8 +57,8 @@ EVERYWHERE: Options = (
     ),
     (
         (
-            '; or take the Newton-corrected λ of edit(problem, damping="auto", num_newton_steps=…)(meta_params, tasks, '
-            "weights, weights), and ask there; each step is taken as far as F falls"
+            '; or ask at the Newton-corrected λ of edit(problem, damping="auto", num_newton_steps=…)(meta_params, '
+            "tasks, weights, weights)"
         ),
         "",
     ),
@@ -74,6 +74,18 @@ EVERYWHERE: Options = (
     (", or let the solver find the scale (scale=None)", ""),
     ("; called outside jit, the functions name the task and the leaf", ""),
     ("metainfluence.coupling(problem)(meta_params, task) tells", "metainfluence.coupling, in Python, tells"),
+)
+
+# The lab's own learners have closed forms that are exact.
+OF_LAB: Options = (
+    ("; whether an inner problem of yours is solved is unknown (closed_form measures it by inner_loss)", ""),
+)
+# What errors that a command ends with call a cure.
+IN_ERRORS: Options = (
+    ("resume=False starts anew, with a smaller batch_size", "--no-resume starts anew, with a smaller --batch-size"),
+    ("resume=False starts anew", "--no-resume starts anew"),
+    ("give another folder, or resume=False replaces it", "--no-resume starts anew"),
+    ('on_error="skip"', "--on-error skip"),
 )
 
 
@@ -151,8 +163,16 @@ def in_options(text: str, options: Options) -> str:
     return text
 
 
-def say_budget(result: Any, meta_params: Any, options: Options) -> None:
-    """Prints which error dominates, and which of the command's options do something about it."""
+def say_budget(result: Any, meta_params: Any, options: Options, *, own: bool = True) -> None:
+    """Prints which error dominates, and which of the command's options do something about it.
+
+    Args:
+      result: as `error_budget` takes it.
+      meta_params: λ.
+      options: what the library's cures are called.
+      own: whether the problem is the user's; else one of the lab's learners.
+    """
+    options = options if own else (*options, *OF_LAB)
     advice = in_options(mi.error_budget(result, meta_params).advice, options)
     solved = isinstance(result.info if hasattr(result, "info") else result, mi.SolveInfo)
     say(f"Error budget{' (distance from stationarity relative to ‖λ‖)' if solved else ''}: {advice}")
