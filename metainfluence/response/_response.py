@@ -47,17 +47,19 @@ class Scores(NamedTuple):
 
 @runtime_checkable
 class Response(Protocol):
-    """λ(w) to first order in the data weights: made once, asked as often as wanted.
+    """λ(w) to first order in the data weights: made once, asked as often as wanted."""
 
-    Attributes:
-      meta_params: λ at the weights.
-      weights: w.
-      info: what its making found.
-    """
+    @property
+    def meta_params(self) -> PyTree:
+        """λ at the weights."""
 
-    meta_params: PyTree
-    weights: Weights
-    info: Any
+    @property
+    def weights(self) -> Weights:
+        """The data weights w."""
+
+    @property
+    def info(self) -> Any:
+        """What its making found."""
 
     def jvp(self, direction: Weights) -> Influence:
         """The change of λ along a direction in w, or along several on a leading axis."""

@@ -413,7 +413,7 @@ def test_what_a_dry_run_shows_is_a_configuration(tmp_path):
         (["edit", "--problem", "theirs:no_target", "--remove", "task 1"], 2, "target_args: expected (held_out,)"),
         (["edit", "a.parquet"], 2, "expected one of --most-harmful, --harm-above, --remove, got none"),
         (["edit", "a.parquet", "--most-harmful", "2", "--harm-above", "0"], 2, "--most-harmful and --harm-above"),
-        (["edit", "a.parquet", "--most-harmful", "0"], 2, "expected a positive number"),
+        (["edit", "a.parquet", "--most-harmful", "0"], 2, "--most-harmful: expected a positive number"),
         (["edit", "--problem", "theirs:make", "--remove", "task 9"], 1, "TASK, an id of the source, got 'task 9'"),
         (["edit", "--problem", "theirs:make", "--role", "query", "--remove", "task 1:9"], 1, "as 0, 1, 2; got '9'"),
         (["evaluate", "--problem", "theirs:make"], 1, "edited.npz: expected a file of meta-parameters"),
