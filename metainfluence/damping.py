@@ -27,6 +27,7 @@ from metainfluence.response import (
     shares_support,
     slopes_of,
     warn_of_direct_effect,
+    weighed,
 )
 from metainfluence.solvers import Preconditioner, SolveInfo, grown, reachable
 
@@ -264,7 +265,7 @@ def sweep(
             change = point.mixed_transposed(operator.domain.unravel(solution))
             if direct is not None:
                 change = jax.tree.map(jnp.subtract, change, direct)
-            return jax.tree.map(jnp.multiply, resolved, change), report
+            return weighed(resolved, change, point.spoilt), report
 
         (task, support, query), infos = jax.lax.map(at, grid)
         return Sweep(grid, task, support, query, _rank_correlation(task), infos)
