@@ -247,7 +247,11 @@ def sweep(
             relative = jnp.linalg.norm(residual) / jnp.where(scale > 0, scale, 1)
             length = jnp.linalg.norm(solution)
             failure = jnp.where(indefinite, solvers.SolveStatus.INDEFINITE, solvers.SolveStatus.MAX_STEPS)
-            status = jnp.where(relative <= reachable(tol, relative.dtype), solvers.SolveStatus.CONVERGED, failure)
+            status = jnp.where(
+                relative <= reachable(tol, relative.dtype, operator.domain.coarsest),
+                solvers.SolveStatus.CONVERGED,
+                failure,
+            )
             finite = jnp.isfinite(relative)
             report = SolveInfo(
                 status=jnp.where(finite, status, solvers.SolveStatus.NONFINITE).astype(jnp.int32),
