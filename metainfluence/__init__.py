@@ -41,6 +41,7 @@ from metainfluence.response import Response as Response
 from metainfluence.response import RunInfo as RunInfo
 from metainfluence.response import Segments as Segments
 from metainfluence.response import SegmentsInfo as SegmentsInfo
+from metainfluence.response import SpoiltTaskWarning as SpoiltTaskWarning
 from metainfluence.response import Streamed as Streamed
 from metainfluence.response import Trajectory as Trajectory
 from metainfluence.response import by_datum as by_datum

@@ -138,6 +138,12 @@ class Reader:
             digest.update(f"{position} {position in self.skipped} {self.checksums[position]}".encode())
         return digest.hexdigest()
 
+    def leave_out(self, reasons: Mapping[int, str]) -> None:
+        """Takes tasks, by their position, for ones that cannot be read."""
+        self.skipped.update(reasons)
+        # What fills up batches at weight 0 must not be one of them: zero times NaN is NaN.
+        self._template = None
+
     def memory(self) -> dict[str, Any]:
         """What has been read, as arrays."""
         positions = np.asarray(sorted(self.skipped), int)
@@ -148,7 +154,8 @@ class Reader:
         """Takes over what has been read, to go on from there."""
         self.known, self.checksums = memory["known"], memory["checksums"]
         pairs = zip(memory["skipped"].tolist(), memory["reasons"].tolist(), strict=True)
-        self.skipped = {int(position): str(reason) for position, reason in pairs}
+        self.skipped = {}
+        self.leave_out({int(position): str(reason) for position, reason in pairs})
 
     def _read(self, index: int) -> Task | None:
         if index in self.skipped:

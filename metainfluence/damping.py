@@ -27,6 +27,7 @@ from metainfluence.response import (
     shares_support,
     slopes_of,
     warn_of_direct_effect,
+    weighed,
 )
 from metainfluence.solvers import Preconditioner, SolveInfo, grown, reachable
 
@@ -246,7 +247,11 @@ def sweep(
             relative = jnp.linalg.norm(residual) / jnp.where(scale > 0, scale, 1)
             length = jnp.linalg.norm(solution)
             failure = jnp.where(indefinite, solvers.SolveStatus.INDEFINITE, solvers.SolveStatus.MAX_STEPS)
-            status = jnp.where(relative <= reachable(tol, relative.dtype), solvers.SolveStatus.CONVERGED, failure)
+            status = jnp.where(
+                relative <= reachable(tol, relative.dtype, operator.domain.coarsest),
+                solvers.SolveStatus.CONVERGED,
+                failure,
+            )
             finite = jnp.isfinite(relative)
             report = SolveInfo(
                 status=jnp.where(finite, status, solvers.SolveStatus.NONFINITE).astype(jnp.int32),
@@ -264,7 +269,7 @@ def sweep(
             change = point.mixed_transposed(operator.domain.unravel(solution))
             if direct is not None:
                 change = jax.tree.map(jnp.subtract, change, direct)
-            return jax.tree.map(jnp.multiply, resolved, change), report
+            return weighed(resolved, change, point.spoilt), report
 
         (task, support, query), infos = jax.lax.map(at, grid)
         return Sweep(grid, task, support, query, _rank_correlation(task), infos)

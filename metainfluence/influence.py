@@ -37,6 +37,7 @@ from metainfluence.response import (
     slopes_of,
     solve_once,
     warn_of_direct_effect,
+    weighed,
     without_spoilt,
 )
 from metainfluence.solvers import SolveInfo, Solver
@@ -129,6 +130,10 @@ def task_if(
 
     Returns:
       Function whose delta has leaves `[T, ...]`, and info `[T]`.
+
+    Warns:
+      SpoiltTaskWarning: outside jit, tasks whose gradients are NaN although their data are not, as where a norm is
+        taken at 0; named with the place. They are taken for absent, with answers of NaN, and the others keep theirs.
 
     Raises:
       ValueError: as `total_hessian`; and for tasks, weights or meta_params that are malformed or not finite.
@@ -231,6 +236,8 @@ def instance_if(
                 return _term(options.problem, meta_params, task, own._replace(**{side: values}), count)
 
             rhs = _columns(options.problem, term, at.meta_params, getattr(own, side))
+            if at.expansion.spoilt is not None:
+                rhs = _present(own, rhs)
             return Influence(*at.solve_many(jax.tree.map(jnp.negative, rhs)))
 
     return run
@@ -335,6 +342,7 @@ def influence_scores(
     Warns:
       DirectEffectWarning: outside jit, a target whose tasks share support data with training, without `total_effect`;
         `check` warns of it whatever the scores were made by.
+      SpoiltTaskWarning: as `task_if`.
 
     Raises:
       TypeError: a target that takes no `weights`, with `total_effect`.
@@ -369,8 +377,7 @@ def influence_scores(
                 info = info._replace(support_shared=shares_support(tasks, target_args))
             else:
                 change = jax.tree.map(jnp.subtract, change, direct)
-            task, support, query = jax.tree.map(jnp.multiply, at.weights, change)
-            found = Scores(task, support, query, info)
+            found = Scores(*weighed(at.given_weights, change, at.spoilt), info)
         warn_of_direct_effect(found)
         return found
 
@@ -432,13 +439,16 @@ def self_influence(
                     return _term(options.problem, meta_params, task, weights, size.lead[0])
 
                 columns = _columns(options.problem, term, at.meta_params, own)
+                if at.expansion.spoilt is not None:
+                    columns = Weights(columns.task, *_present(own, (columns.support, columns.query)))
                 task_column = jax.tree.map(lambda leaf: leaf[None], columns.task)
                 rhs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), task_column, columns.support, columns.query)
                 solution, info = at.solve_many(rhs)
                 products = jax.vmap(optax.tree.vdot)(rhs, solution)
                 split = 1 + own.support.shape[0]
                 parts = Weights(products[0], products[1:split], products[split:])
-                return jax.tree.map(lambda w, p: w * p.astype(w.dtype), own, parts), info
+                parts = jax.tree.map(lambda w, p: p.astype(w.dtype), own, parts)
+                return weighed(own, parts, at.expansion.spoilt), info
 
             (task, support, query), info = jax.lax.map(single, (tasks, at.weights))
             return Scores(task, support, query, info)
@@ -511,12 +521,12 @@ def edit(
         )
         with options.traced():
             found = edited(options, num_newton_steps, meta_params, tasks, old, new)
-        task = jnp.abs(old.task) + jnp.abs(new.task)
+        present = jax.tree.map(lambda a, b: jnp.abs(a) + jnp.abs(b), old, new)
         solved = jnp.all(jnp.isfinite(found.info.relative_residual))
         norms: Any = found.info.outer_gradient_norm
         norm = jnp.where(solved, norms[-1], jnp.nan)
-        for either in (old._replace(task=task), new._replace(task=task)):
-            rest = without_spoilt(options.problem, norm, meta_params, tasks, either)
+        for either in (old, new):
+            rest = without_spoilt(options.problem, norm, meta_params, tasks, either, present)
             if rest is not None:
                 return run(meta_params, rest.tasks, rest.weights(new), rest.weights(old))
         return found
@@ -528,6 +538,11 @@ def _term(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, c
     """One task's term of F, w_k L_k / T."""
     value = evaluate(problem, meta_params, task, weights)[0]
     return value * weights.task.astype(value.dtype) / count
+
+
+def _present(own: Weights, columns: PyTree) -> PyTree:
+    """Derivatives by the weights of a task's examples, which are 0 at a task's weight of 0, though it be spoilt."""
+    return jax.tree.map(lambda leaf: jnp.where(own.task == 0, 0, leaf), columns)
 
 
 def _columns(problem: Bilevel, term: Callable[[PyTree, PyTree], Array], meta_params: PyTree, weights: PyTree) -> PyTree:

@@ -47,8 +47,10 @@ class Growth(NamedTuple):
 
     Attributes:
       subspace: the subspace.
-      coordinates: of the solutions, `[k, m]`.
-      residuals: b − A x, `[k, n]`.
+      coordinates: of the solutions, those of the smallest residuals that were met, `[k, m]`.
+      sizes: relative residuals of these, `[k]`.
+      open: which right-hand sides are not solved yet, `[k]`.
+      residuals: b − A x of the solutions in the whole subspace, `[k, n]`.
       num_products: vectors multiplied.
       indefinite: whether the projected operator was not positive definite.
       turned: whether the solutions are those of |A| + shift.
@@ -61,6 +63,8 @@ class Growth(NamedTuple):
 
     subspace: Subspace
     coordinates: Float[Array, "k m"]
+    sizes: Float[Array, " k"]
+    open: Bool[Array, " k"]
     residuals: Float[Array, "k n"]
     num_products: Int[Array, ""]
     indefinite: Bool[Array, ""]
@@ -109,7 +113,7 @@ def grow(
     start = start_of(operator) if explored else rhs[0]
 
     def directions(growth: Growth) -> Array:
-        wanted = growth.residuals * jnp.where(sizes(growth) > tol, weight, 0)[:, None]
+        wanted = growth.residuals * jnp.where(growth.open, weight, 0)[:, None]
         if block < len(rhs):
             _, mixing = _lapack.eigh(matmul(wanted, wanted.T))
             wanted = matmul(mixing[:, -block:].T, wanted)
@@ -147,8 +151,14 @@ def grow(
         shift = operator.shift + damping
         count = jnp.sum(extended.filled, dtype=jnp.int32)
         whitener, whitened, turned = growth.whitener, growth.whitened, growth.turned
+        held = growth.sizes
+
+        def with_absolute() -> tuple[Array, Array, Array, Array]:
+            coordinates, residuals, singular = galerkin(extended, rhs, shift, True, growth.coordinates)
+            return coordinates, residuals[: len(rhs)], singular, relative(residuals[len(rhs) :])
+
         if absolute:
-            coordinates, residuals, stuck = galerkin(extended, rhs, shift, True)
+            coordinates, residuals, stuck, held = with_absolute()
         else:
             whitened = count if exploration is None else jnp.where(growth.turns < explored, 0, count)
             if alone:
@@ -163,19 +173,25 @@ def grow(
             coordinates, residuals = _whitened_solution(whitener, extended, rhs, shift)
         if turn and not absolute:
             turned = turned | stuck
-            coordinates, residuals, stuck = jax.lax.cond(
-                turned,
-                lambda: galerkin(extended, rhs, shift, True),
-                lambda: (coordinates, residuals, stuck),
+            coordinates, residuals, stuck, held = jax.lax.cond(
+                turned, with_absolute, lambda: (coordinates, residuals, stuck, held)
             )
         finite = growth.finite & jnp.all(jnp.isfinite(wanted)) & jnp.all(jnp.isfinite(extended.gram))
+        size = relative(residuals)
+        # Residuals rise and fall where an operator is turned round.
+        better = ~stuck & ~((growth.turns > explored) & (size > held))
+        best = select(better, size, held)
+        # |A| is known by the subspace alone: a solution counts once the next direction has left it one.
+        still = (best > tol) | (turned & (held > tol))
         more = count > growth.num_products
         if not fresh:
             # What is known or guessed may hold the solution, and give nothing to grow by.
             more = more | (growth.turns <= explored)
         grown = Growth(
             extended,
-            select(stuck, growth.coordinates, coordinates),
+            select(better[:, None], coordinates, growth.coordinates),
+            best,
+            still,
             select(stuck, growth.residuals, residuals),
             count,
             stuck,
@@ -188,13 +204,12 @@ def grow(
         )
         return grown, more
 
-    def sizes(growth: Growth) -> Array:
-        return jnp.linalg.norm(growth.residuals, axis=1) * weight
+    def relative(residuals: Array) -> Array:
+        return jnp.linalg.norm(residuals, axis=1) * weight
 
     def running(carry: tuple[Growth, Array]) -> Array:
         growth, more = carry
-        size = sizes(growth)
-        unsolved = jnp.any(size > tol) & jnp.all(jnp.isfinite(size))
+        unsolved = jnp.any(growth.open) & jnp.all(jnp.isfinite(growth.sizes))
         going = unsolved & (growth.num_products < before + capacity) & more & ~growth.indefinite
         if explored:
             going = going | (growth.turns < explored)
@@ -205,6 +220,8 @@ def grow(
     growth = Growth(
         nothing,
         jnp.zeros((len(rhs), rows), rhs.dtype),
+        scale * weight,
+        scale * weight > tol,
         rhs,
         zero if known is None else jnp.sum(known.filled, dtype=jnp.int32),
         no,

@@ -45,6 +45,11 @@ class Domain:
         """The dtype in which all leaves can be held."""
         return jnp.result_type(*(leaf.dtype for leaf in self.leaves))
 
+    @property
+    def coarsest(self) -> Any:
+        """The dtype of the leaves of the least precision, which products have, too."""
+        return max((leaf.dtype for leaf in self.leaves), key=lambda dtype: jnp.finfo(dtype).eps)
+
     def ravel(self, tree: PyTree) -> Float[Array, " size"]:
         """Concatenates a pytree of this domain to one vector."""
         return ravel_pytree(tree)[0]

@@ -329,6 +329,8 @@ def evaluate(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights
 def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weights, *, twice: bool) -> float:
     """Traces the loss of a task: the machine epsilon of the lowest precision in which what hangs on λ is computed.
 
+    Derivatives by a leaf of λ are rounded to its dtype.
+
     Raises:
       TypeError: the problem is to be differentiated in forward mode and cannot, see `check_forward`.
     """
@@ -348,7 +350,7 @@ def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weight
 
     # The user's functions see JAX's arrays, whatever the data are.
     jax.eval_shape(check, at, tasks, weights)
-    return found[0]
+    return max(found[0], *(float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(at)))
 
 
 def adapted(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) -> tuple[PyTree, Array | None]:

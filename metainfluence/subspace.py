@@ -141,10 +141,10 @@ def smallest_value(subspace: Subspace, shift: Float[Array, ""]) -> tuple[Float[A
     return select(jnp.isinf(least) & jnp.any(zero), jnp.zeros_like(least), least), jnp.sum(zero, dtype=jnp.int32)
 
 
-def flat(values: Float[Array, " m"], valid: Bool[Array, " m"] | None = None) -> Bool[Array, " m"]:
-    """Which eigenvalues rounding cannot tell from zero, among those that are valid."""
+def flat(values: Float[Array, " m"], valid: Bool[Array, " m"] | None = None, dtype: Any = None) -> Bool[Array, " m"]:
+    """Which eigenvalues rounding, in a dtype or in their own, cannot tell from zero, among those that are valid."""
     size = jnp.abs(values)
-    zero = size <= rounding(len(values), values.dtype) * jnp.max(size)
+    zero = size <= rounding(len(values), values.dtype if dtype is None else dtype) * jnp.max(size)
     return zero if valid is None else zero & valid
 
 
@@ -206,7 +206,11 @@ def nystrom(operator: Operator, rank: int, key: Array) -> Ritz:
 
 
 def galerkin(
-    subspace: Subspace, rhs: Float[Array, "k n"], shift: Float[Array, ""], absolute: bool
+    subspace: Subspace,
+    rhs: Float[Array, "k n"],
+    shift: Float[Array, ""],
+    absolute: bool,
+    others: Float[Array, "k m"] | None = None,
 ) -> tuple[Float[Array, "k m"], Float[Array, "k n"], Bool[Array, ""]]:
     """Solves (A + shift) x = b, or (|A| + shift) x = b, in the subspace.
 
@@ -216,8 +220,8 @@ def galerkin(
     Along Ritz values that are zero to rounding the solution with |A| is 0.
 
     Returns:
-      Coordinates of x, residuals b − A x, and whether the projected operator was not positive definite or, with |A|,
-      not finite (the coordinates are then 0).
+      Coordinates of x, residuals b − A x, followed by those of other solutions where their coordinates are given, and
+      whether the projected operator was not positive definite or, with |A|, not finite (the coordinates are then 0).
     """
     inside = matmul(rhs, subspace.basis.T)
     if absolute:
@@ -229,17 +233,20 @@ def galerkin(
         coordinates = jnp.where(subspace.filled[None], matmul(solved, rotation.T), 0)
         singular = ~jnp.all(jnp.isfinite(turned))
         coordinates = jnp.where(singular, 0, coordinates)
+        judged = coordinates if others is None else jnp.concatenate([coordinates, others])
         # (|A| − A) x = 2 Σ_{θ<0} |θ| y yᵀ x, in coordinates.
-        extra = matmul(matmul(coordinates, rotation) * (jnp.abs(values) - values)[None], rotation.T)
+        extra = matmul(matmul(judged, rotation) * (jnp.abs(values) - values)[None], rotation.T)
     else:
         matrix = _bordered(subspace, 1) + shift * jnp.diag(subspace.filled.astype(rhs.dtype))
         factor = _lapack.cholesky(matrix)
         singular = ~jnp.all(jnp.isfinite(factor))
         coordinates = _lapack.cho_solve(jnp.where(singular, jnp.eye(len(matrix), dtype=rhs.dtype), factor), inside.T).T
         coordinates = jnp.where(singular, 0, coordinates)
-        extra = jnp.zeros_like(coordinates)
-    product = matmul(coordinates, subspace.products) + matmul(shift * coordinates + extra, subspace.basis)
-    return coordinates, rhs - product, singular
+        judged = coordinates if others is None else jnp.concatenate([coordinates, others])
+        extra = jnp.zeros_like(judged)
+    product = matmul(judged, subspace.products) + matmul(shift * judged + extra, subspace.basis)
+    asked = rhs if others is None else jnp.concatenate([rhs, rhs])
+    return coordinates, asked - product, singular
 
 
 def asymmetry(

@@ -85,3 +85,49 @@ def test_float32_data_stay_float32_where_float64_is_enabled():
     assert jax.jit(mi.total_objective(problem))(meta_params, tasks).dtype == jnp.float32
     influence = jax.jit(mi.task_if(problem, damping=10.0))(meta_params, tasks)
     assert {leaf.dtype for leaf in jax.tree.leaves(influence.delta)} == {jnp.dtype("float32")}
+
+
+MIXED = {
+    "one of λ": (("scale",), ()),
+    "the other leaf": (("first",), ()),
+    "data": ((), ("x",)),
+    "λ and data": (("scale",), ("x", "y")),
+}
+
+
+@pytest.fixture(scope="module")
+def in_double():
+    """A problem whose losses are computed in double precision whatever their arguments are held in, and its scores."""
+    rng = np.random.default_rng(0)
+    data = {"x": rng.normal(size=(6, 8, 6)) * np.geomspace(10, 0.3, 6), "y": rng.normal(size=(6, 8))}
+    x, y = data["x"].reshape(-1, 6), data["y"].reshape(-1)
+    minimum = np.linalg.solve(2 * x.T @ x / len(y) + 0.05 * np.eye(6), 2 * x.T @ y / len(y))
+    at = {"first": minimum[:3], "scale": minimum[3:]}
+
+    def loss(meta_params, task, weights):
+        m, query = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (meta_params, task.query))
+        found = query["x"] @ jnp.concatenate([m["first"], m["scale"]])
+        return jnp.mean(weights.query * (found - query["y"]) ** 2)
+
+    problem = mi.from_task_loss(
+        loss, meta_regularizer=lambda m: mi.l2(0.05)(jax.tree.map(lambda x: x.astype(float), m))
+    )
+
+    def scores(solver, single, single_data):
+        m = {name: jnp.asarray(value, jnp.float32 if name in single else float) for name, value in at.items()}
+        query = {name: jnp.asarray(v, jnp.float32 if name in single_data else float) for name, v in data.items()}
+        target = lambda m: sum(jnp.sum(leaf.astype(float) ** 2) for leaf in jax.tree.leaves(m))  # noqa: E731
+        # Under strict promotion λ of two dtypes is refused.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.jit(mi.influence_scores(problem, target, solver=solver))(m, mi.Task((), query))
+
+    return scores, scores(mi.solvers.cg(tol=1e-12), (), ())
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("solver", [None, mi.solvers.cg(), mi.solvers.auto(dense_size=0, tol=1e-10)], ids=repr)
+def test_one_leaf_in_single_precision_is_no_fault(in_double, solver, kind):
+    scores, expected = in_double
+    found = mi.check(scores(solver, *MIXED[kind]))
+    assert found.info.status == mi.SolveStatus.CONVERGED
+    np.testing.assert_allclose(found.task, expected.task, rtol=2e-5, atol=2e-6 * np.abs(expected.task).max())

@@ -163,3 +163,36 @@ def test_operator_is_its_matrix(rng):
     assert relative_error(ravel(operator.matvec(unravel(vector))), expected @ vector) <= 1e-14
     assert relative_error(operator.dense(), expected) <= 1e-14
     assert relative_error(operator.dense(batch_size=5), expected) <= 1e-14
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """An operator with a wide spectrum of both signs, as a network's away from a minimum; b, and |H|."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([np.geomspace(100, 1, 30), np.geomspace(1, 1e-5, 200), -np.geomspace(4, 1e-5, 170)])
+    basis = np.linalg.qr(rng.normal(size=(400, 400)))[0]
+    rhs = basis @ (np.sqrt(np.abs(values)) * rng.normal(size=400))
+    matrix = jnp.asarray((basis * values) @ basis.T, jnp.float32)
+    operator = mi.operators.from_matvec(lambda v: matrix @ v, jnp.zeros(400, jnp.float32))
+    absolute = (basis * np.abs(values)) @ basis.T
+    return operator, jnp.asarray(rhs, jnp.float32), lambda x: residual(absolute, rhs, np.asarray(x, float))
+
+
+@pytest.mark.parametrize("max_size", [70, 145])
+def test_more_steps_do_not_lose_a_better_answer(wide, max_size):
+    """Residuals of |H| rise and fall as the subspace grows: at 70 products by a factor of 30."""
+    operator, rhs, off = wide
+    solution, info = jax.jit(lambda b: solve(mi.solvers.auto(max_size=max_size), operator, b))(rhs)
+    assert off(solution) < {70: 0.05, 145: 0.012}[max_size]
+    assert info.choice == mi.solvers.Choice.KRYLOV_ABSOLUTE
+    assert info.status == mi.SolveStatus.MAX_STEPS
+    # Ritz values that cross zero on their way are no flat directions.
+    assert info.flat_directions == 0
+
+
+def test_a_lucky_residual_is_not_taken_for_a_solution(wide):
+    """Of |H| the subspace knows a part: what solves with that part may be off with all of it."""
+    operator, rhs, off = wide
+    solution, info = jax.jit(lambda b: solve(mi.solvers.auto(tol=0.015), operator, b))(rhs)
+    assert info.status == mi.SolveStatus.CONVERGED
+    assert off(solution) < 1.5 * 0.015

@@ -4,7 +4,9 @@ Every influence is one derivative of one map, w ↦ λ(w). A response offers its
 in w to the change of λ, and `vjp`, from the slope of a target to dφ/dw of every datum together.
 """
 
+from metainfluence.response._blame import SpoiltTaskWarning as SpoiltTaskWarning
 from metainfluence.response._blame import finite_gradients as finite_gradients
+from metainfluence.response._blame import weighed as weighed
 from metainfluence.response._blame import without_spoilt as without_spoilt
 from metainfluence.response._by_datum import DatumScores as DatumScores
 from metainfluence.response._by_datum import by_datum as by_datum
@@ -32,7 +34,6 @@ from metainfluence.response._response import Influence as Influence
 from metainfluence.response._response import Response as Response
 from metainfluence.response._response import Scores as Scores
 from metainfluence.response._response import check_target as check_target
-from metainfluence.response._response import removal_scores as removal_scores
 from metainfluence.response._response import scores as scores
 from metainfluence.response._run_info import RunInfo as RunInfo
 from metainfluence.response._run_info import problems_of_run as problems_of_run

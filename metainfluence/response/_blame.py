@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import warnings
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,10 @@ from metainfluence.problem import Bilevel, evaluate
 _AT_ONCE = 64
 
 
+class SpoiltTaskWarning(UserWarning):
+    """Tasks whose own gradients are NaN or infinite though their data are not, and which were taken for absent."""
+
+
 def finite_gradients(problem: Bilevel, meta_params: PyTree, tasks: Task, weights: Weights) -> Array:
     """Which tasks' own total gradients are finite, `[T]`."""
 
@@ -27,24 +32,75 @@ def finite_gradients(problem: Bilevel, meta_params: PyTree, tasks: Task, weights
 
 
 class Rest(NamedTuple):
-    """Data without what spoils the sum at weight 0.
+    """Data without what spoils the sum.
 
     Attributes:
       tasks: in which other data stand in its place.
       rows: the tasks whose data stand in each task's place.
+      lost: which tasks have a weight and are taken for absent, `[T]`.
+      undefined: for which weights there is no derivative, as booleans.
     """
 
     tasks: Task
     rows: np.ndarray
+    lost: np.ndarray
+    undefined: Weights
 
     def weights(self, weights: Weights) -> Weights:
-        """Weights of the examples that stand there now; those of the tasks are as they were."""
+        """Weights of the examples that stand there now, and 0 for the tasks that are taken for absent."""
         support, query = (jnp.asarray(leaf)[self.rows] for leaf in (weights.support, weights.query))
-        return Weights(weights.task, support, query)
+        return Weights(jnp.where(self.lost, 0, weights.task), support, query)
 
 
-def without_spoilt(problem: Bilevel, norm: Array, meta_params: PyTree, tasks: Task, weights: Weights) -> Rest | None:
-    """Tasks in which those of weight 0 that spoil the sum have another one's data; None where nothing is spoilt.
+class Spoilt(NamedTuple):
+    """What an expansion has left out.
+
+    Attributes:
+      weights: as they were given.
+      undefined: see `Rest`.
+    """
+
+    weights: Weights
+    undefined: Weights
+
+    def sensitivity(self, found: Weights) -> Weights:
+        """∂_w of something, NaN where there is none."""
+        return jax.tree.map(lambda none, value: jnp.where(none, jnp.nan, value), self.undefined, found)
+
+    def along(self, direction: Weights, found: PyTree) -> PyTree:
+        """A derivative along a direction, NaN where the direction asks for what is undefined."""
+        asked = jax.tree.map(lambda none, d: jnp.any(none & (d != 0)), self.undefined, direction)
+        none = jnp.any(jnp.stack(jax.tree.leaves(asked)))
+        return jax.tree.map(lambda leaf: jnp.where(none, jnp.nan, leaf), found)
+
+
+def solutions_of(spoilt: Spoilt | None, rhs: PyTree, solutions: PyTree, many: bool) -> PyTree:
+    """Solutions, NaN where their right-hand side is and spoilt tasks made it so: some solvers then answer 0."""
+    if spoilt is None:
+        return solutions
+
+    def one(rhs: PyTree, solution: PyTree) -> PyTree:
+        none = ~jnp.isfinite(flat_norm(rhs))
+        return jax.tree.map(lambda leaf: jnp.where(none, jnp.nan, leaf), solution)
+
+    return (jax.vmap(one) if many else one)(rhs, solutions)
+
+
+def weighed(weights: Weights, sensitivity: Weights, spoilt: Spoilt | None) -> Weights:
+    """The product w · dφ/dw; 0 where w is 0, although dφ/dw be NaN."""
+    product = jax.tree.map(jnp.multiply, weights, sensitivity)
+    return product if spoilt is None else jax.tree.map(lambda w, p: jnp.where(w == 0, 0, p), weights, product)
+
+
+def without_spoilt(
+    problem: Bilevel,
+    norm: Array,
+    meta_params: PyTree,
+    tasks: Task,
+    weights: Weights,
+    present: Weights | None = None,
+) -> Rest | None:
+    """Tasks in which those that spoil the sum have another one's data, at weight 0; None where nothing is spoilt.
 
     Zero times NaN is NaN, so that to weigh a task by 0 does not take it out of a sum. Under jit nothing can be told.
 
@@ -54,10 +110,13 @@ def without_spoilt(problem: Bilevel, norm: Array, meta_params: PyTree, tasks: Ta
       meta_params: λ.
       tasks: stacked tasks.
       weights: their weights.
+      present: weights by which a datum counts as absent; None for the same.
+
+    Warns:
+      SpoiltTaskWarning: naming the tasks of other weights than 0, with finite data, whose own gradient is not finite.
 
     Raises:
-      ValueError: naming the leaf and the tasks with data that are not finite, or the tasks with finite data whose own
-        gradient is not.
+      ValueError: naming the leaf and the tasks with data that are not finite.
     """
     if not concrete(norm, meta_params, tasks, weights) or np.isfinite(np.asarray(norm)):
         return None
@@ -67,28 +126,47 @@ def without_spoilt(problem: Bilevel, norm: Array, meta_params: PyTree, tasks: Ta
     spoilt = np.flatnonzero(~np.asarray(each(meta_params, tasks, weights)))
     if not spoilt.size or spoilt.size == len(weights.task):
         return None
-    rest = _without_examples(tasks, weights, spoilt)
+    undefined: Any = jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), weights)
+    present = weights if present is None else present
+    rest = _without_examples(tasks, present, spoilt)
     if rest is not None:
-        tasks = rest
+        tasks, (undefined.support[:], undefined.query[:]) = rest
         spoilt = np.flatnonzero(~np.asarray(each(meta_params, tasks, weights)))
-    if np.any(np.asarray(weights.task)[spoilt] != 0):
-        spoilt = spoilt[np.asarray(weights.task)[spoilt] != 0]
-        named = f"{'task' if spoilt.size == 1 else 'tasks'} {', '.join(map(str, spoilt[:8]))}"
-        where = _place(problem, meta_params, *jax.tree.map(lambda leaf: jnp.asarray(leaf)[spoilt[0]], (tasks, weights)))
-        raise ValueError(
-            f"tasks: expected finite gradients, got NaN or infinity from the program of {named}"
-            f"{' …' if spoilt.size > 8 else ''}, whose data are finite: {where}; add a small number inside it, or drop "
-            f"the task (weights=mi.drop(weights, tasks={spoilt[:8].tolist()})), and the others keep their scores"
-        )
+    lost = np.zeros(len(weights.task), bool)
+    lost[spoilt] = np.asarray(present.task)[spoilt] != 0
+    if np.any(lost):
+        found = told_of_spoilt(problem, meta_params, tasks, weights, np.flatnonzero(lost))
+        warnings.warn(found, SpoiltTaskWarning, stacklevel=4)
     rows = np.arange(len(weights.task))
     if spoilt.size:
         rows[spoilt] = np.setdiff1d(rows, spoilt)[0]
-    return Rest(jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tasks), rows)
+    undefined.task[spoilt], undefined.support[lost], undefined.query[lost] = True, True, True
+    return Rest(jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tasks), rows, lost, undefined)
 
 
-def _without_examples(tasks: Task, weights: Weights, spoilt: np.ndarray) -> Task | None:
-    """Tasks in which examples of weight 0 of the spoilt ones have another example's data; None where there are none."""
-    changed = False
+def told_of_spoilt(problem: Bilevel, meta_params: PyTree, tasks: Task, weights: Weights, lost: np.ndarray) -> str:
+    """Which tasks are taken for absent, why, and what to do."""
+    named = f"{'task' if lost.size == 1 else 'tasks'} {', '.join(map(str, lost[:8]))}{' …' if lost.size > 8 else ''}"
+    one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[lost[0]], (tasks, weights))
+    where, examples = _place(problem, meta_params, *one)
+    pairs = {side: [(int(lost[0]), j) for j in found] for side, found in examples.items() if found}
+    sides = ", ".join(f"{side}={found[:4]}" for side, found in pairs.items())
+    remedy = sides if sides and lost.size == 1 else f"tasks={lost[:8].tolist()}"
+    return (
+        f"tasks: expected finite gradients, got NaN or infinity from the program of {named}, whose data are finite: "
+        f"{where}; taken for absent, with scores of NaN, and the others keep theirs. Add a small number inside it, or "
+        f"say so (weights=mi.drop(weights, {remedy}))"
+    )
+
+
+def _without_examples(
+    tasks: Task, weights: Weights, spoilt: np.ndarray
+) -> tuple[Task, tuple[np.ndarray, np.ndarray]] | None:
+    """Tasks in which examples of weight 0 of the spoilt ones have another example's data, and which examples these are.
+
+    None where there are none.
+    """
+    changed = []
     for side in ("support", "query"):
         own = np.asarray(getattr(weights, side))
         mask = getattr(tasks, f"{side}_mask")
@@ -99,18 +177,21 @@ def _without_examples(tasks: Task, weights: Weights, spoilt: np.ndarray) -> Task
             absent = (own[k] == 0) & real[k]
             if present.size and np.any(absent):
                 rows[k, absent] = present[0]
-                changed = True
         batch = jax.tree.map(
             lambda leaf, rows=rows: jnp.asarray(leaf)[np.arange(len(rows))[:, None], rows], getattr(tasks, side)
         )
         tasks = tasks._replace(**{side: batch})
-    return tasks if changed else None
+        changed.append(rows != np.arange(own.shape[1]))
+    return (tasks, (changed[0], changed[1])) if any(map(np.any, changed)) else None
 
 
-def _place(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) -> str:
-    """Where in a task's program a derivative is lost: at examples, at an inner step, or in the adapted parameters."""
+def _place(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) -> tuple[str, dict[str, list[int]]]:
+    """Where in a task's program a derivative is lost: at examples, at an inner step, or in the adapted parameters.
+
+    And the examples.
+    """
     single = jax.jit(lambda m, t, w: finite_gradients(problem, m, *jax.tree.map(lambda x: x[None], (t, w)))[0])
-    found = []
+    found: dict[str, list[int]] = {"support": [], "query": []}
     for side in ("support", "query"):
         size = getattr(weights, side).shape[0]
         for j in range(size if 1 < size <= _AT_ONCE else 0):
@@ -118,16 +199,17 @@ def _place(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) 
             rows[j] = (j + 1) % size
             batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], getattr(task, side))
             if single(meta_params, task._replace(**{side: batch}), weights):
-                found.append(f"{side} example {j}")
-    if found:
-        return f"a norm, root, log or quotient at 0 that goes with {' or '.join(found[:4])}"
+                found[side].append(j)
+    if named := [f"{side} example {j}" for side, each in found.items() for j in each]:
+        return f"a norm, root, log or quotient at 0 that goes with {' or '.join(named[:4])}", found
     if problem.adapt is not None:
         norms = getattr(problem.adapt, "inner_gradient_norms", None)
         norms = None if norms is None else np.asarray(jax.jit(norms)(meta_params, task, weights))
         if norms is not None and np.any(norms == 0):
             step = int(np.argmax(norms == 0))
-            return f"its inner gradient is exactly 0 at step {step}, where a norm, as in clipping, has no derivative"
+            told = f"its inner gradient is exactly 0 at step {step}, where a norm, as in clipping, has no derivative"
+            return told, found
         params = jax.jit(problem.adapt)(meta_params, task, weights)
         if not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(params)):
-            return "its adapted parameters are NaN, as the mean (0/0) of a class without examples"
-    return "a norm, root, log or quotient at 0, as in clipping a gradient that is 0 or a class without examples"
+            return "its adapted parameters are NaN, as the mean (0/0) of a class without examples", found
+    return "a norm, root, log or quotient at 0, as in clipping a gradient that is 0 or a class without examples", found

@@ -17,6 +17,7 @@ from metainfluence.curvature import Curvature
 from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.operators import Domain, Operator, flat_norm
 from metainfluence.problem import Bilevel, check_meta_params
+from metainfluence.response._blame import solutions_of
 from metainfluence.response._damping import RANK, rule, rule_of
 from metainfluence.response._options import Options
 from metainfluence.response._response import Influence, leading_axis
@@ -69,7 +70,7 @@ class Optimum:
     @property
     def weights(self) -> Weights:
         """The weights w at which λ is taken for the optimum."""
-        return self.expansion.weights
+        return self.expansion.given_weights
 
     @property
     def tasks(self) -> Task:
@@ -135,6 +136,7 @@ class Optimum:
 
     def _solved(self, rhs: PyTree, *, many: bool) -> tuple[PyTree, SolveInfo]:
         solution, info = _solve(self.solver, many, self.operator, self.state, rhs)
+        solution = solutions_of(self.expansion.spoilt, rhs, solution, many)
         return solution, _with_point(info, self.info)
 
 
@@ -300,6 +302,7 @@ def solve_once(options: Options, expansion: Expansion, rhs: PyTree) -> tuple[PyT
     """H⁻¹ times a pytree like λ, for a response that is asked once."""
     about = (expansion.gradient, expansion.meta_params)
     solution, info, damping, matvecs = solve_alone(options.solver, options.damping, expansion.operator, about, rhs)
+    solution = solutions_of(expansion.spoilt, rhs, solution, many=False)
     return solution, _with_point(info, _info_of(expansion, damping, matvecs))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -16,7 +17,7 @@ from metainfluence.curvature import Curvature, check_curvature, exact
 from metainfluence.data import Task, Weights
 from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel, with_hvp
-from metainfluence.response._blame import without_spoilt
+from metainfluence.response._blame import Spoilt, without_spoilt
 from metainfluence.response._choice import fitting_chunks
 from metainfluence.response._sums import Expansion, Sums
 from metainfluence.solvers import Solver
@@ -89,10 +90,16 @@ class Options(NamedTuple):
     def expanded(self, meta_params: PyTree, tasks: Task, weights: Weights, chunks: Chunks) -> Expansion:
         """The gradient map to first order; arguments are the caller's to check.
 
+        Warns:
+          SpoiltTaskWarning: outside jit, a gradient that is not finite and can be laid to tasks with finite data.
+
         Raises:
-          ValueError: outside jit, a gradient that is not finite and can be laid to tasks.
+          ValueError: outside jit, a gradient that is not finite because of data that are not.
         """
         expand = Sums(self.problem, self.curvature, chunks, self.mesh, self.precision).expand
         found = expand(meta_params, tasks, weights)
         rest = without_spoilt(self.problem, flat_norm(found.gradient), meta_params, tasks, weights)
-        return found if rest is None else expand(meta_params, rest.tasks, rest.weights(weights))
+        if rest is None:
+            return found
+        found = expand(meta_params, rest.tasks, rest.weights(weights))
+        return dataclasses.replace(found, spoilt=Spoilt(weights, rest.undefined))

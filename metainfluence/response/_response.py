@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence._checks import check_precision, maker, traced_at
 from metainfluence.data import Weights
+from metainfluence.response._blame import Spoilt, weighed
 from metainfluence.response._direct import check_total_effect, shares_support, warn_of_direct_effect
 from metainfluence.response._target import slopes_of
 from metainfluence.solvers import SolveInfo
@@ -119,12 +120,13 @@ def scores(
         with traced_at(precision):
             slope, direct = slopes_of(target, at.meta_params, target_args, at.weights, total_effect)
         sensitivity, info = at.vjp(slope)
+        spoilt = getattr(getattr(at, "expansion", None), "spoilt", None)
         if direct is not None:
-            return removal_scores(at.weights, jax.tree.map(jnp.add, sensitivity, direct), info)
+            return removal_scores(at.weights, jax.tree.map(jnp.add, sensitivity, direct), info, spoilt)
         tasks: Any = getattr(at, "tasks", None)
         if isinstance(info, SolveInfo) and tasks is not None:
             info = info._replace(support_shared=shares_support(tasks, target_args))
-        found = removal_scores(at.weights, sensitivity, info)
+        found = removal_scores(at.weights, sensitivity, info, spoilt)
         warn_of_direct_effect(found)
         return found
 
@@ -138,9 +140,9 @@ def check_target(target: Any) -> None:
         raise TypeError(f"target: expected {expected}, got {reprlib.repr(target)}")
 
 
-def removal_scores(weights: Weights, sensitivity: Weights, info: Any) -> Scores:
+def removal_scores(weights: Weights, sensitivity: Weights, info: Any, spoilt: Spoilt | None = None) -> Scores:
     """− w · dφ/dw."""
-    task, support, query = jax.tree.map(lambda w, s: -w * s, weights, sensitivity)
+    task, support, query = jax.tree.map(jnp.negative, weighed(weights, sensitivity, spoilt))
     return Scores(task, support, query, info)
 
 

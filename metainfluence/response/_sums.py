@@ -26,6 +26,7 @@ from metainfluence.data import Task, Weights, coefficients, weighted_sum
 from metainfluence.differentiation import REVERSE
 from metainfluence.operators import Domain, FlatProduct, Losses, Operator, from_matvec
 from metainfluence.problem import Bilevel, check_derivatives, knows_inner, meta_regularization, weighted_losses
+from metainfluence.response._blame import Spoilt
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +75,7 @@ class Expansion:
       linear: the map's derivative as a pytree: of forward mode, or, in reverse mode, its pullback.
       shift: what the curvature adds to the diagonal.
       working_eps: machine epsilon of the lowest precision in which the losses are computed.
+      spoilt: what was left out because it has no derivative; None for nothing.
     """
 
     meta_params: PyTree
@@ -86,6 +88,12 @@ class Expansion:
     shift: Array
     _sums: Sums = dataclasses.field(metadata={"static": True})
     working_eps: float = dataclasses.field(metadata={"static": True})
+    spoilt: Spoilt | None = None
+
+    @property
+    def given_weights(self) -> Weights:
+        """The weights as they were given, those of tasks that were left out, too."""
+        return self.weights if self.spoilt is None else self.spoilt.weights
 
     @property
     def chunks(self) -> Chunks:
@@ -107,12 +115,22 @@ class Expansion:
     @property
     def mixed(self) -> Callable[[Weights], PyTree]:
         """(direction in w) -> ∂_w D_λF · direction, a pytree like λ; itself a pytree."""
-        return Partial(self._sums.mixed, self)
+        return Partial(_mixed, self)
 
     @property
     def mixed_transposed(self) -> Callable[[PyTree], Weights]:
         """(vector like λ) -> ∂_w ⟨D_λF, vector⟩; itself a pytree."""
-        return Partial(self._sums.mixed_transposed, self)
+        return Partial(_mixed_transposed, self)
+
+
+def _mixed(at: Expansion, direction: Weights) -> PyTree:
+    found = at._sums.mixed(at, direction)
+    return found if at.spoilt is None else at.spoilt.along(direction, found)
+
+
+def _mixed_transposed(at: Expansion, vector: PyTree) -> Weights:
+    found = at._sums.mixed_transposed(at, vector)
+    return found if at.spoilt is None else at.spoilt.sensitivity(found)
 
 
 class Seen(NamedTuple):

@@ -118,8 +118,8 @@ def score(
         `preflight`.
       memory: bytes that batches and linearisations may take on all devices together; None for 60 % of what is free.
       resume: False starts anew, and replaces what is at `out`.
-      on_error: what to do with a task that cannot be read: "raise", or "skip", which leaves it out of F and of the
-        file; `Result.skipped` and the file's metadata name it.
+      on_error: what to do with a task that cannot be read, or whose own gradient is NaN: "raise", or "skip", which
+        leaves it out of F and of the file; `Result.skipped` and the file's metadata name it.
       hvp: as in `influence_scores`.
       precision: of matrix products, see `jax.default_matmul_precision`; None for JAX's.
       progress: True shows a bar; or a function of `scoring.Progress`.
@@ -332,7 +332,7 @@ class _Run:
         reader = reader_of(self.source, batch_size, self.on_error, self.options.mesh)
         programs = programs_of(self.options.problem, self.options.curvature, self.options.mesh)
         passes = Passes(programs, self.meta_params, reader, memory=manifest["kept_bytes"], on_batch=report.batch)
-        slope = _slope(passes, store)
+        slope = _slope(passes, store, self.on_error == "skip")
         memo = _Memo(Domain.of(self.meta_params), store)
         direction, info = self.solution(
             passes.operator(slope), passes.operator(slope, memo.around), slope, store, report, manifest["working_eps"]
@@ -468,7 +468,7 @@ def _relative_residual(carry: Any, rhs: Array) -> float | None:
     return None if residual is None or scale == 0 else abs(float(residual)) / scale
 
 
-def _slope(passes: Passes, store: Store) -> Slope:
+def _slope(passes: Passes, store: Store, skip: bool) -> Slope:
     """The gradient pass, or what an earlier run made of it; what it read is what must be found from then on."""
     domain = passes.domain
     saved = store.arrays("gradient", 0)
@@ -478,11 +478,16 @@ def _slope(passes: Passes, store: Store) -> Slope:
         return slope._replace(gradient=domain.unravel(slope.gradient))
     slope = passes.slope()
     if holds_nan(slope.gradient) and (spoilt := passes.spoilt()):
-        named = ", ".join(map(repr, spoilt[:8])) + (" …" if len(spoilt) > 8 else "")
-        raise ValueError(
-            f"source: expected finite gradients, got NaN or infinity from tasks {named}: of their data, or of a norm, "
-            "root, log or quotient at 0 in the problem's functions; mend it there, or leave these tasks out"
+        ids = [passes.reader.ids[row] for row in spoilt]
+        named = ", ".join(map(repr, ids[:8])) + (" …" if len(ids) > 8 else "")
+        told = (
+            f"expected finite gradients, got NaN or infinity from tasks {named}: of their data, or of a norm, root, "
+            "log or quotient at 0 in the problem's functions"
         )
+        if not skip or jax.process_count() > 1 or len(spoilt) == len(passes.reader.ids) - len(passes.reader.skipped):
+            raise ValueError(f'source: {told}; mend it there, or leave these tasks out, as on_error="skip" does')
+        passes.leave_out({row: f"task {passes.reader.ids[row]!r} has a gradient of NaN or infinity" for row in spoilt})
+        slope = passes.slope()
     share(passes.reader)
     flat = slope._replace(gradient=domain.ravel(slope.gradient))
     arrays = {name: np.asarray(value) for name, value in flat._asdict().items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -115,7 +115,7 @@ class Passes:
         self._linear: dict[int, Any] = {}
         data = total_bytes(reader.template(), len(reader.ids))
         self._keeps_all = data <= _DATA_SHARE * memory
-        self._data_room = _DATA_SHARE * memory
+        self._data_room = self._whole_data_room = _DATA_SHARE * memory
         self._linear_room = memory - (data if self._keeps_all else self._data_room)
         self.linear_bytes = self._bytes_of_linearisation() if memory > 0 else 0
         self._num_linear = int(self._linear_room // self.linear_bytes) if memory > 0 else 0
@@ -138,19 +138,26 @@ class Passes:
         gradient = mean(gradient, count, regularizer)
         return Slope(gradient, shift / count.astype(shift.dtype), count, norm)
 
-    def spoilt(self) -> list[Any]:
-        """Ids of the tasks whose own gradients are not finite, by a pass of its own."""
+    def spoilt(self) -> list[int]:
+        """Positions of the tasks whose own gradients are not finite, by a pass of its own."""
 
         def prepare(number: int, batch: Batch) -> Callable[[], Any]:
             return self._programs.finite.prepare(self._at, batch)
 
-        found: list[Any] = []
+        found: list[int] = []
         numbers = range(self.reader.num_batches)
         with contextlib.closing(self._mapped(prepare, numbers, lambda number: True)) as results:
             for number, _, finite in results:
                 rows = number * self.reader.batch_size + np.flatnonzero(~np.asarray(finite))
-                found += [self.reader.ids[row] for row in rows.tolist() if row < len(self.reader.ids)]
+                found += [row for row in rows.tolist() if row < len(self.reader.ids)]
         return found
+
+    def leave_out(self, reasons: Mapping[int, str]) -> None:
+        """Takes tasks, by their position, for ones that cannot be read."""
+        self.reader.leave_out(reasons)
+        self._data.clear()
+        self._linear.clear()
+        self._data_room = self._whole_data_room
 
     def operator(
         self, slope: Slope, around: Callable[[Callable[[PyTree], PyTree]], Callable[[PyTree], PyTree]] = lambda fn: fn

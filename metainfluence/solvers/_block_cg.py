@@ -163,7 +163,7 @@ def grown(
     # One right-hand side that is not finite would spoil the basis of all.
     usable = jnp.where(finite[:, None], rhs, 0)
     capacity = default_max_size(operator, count) if max_size is None else max_size
-    goal = reachable(tol, usable.dtype)
+    goal = reachable(tol, usable.dtype, operator.domain.coarsest)
     growth = krylov.grow(
         operator,
         usable,
@@ -181,18 +181,21 @@ def grown(
     explored = 0 if exploration is None else exploration.rank
     shared: Any = explored if known is None else jnp.sum(known.filled, dtype=jnp.int32)
     scale = jnp.linalg.norm(usable, axis=1)
-    residual = jnp.linalg.norm(growth.residuals, axis=1) / jnp.where(scale > 0, scale, 1)
+    residual = growth.sizes
     failure = jnp.where(growth.indefinite, jnp.int32(SolveStatus.INDEFINITE), jnp.int32(SolveStatus.MAX_STEPS))
     status = jnp.where(residual <= goal, jnp.int32(SolveStatus.CONVERGED), failure)
     broken = ~finite | ~jnp.isfinite(residual) | ~growth.finite
     smallest, zeros = subspace.smallest_value(growth.subspace, operator.shift + growth.damping)
+    # Ritz values that pass through zero on their way are no flat directions: those hold what cannot be solved for.
+    inside = jnp.linalg.norm(subspace.matmul(growth.residuals, growth.subspace.basis.T), axis=1)
+    unsolvable = (residual <= goal) | (inside > 0.5 * jnp.linalg.norm(growth.residuals, axis=1))
     products = linear.init_matvecs + shared + (growth.num_products - shared) * (1 + linear.matvecs)
     info = SolveInfo(
         status=jnp.where(broken, jnp.int32(SolveStatus.NONFINITE), status),
         num_matvecs=jnp.full(count, products, jnp.int32),
         relative_residual=jnp.where(finite, residual, jnp.nan),
         min_curvature=jnp.full(count, smallest),
-        flat_directions=jnp.full(count, zeros),
+        flat_directions=jnp.where(unsolvable, zeros, jnp.int32(0)),
     )
     solutions = subspace.combine(growth.subspace, growth.coordinates)
     length = jnp.linalg.norm(solutions, axis=1)

@@ -81,7 +81,9 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
             inner=jnp.ones((), residual.dtype),
             residual_norm=length,
             # The recursion's residual drifts from the true one, by which convergence is judged in the end.
-            stop_norm=0.9 * reachable(tol, residual.dtype) * (length if scale is None else scale),
+            stop_norm=0.9
+            * reachable(tol, residual.dtype, operator.domain.coarsest)
+            * (length if scale is None else scale),
             steps_left=jnp.int32(default_max_steps(operator.size, max_steps)),
             matvecs=jnp.asarray(linear.init_matvecs, jnp.int32),
             min_curvature=jnp.full((), jnp.inf, residual.dtype),

@@ -90,13 +90,13 @@ def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
     def smallest_of(operator: Operator, state: _Eigen) -> Array:
         """The smallest eigenvalue that is not zero; 0 where all are."""
         values = state.values + operator.shift
-        least = jnp.min(jnp.where(flat(values), jnp.inf, values))
+        least = jnp.min(jnp.where(flat(values, dtype=operator.domain.coarsest), jnp.inf, values))
         return jnp.where(jnp.isfinite(least), least, values[0])
 
     def solve(operator: Operator, state: _Eigen, rhs: Array) -> Outcome:
         smallest = smallest_of(operator, state)
         values = jnp.where(turn(smallest), jnp.abs(state.values), state.values) + operator.shift
-        zero = flat(values)
+        zero = flat(values, dtype=operator.domain.coarsest)
         inverse = jnp.where(zero, 0, 1 / jnp.where(zero, 1, values))
         solution = _matmul(inverse * _matmul(state.vectors, rhs), state.vectors)
         finite = jnp.all(jnp.isfinite(solution))

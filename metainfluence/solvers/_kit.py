@@ -37,7 +37,8 @@ def from_map(
       init: (operator) -> state, once for all right-hand sides; None for no state.
       apply: (operator, state, b) -> x, both flat, in the coordinates of `operator.domain.ravel`; or -> `Outcome`, if it
         has more to say.
-      tol: relative residual ‖b − Hx‖/‖b‖ at which a solve counts as converged; or (dtype) -> that.
+      tol: relative residual ‖b − Hx‖/‖b‖ at which a solve counts as converged; or (dtype) -> that, asked for the
+        coarsest dtype of λ's leaves.
       init_matvecs: products that `init` takes; or (state) -> that.
       solve_matvecs: products that `apply` takes; or (state) -> that.
       multiply: (operator, state, x) -> product of the system that is meant to be solved, where that is not H.
@@ -69,8 +70,9 @@ def from_map(
         outcome = reached(operator, state, vector)
         solution = outcome.solution
         product = operator.flat_matvec(solution) if multiply is None else multiply(operator, state, solution)
-        goal = tol(vector.dtype) if callable(tol) else tol
-        return operator.domain.unravel(solution), judge(vector, outcome, product, goal)
+        coarsest = operator.domain.coarsest
+        goal = tol(coarsest) if callable(tol) else tol
+        return operator.domain.unravel(solution), judge(vector, outcome, product, goal, coarsest)
 
     solve.outcome = reached  # type: ignore[attr-defined]
     solver = Solver(prepare, solve, solve_many=_mapped(solve), init_matvecs=taken, solve_matvecs=own)
@@ -193,7 +195,7 @@ def from_steps(
             operator.domain.check("x0", x0)
             x0 = operator.domain.ravel(x0)
         outcome, product = run(operator, state, vector, x0)
-        return operator.domain.unravel(outcome.solution), judge(vector, outcome, product, tol)
+        return operator.domain.unravel(outcome.solution), judge(vector, outcome, product, tol, operator.domain.coarsest)
 
     def told(operator: Operator, rhs: Array, outcome: Outcome) -> SolveInfo:
         return report(operator, rhs, outcome, tol)
@@ -260,9 +262,12 @@ def _unreported(solver: Solver, operator: Operator, state: Any, rhs: Array) -> A
     return solution
 
 
-def reachable(tol: Any, dtype: Any) -> Any:
-    """`tol`, but no less than what rounding lets a recomputed residual reach: 100 eps, 1.2e-5 in float32."""
-    least = 100 * float(jnp.finfo(dtype).eps)
+def reachable(tol: Any, dtype: Any, coarsest: Any = None) -> Any:
+    """`tol`, but no less than what rounding lets a recomputed residual reach: 100 eps, 1.2e-5 in float32.
+
+    `coarsest` is the dtype of products, where that is not the residual's.
+    """
+    least = 100 * float(jnp.finfo(dtype if coarsest is None else coarsest).eps)
     if isinstance(tol, (int, float)):
         return jnp.asarray(max(tol, least), dtype)
     return jnp.maximum(jnp.asarray(tol, dtype), least)
@@ -270,10 +275,10 @@ def reachable(tol: Any, dtype: Any) -> Any:
 
 def report(operator: Operator, rhs: Array, outcome: Outcome, tol: Any) -> SolveInfo:
     """Recomputes the residual (one product) and decides the status from it."""
-    return judge(rhs, outcome, operator.flat_matvec(outcome.solution), tol)
+    return judge(rhs, outcome, operator.flat_matvec(outcome.solution), tol, operator.domain.coarsest)
 
 
-def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any) -> SolveInfo:
+def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any, coarsest: Any) -> SolveInfo:
     """Decides the status from the product with the solution."""
     residual, scale = norm(rhs - product), norm(rhs)
     square = dot(outcome.solution, outcome.solution)
@@ -283,7 +288,7 @@ def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any) -> SolveInfo:
     relative = residual / select(scale > 0, scale, 1)
     finite = jnp.isfinite(relative + square)
     failure = jnp.asarray(outcome.failure, jnp.int32)
-    status = select(relative <= reachable(tol, relative.dtype), jnp.int32(SolveStatus.CONVERGED), failure)
+    status = select(relative <= reachable(tol, relative.dtype, coarsest), jnp.int32(SolveStatus.CONVERGED), failure)
     # A solver that has seen why there is no finite answer knows more than the answer tells.
     unexplained = ~finite & (failure != jnp.int32(SolveStatus.INDEFINITE))
     return SolveInfo(

@@ -80,7 +80,9 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
             previous_sine=nought,
             residual_norm=beta,
             # The recursion's residual drifts from the true one, by which convergence is judged in the end.
-            stop_norm=0.9 * reachable(tol, residual.dtype) * (beta if scale is None else scale),
+            stop_norm=0.9
+            * reachable(tol, residual.dtype, operator.domain.coarsest)
+            * (beta if scale is None else scale),
             steps_left=jnp.int32(default_max_steps(operator.size, max_steps)),
             matvecs=jnp.int32(0),
             pivot=one,

@@ -151,9 +151,10 @@ def remedy(info: SolveInfo, select: tuple[int, ...] = ()) -> str:
         return solvers.REMEDIES[kind]
     if info.asymmetry is not None and float(np.asarray(info.asymmetry)[select]) > tolerated_asymmetry(info):
         return words.inexact(info)
-    if told := words.seen_flat(info, select):
-        return told
     single = eps_of(info) > np.finfo(np.float64).eps
+    if told := words.seen_flat(info, select):
+        # To single precision a curvature that is small is none.
+        return f"{words.ONE_CALL}; {told}" if kind == SolveStatus.MAX_STEPS and single else told
     if kind == SolveStatus.INDEFINITE and np.broadcast_to(rounded(info), np.shape(info.status))[select]:
         return words.ROUNDING.format(f"{words.FLOAT64}, or " if single else "")
     told = solvers.REMEDIES[kind]

@@ -21,7 +21,7 @@ UNKNOWN = "; whether an inner problem of yours is solved is unknown (closed_form
 ONE_CALL = 'in float32 try solver=metainfluence.solvers.auto(tol=1e-3) with damping="auto" first'
 _COARSE = (
     "the losses are computed in {low}, though λ is held in {high}: make the network compute in {high} (dtype, "
-    "param_dtype, compute_dtype), at least for influence"
+    "param_dtype, compute_dtype) and hold every leaf of λ in it, at least for influence"
 )
 ADVICE = {
     "outer_residual": "the unfinished solve dominates: lower the solver's tol, allow more steps, or raise the damping",

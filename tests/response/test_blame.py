@@ -1,5 +1,7 @@
 """Programs that have no derivative at one task: which task, which step, which example, and what to do."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,6 @@ import optax
 import pytest
 
 import metainfluence as mi
-from metainfluence.response import without_spoilt
 
 RNG = np.random.default_rng(0)
 X, Y = jnp.asarray(RNG.normal(size=(4, 3, 2))), jnp.asarray(RNG.normal(size=(4, 3)))
@@ -67,29 +68,92 @@ def score(problem, tasks, weights):
     return mi.influence_scores(problem, lambda m: jnp.sum(m**2), **options)(LAMBDA, tasks, weights=weights)
 
 
-@pytest.mark.parametrize("make", CASES)
-def test_the_task_and_the_place_are_named(make):
+@pytest.fixture(scope="module")
+def options():
+    return {"solver": mi.solvers.cg(), "damping": 5.0}
+
+
+def spared(data, lost):
+    """The same with another task's data in the place of one that is absent."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[jnp.asarray([k if k != lost else 0 for k in range(4)])], data)
+
+
+def with_norm(make):
     problem, tasks, weights = make()
+    return problem._replace(meta_regularizer=mi.l2(1.0)), tasks, weights
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_the_others_keep_their_scores_and_the_task_and_the_place_are_named(make, options):
+    problem, tasks, weights = with_norm(make)
     spoilt, place = CASES[make]
-    remedy = rf"drop the task \(weights=mi\.drop\(weights, tasks=\[{spoilt}\]\)\), and the others keep their scores"
-    with pytest.raises(ValueError, match=rf"program of task {spoilt}, whose data are finite: .*{place}.*{remedy}"):
-        without_spoilt(problem, jnp.asarray(jnp.nan), LAMBDA, tasks, weights)
+    remedy = r"query=\[\(2, 1\)\]" if make is coinciding else rf"tasks=\[{spoilt}\]"
+    told = rf"program of task {spoilt}, whose data are finite: .*{place}.* absent.*mi\.drop\(weights, {remedy}\)\)"
+    with pytest.warns(mi.SpoiltTaskWarning, match=told):
+        found = mi.influence_scores(problem, lambda m: jnp.sum(m**2), **options)(LAMBDA, tasks, weights=weights)
+    others = np.asarray([k for k in range(4) if k != spoilt])
+    absent = mi.drop(spared(weights, spoilt), tasks=[spoilt])
+    expected = by_linear_algebra(problem, spared(tasks, spoilt), absent)
+    for side in ("task", "support", "query"):
+        ours, theirs = np.asarray(getattr(found, side)), np.asarray(getattr(expected, side))
+        np.testing.assert_allclose(ours[others], theirs[others], rtol=1e-6, atol=1e-12)
+        weighed = np.asarray(getattr(weights, side)[spoilt]) != 0
+        np.testing.assert_array_equal(np.isnan(ours[spoilt]), weighed)
+    assert np.all(np.asarray(found.task)[others] != 0)
+    assert mi.check(found) is found
 
 
-def test_the_others_keep_their_scores():
-    """At weight 0 the task is absent, although it is its weights that spoil it."""
-    problem, tasks, weights = clipped()
-    with pytest.raises(ValueError, match="inner gradient is exactly 0 at step 0"):
-        score(problem, tasks, weights)
+def by_linear_algebra(problem, tasks, weights):
+    """Scores from the dense Hessian of F and its mixed derivatives, of tasks that all have one."""
+
+    def objective(m, w):
+        return mi.total_objective(problem)(m, tasks, w)
+
+    @jax.jit
+    def scores(weights):
+        hessian = jax.hessian(objective)(LAMBDA, weights) + 5.0 * jnp.eye(2)
+        solution = jnp.linalg.solve(hessian, 2 * LAMBDA)
+        return jax.grad(lambda w: jnp.vdot(jax.grad(objective)(LAMBDA, w), solution))(weights)
+
+    return jax.tree.map(jnp.multiply, weights, scores(weights))
+
+
+def test_at_weight_0_a_task_is_absent_without_a_word(options):
+    problem, tasks, weights = with_norm(clipped)
     weights = mi.drop(weights, tasks=[2])
     found = score(problem, tasks, weights)
-    others = np.asarray([0, 1, 3])
-    # The same with another task's data at weight 0.
-    filled = jax.tree.map(lambda leaf: leaf[np.asarray([0, 1, 0, 3])], (tasks, weights))
-    expected = jax.jit(lambda *data: score(problem, *data))(filled[0], mi.drop(filled[1], tasks=[2]))
-    np.testing.assert_allclose(found.task[others], expected.task[others], rtol=1e-9)
-    assert np.all(found.task[others] != 0)
+    expected = by_linear_algebra(problem, spared(tasks, 2), mi.drop(spared(weights, 2), tasks=[2]))
+    np.testing.assert_allclose(found.task, expected.task, rtol=1e-6)
     assert found.task[2] == 0
+    assert np.all(found.support[2] == 0)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_no_answer_is_given_for_what_has_no_derivative(weight, options):
+    """Neither for the spoilt task itself nor for a direction that brings it back, while all others have theirs."""
+    problem, tasks, given = with_norm(coinciding)
+    given = given._replace(task=given.task.at[2].set(weight))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mi.SpoiltTaskWarning)
+        at = mi.optimum(problem, **options)(LAMBDA, tasks, given)
+        every = mi.task_if(problem, **options)(LAMBDA, tasks, given)
+        examples = mi.instance_if(problem, "query", **options)(LAMBDA, tasks, 2, given)
+        own = mi.self_influence(problem, **options)(LAMBDA, tasks, given)
+        edited = mi.edit(problem, **options)(LAMBDA, tasks, mi.drop(given, tasks=[0]), given)
+    np.testing.assert_array_equal(at.weights.task, given.task)
+    spoilt = np.asarray([False, False, True, False])
+    sensitivity, _ = at.vjp(2 * LAMBDA)
+    np.testing.assert_array_equal(np.isnan(sensitivity.task), spoilt)
+    np.testing.assert_array_equal(np.isnan(every.delta).any(-1), spoilt)
+    np.testing.assert_array_equal(every.info.status == mi.SolveStatus.NONFINITE, spoilt)
+    for leaf in (own.task, own.query.T):
+        np.testing.assert_array_equal(np.isnan(leaf), np.broadcast_to(spoilt & (weight == 1), leaf.shape))
+    assert np.all(np.isnan(examples.delta) == (weight == 1))
+    assert np.all(np.isfinite(edited.meta_params))
+    step = jax.tree.map(jnp.zeros_like, given)
+    first, third = (step._replace(task=step.task.at[k].set(1.0)) for k in (0, 2))
+    np.testing.assert_allclose(at.jvp(first).delta, every.delta[0], rtol=1e-6)
+    assert np.all(np.isnan(at.jvp(third).delta))
 
 
 def test_an_example_of_weight_0_is_absent_whatever_its_program_gives():
@@ -101,3 +165,13 @@ def test_an_example_of_weight_0_is_absent_whatever_its_program_gives():
     np.testing.assert_allclose(found.query, expected.query, rtol=1e-9)
     assert found.query[2, 1] == 0
     assert np.all(np.isfinite(found.support))
+
+
+def test_an_edit_does_not_take_other_data_for_what_it_brings_back():
+    problem, tasks, weights = coinciding()
+    problem = problem._replace(meta_regularizer=mi.l2(1.0))
+    edit = mi.edit(problem, solver=mi.solvers.cg(), damping=5.0, num_newton_steps=0)
+    without = mi.drop(weights, query=[(2, 1)])
+    with pytest.warns(mi.SpoiltTaskWarning, match="query example 1"):
+        found = edit(LAMBDA, tasks, weights, without)
+    np.testing.assert_allclose(found.meta_params, LAMBDA, rtol=1e-12)

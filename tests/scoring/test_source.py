@@ -58,6 +58,26 @@ def test_tasks_that_cannot_be_read_are_skipped_where_that_is_asked_for(tmp_path,
     assert not set(table.task) & {"task-a", "task-f"}
 
 
+def test_tasks_whose_gradient_is_nan_are_skipped_too(tmp_path):
+    """The first one among them, which else fills up the last batch; and a run that is taken up again knows them."""
+    spoilt = [jax.tree.map(lambda leaf: leaf * np.nan, task) if k in (0, 5) else task for k, task in enumerate(TASKS)]
+    with pytest.raises(ValueError, match=r"NaN or infinity from tasks 0, 5: .*, as on_error=\"skip\" does"):
+        score(spoilt, tmp_path)
+    stopped = RuntimeError("stopped")
+
+    def stop(progress):
+        if progress.phase == "scores":
+            raise stopped
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        score(spoilt, tmp_path, on_error="skip", resume=False, progress=stop)
+    result = score(spoilt, tmp_path, on_error="skip")
+    expected = setting.in_memory([task for k, task in enumerate(TASKS) if k not in (0, 5)])
+    for name in mi.Weights._fields:
+        np.testing.assert_allclose(getattr(result, name), getattr(expected, name), rtol=1e-10, atol=1e-15)
+    assert result.skipped == {k: f"task {k} has a gradient of NaN or infinity" for k in (0, 5)}
+
+
 def test_a_task_that_can_no_longer_be_read_ends_the_run(tmp_path):
     source = Source(TASKS, None, {5: OSError("gone")}, after=30)
     with pytest.raises(mi.scoring.SourceError, match=r"task 5 \(item 5\) could not be read: .*; it could be before"):
