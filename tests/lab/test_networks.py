@@ -39,3 +39,10 @@ def test_operations_are_counted():
     assert (nested.loops, nested.nesting, nested.looped_products) == (2, 2, 2)
     branches = count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x.T, lambda: x[:, :3] + 0), matrix)
     assert branches.products == 1
+
+
+def test_a_dense_head_waits_for_fewer_loops():
+    """The fit, and the rows of the matrix that is factorised; no loop in a loop, and none of LAPACK's."""
+    iterative, dense = networks.heads(width=8, num_tasks=3)
+    assert dense.loops <= 2 < iterative.loops
+    assert "| newton, dense |" in networks.markdown_of_heads([dense])

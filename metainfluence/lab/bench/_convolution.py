@@ -100,7 +100,8 @@ def layer_costs(
         params = jax.vmap(layer.init, in_axes=(0, 0))(jax.random.split(keys[1], num_tasks), inputs)
 
         def loss(params: Any, inputs: jax.Array, layer: ShiftedConv = layer) -> jax.Array:
-            return jnp.sum(jnp.tanh(jax.vmap(layer.apply)(params, inputs)))
+            outputs: Any = jax.vmap(layer.apply)(params, inputs)
+            return jnp.sum(jnp.tanh(outputs))
 
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, inputs)
         start = time.perf_counter()

@@ -69,7 +69,7 @@ def run(config: BenchConfig) -> None:
     rows = measure(config, problem, meta_params, tasks)
     convolution, layers = convolution_ratio(), layer_costs()
     imports = import_time.measure()
-    sizes, large = programs.measure(compiled=True), networks.measure()
+    sizes, large, heads = programs.measure(compiled=True), networks.measure(), networks.heads()
     record = {
         "costs": rows,
         "convolution": convolution._asdict(),
@@ -77,8 +77,14 @@ def run(config: BenchConfig) -> None:
         "import": imports,
         "programs": [row._asdict() for row in sizes],
         "networks": [row._asdict() for row in large],
+        "heads": [row._asdict() for row in heads],
     }
-    tables = (_convolution.markdown(layers), programs.markdown(sizes), networks.markdown(large))
+    tables = (
+        _convolution.markdown(layers),
+        programs.markdown(sizes),
+        networks.markdown(large),
+        networks.markdown_of_heads(heads),
+    )
     text = "\n".join([markdown(config, rows, convolution, imports), *tables])
     publish("bench", config, text, **record)
 

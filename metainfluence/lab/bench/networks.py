@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import metainfluence as mi
 from metainfluence.curvature import exact
@@ -15,7 +16,7 @@ from metainfluence.data import resolve_weights
 from metainfluence.lab.bench._counting import count
 from metainfluence.lab.data.fewshot import Batch
 from metainfluence.lab.learn import learners
-from metainfluence.lab.learn.models import Conv4
+from metainfluence.lab.learn.models import Conv4, cross_entropy, linear, zero_linear
 from metainfluence.response import batch_pull, linearised_bytes
 
 WAYS = 5
@@ -77,8 +78,7 @@ def case(name: str, setting: Setting) -> tuple[mi.Bilevel, Any, mi.Task, mi.Task
 
     def side(number: int, per_class: int) -> Batch:
         lead = (number, WAYS * per_class)
-        images = jax.ShapeDtypeStruct((*lead, setting.size, setting.size, 3), jnp.float32)
-        return Batch(images, jax.ShapeDtypeStruct(lead, jnp.int32))
+        return _batch((*lead, setting.size, setting.size, 3), lead)
 
     def tasks(number: int) -> mi.Task:
         return mi.Task(side(number, shots), side(number, setting.queries))
@@ -87,9 +87,68 @@ def case(name: str, setting: Setting) -> tuple[mi.Bilevel, Any, mi.Task, mi.Task
     return learner.problem, jax.eval_shape(learner.init, jax.random.key(0), one), tasks(setting.num_tasks), tasks(8)
 
 
+def _batch(images: tuple[int, ...], labels: tuple[int, ...]) -> Any:
+    """The shapes of a batch."""
+    shapes: Any = (jax.ShapeDtypeStruct(images, jnp.float32), jax.ShapeDtypeStruct(labels, jnp.int32))
+    return Batch(*shapes)
+
+
+def lowered(function: Any, *args: Any) -> str:
+    """A program lowered for CUDA."""
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def lines(function: Any, *args: Any) -> int:
     """Lines of a program lowered for CUDA."""
-    return len(jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text().splitlines())
+    return len(lowered(function, *args).splitlines())
+
+
+class HeadRow(NamedTuple):
+    """Total gradients of tasks that fit a head, by one way to fit and one to differentiate it.
+
+    Attributes:
+      how: the minimiser and the linear solver.
+      loops: in the program, each turn of which waits for the one before.
+      products: of matrices.
+      lines: of StableHLO.
+    """
+
+    how: str
+    loops: int
+    products: int
+    lines: int
+
+
+def heads(width: int = 64, num_tasks: int = 64) -> list[HeadRow]:
+    """A logistic head on few features, by loops of small products, and by a few large operations."""
+
+    def losses(head: Any, meta_params: Any, batch: Batch) -> jax.Array:
+        return cross_entropy(linear(head, jnp.tanh(batch.images @ meta_params)), batch.labels)
+
+    def penalty(head: Any, meta_params: Any) -> jax.Array:
+        return 0.05 * jnp.square(optax.tree.norm(head))
+
+    def side(number: int) -> Batch:
+        lead = (num_tasks, WAYS * number)
+        return _batch((*lead, width), lead)
+
+    direct = mi.solvers.dense(method="cholesky")
+    rows = []
+    with jax.enable_x64(False):
+        start = zero_linear(width, WAYS, jnp.float32)
+        for how, minimizer, solver in (
+            ("newton_cg, cg", mi.adaptation.newton_cg(), mi.solvers.cg()),
+            ("newton, dense", mi.adaptation.newton(), direct),
+        ):
+            fit = mi.adaptation.implicit(
+                losses, lambda m, s: start, minimizer=minimizer, linear_solver=solver, regularizer=penalty
+            )
+            gradients = jax.vmap(mi.total_gradient(mi.bilevel(losses, fit)), in_axes=(None, 0))
+            at = jax.ShapeDtypeStruct((width, width), jnp.float32)
+            text = lowered(gradients, at, mi.Task(side(5), side(15)))
+            loops, products = text.count("stablehlo.while"), text.count("stablehlo.dot_general")
+            rows.append(HeadRow(how, loops, products, len(text.splitlines())))
+    return rows
 
 
 def measure(setting: Setting | None = None) -> list[Row]:
@@ -146,3 +205,9 @@ def markdown(rows: list[Row], setting: Setting | None = None) -> str:
         for row in rows
     ]
     return "\n".join([*head, *body, ""])
+
+
+def markdown_of_heads(rows: list[HeadRow]) -> str:
+    """The table."""
+    head = ["| head fitted and differentiated by | loops | products | lines |", "|---|---:|---:|---:|"]
+    return "\n".join([*head, *(f"| {row.how} | {row.loops} | {row.products} | {row.lines} |" for row in rows), ""])
