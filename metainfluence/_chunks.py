@@ -22,11 +22,13 @@ class Chunks(NamedTuple):
       vectors: that are multiplied at once; None for all.
       keep: whether the linearisation of all chunks is kept, so that a product runs its linear part only, or made anew
         in every product.
+      lean: whether of a linearisation only what is dear to compute is stored.
     """
 
     tasks: int | None
     vectors: int | None = None
     keep: bool = True
+    lean: bool = False
 
 
 def reduce_tasks(

@@ -1,4 +1,4 @@
-"""LAPACK's factorisations, one matrix at a time under vmap.
+"""LAPACK's factorisations, on a CPU one matrix at a time under vmap, on accelerators all of a batch together.
 
 jaxlib 0.10.2 runs a batch of LAPACK calls on the threads of the pool that it is run on, and waits there for them. Where
 as many batches run side by side as the pool has threads, two on two cores, all threads wait and none works.
@@ -13,7 +13,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_one_by_one: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.custom_batching.sequential_vmap
+
+def _one_by_one(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, mapped by a loop where the program is lowered for a CPU."""
+    loop = jax.custom_batching.sequential_vmap(fn)
+    mapped = jax.custom_batching.custom_vmap(fn)
+
+    @mapped.def_vmap
+    def _(axis_size: int, in_batched: Any, *args: Any) -> Any:
+        axes = [0 if batched else None for batched in in_batched]
+        one_by_one, together = (jax.vmap(each, axes, axis_size=axis_size) for each in (loop, fn))
+        found = jax.lax.platform_dependent(*args, cpu=one_by_one, default=together)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return mapped
+
 
 eigh = _one_by_one(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
 cholesky = _one_by_one(jnp.linalg.cholesky)

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence import operators, solvers
+from metainfluence import _lapack, operators, solvers
 from metainfluence._checks import check_positive
 from metainfluence.solvers import SolveStatus
 
-__all__ = ["Minimizer", "Objective", "given", "newton_cg", "optax_minimizer"]
+__all__ = ["Minimizer", "Objective", "given", "newton", "newton_cg", "optax_minimizer"]
 
 Objective = Callable[[PyTree], Float[Array, ""]]
 Minimizer = Callable[[Objective, PyTree], PyTree]
@@ -111,6 +111,73 @@ def newton_cg(*, tol: float | None = None, max_steps: int = 100) -> Minimizer:
         # Where the objective is NaN there is no minimum, and the start must not pass for one.
         found = jnp.isfinite(last.value) & jnp.isfinite(last.norm)
         return jax.tree.map(lambda leaf: jnp.where(found, leaf, jnp.nan), last.params)
+
+    return minimize
+
+
+def newton(*, dense: bool = True, num_steps: int = 12) -> Minimizer:
+    """Newton's method with the Hessian formed and factorised, for few parameters on an accelerator: a head, say.
+
+    Steps are of a fixed number and each is a few large operations, over all tasks at once under vmap, where `newton_cg`
+    waits for hundreds of small ones. Lengths 1, 1/2, ..., 2⁻¹¹ are tried together, and the longest that lowers the
+    objective enough is taken. Where the Hessian is not positive definite, twice as much is added to its diagonal as
+    Gershgorin's theorem asks for. Strictly convex objectives, as of a logistic head with a penalty, are at their
+    minimum to rounding after six to ten steps; how near others come is reported as `SolveInfo.inner_gradient_norm`.
+
+    Args:
+      dense: False for `newton_cg(max_steps=num_steps)`, for parameters too many to form a matrix of.
+      num_steps: steps taken.
+
+    Raises:
+      ValueError: `num_steps` not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> mi.adaptation.newton()(lambda x: jnp.sum((x - 2.0) ** 4 + (x - 2.0) ** 2), jnp.zeros(1)).round(6).tolist()
+      [2.0]
+    """
+    check_positive("num_steps", num_steps, integer=True)
+    if not dense:
+        return newton_cg(max_steps=num_steps)
+
+    def minimize(objective: Objective, params: PyTree) -> PyTree:
+        domain = operators.Domain.of(params)
+        basis, lengths = jnp.eye(domain.size, dtype=domain.dtype), jnp.exp2(-jnp.arange(12, dtype=domain.dtype))
+
+        def flat(point: Array) -> Array:
+            return objective(domain.unravel(point))
+
+        def slope_of(point: Array) -> tuple[Array, Array]:
+            value, slope = jax.value_and_grad(flat)(point)
+            return slope, value
+
+        def step(_: Any, point: Array) -> Array:
+            slope, product, value = jax.linearize(slope_of, point, has_aux=True)
+            hessian = jax.vmap(product)(basis)
+            hessian = (hessian + hessian.T) / 2
+            diagonal = jnp.diagonal(hessian)
+            around = jnp.sum(jnp.abs(hessian), axis=1) - jnp.abs(diagonal)
+            size = jnp.max(jnp.abs(diagonal) + around)
+            # Twice the bound on the lowest eigenvalue, so that no step along it is longer than its curvature allows.
+            lift = jnp.maximum(-2 * jnp.min(diagonal - around), float(jnp.finfo(domain.dtype).eps) ** 0.5 * size)
+            both = jnp.stack([hessian, hessian + lift * basis])
+            plain, lifted = jax.vmap(_lapack.cholesky)(both)
+            factor = jnp.where(jnp.all(jnp.isfinite(plain)), plain, lifted)
+            direction = -_lapack.cho_solve(factor, slope)
+            direction = jnp.where(jnp.all(jnp.isfinite(direction)), direction, -slope)
+            # Near the minimum differences of values drown in rounding, which must not stop the last steps.
+            rounding = 10 * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
+            tried = point[None] + lengths[:, None] * direction[None]
+            most = value + (1e-4 * lengths * jnp.vdot(slope, direction)).astype(value.dtype) + rounding
+            enough = jax.vmap(flat)(tried) <= most
+            return jnp.where(jnp.any(enough), tried[jnp.argmax(enough)], point)
+
+        last = jax.lax.fori_loop(0, num_steps, step, domain.ravel(params))
+        slope, value = slope_of(last)
+        # Where the objective is NaN there is no minimum, and the start must not pass for one.
+        found = jnp.isfinite(value) & jnp.all(jnp.isfinite(slope))
+        return domain.unravel(jnp.where(found, last, jnp.nan))
 
     return minimize
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import metainfluence as mi
+from metainfluence.adaptation import usual_linear_solver
 from oracles.parts import anchored, lenient
 from oracles.problems import NAMES, spec
 from oracles.reference import flat, ravel, relative_error, row, share, solved
@@ -56,6 +57,10 @@ COMBINATIONS = {
     "gradient descent and dense": lambda: (
         mi.adaptation.optax_minimizer(optax.sgd(0.1), 2000, tol=1e-12),
         mi.solvers.dense(),
+    ),
+    "dense newton and an accelerator's solver": lambda: (
+        mi.adaptation.newton(),
+        usual_linear_solver(jnp.zeros(3), "gpu"),
     ),
 }
 
@@ -236,3 +241,53 @@ def test_unrolled_adam_follows_optax():
         params = optax.apply_updates(params, updates)
     got = jax.jit(adapt.adapt)(s.meta_params, task.support, coefficients)
     assert relative_error(ravel(got), ravel(params)) <= 1e-12
+
+
+def test_dense_newton_reaches_the_minimum_of_a_head_to_rounding(rng):
+    """As near as newton_cg's goal at least, for tasks side by side, one of them with weights of 0."""
+    x, y = jnp.asarray(rng.normal(size=(3, 8, 4))), jnp.asarray(rng.integers(0, 3, size=(3, 8)))
+    weights = jnp.ones((3, 8)).at[1, :5].set(0.0) / 8
+
+    def gradient_norms(minimizer):
+        def objective(params, data):
+            logits = data[0] @ params["kernel"] + params["bias"][None]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, data[1])
+            return jnp.sum(data[2] * losses) + 0.05 * sum(jnp.sum(leaf**2) for leaf in params.values())
+
+        def single(data):
+            start = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
+            params = minimizer(lambda params: objective(params, data), start)
+            return optax.tree.norm(jax.grad(objective)(params, data))
+
+        return jax.jit(jax.vmap(single)), ((x, y, weights),)
+
+    dense, data = gradient_norms(mi.adaptation.newton(num_steps=8))
+    iterative, _ = gradient_norms(mi.adaptation.newton_cg())
+    assert np.max(dense(*data)) <= min(np.max(iterative(*data)), 1e-12)
+    # What an accelerator would wait for: one loop of eight turns, against loops inside of another.
+    loops = [
+        each.trace(*data).lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.while")
+        for each in (dense, iterative)
+    ]
+    assert loops[0] == 1 < loops[1]
+
+
+def test_dense_newton_where_the_objective_is_not_convex():
+    minimize = jax.jit(lambda start: mi.adaptation.newton(num_steps=20)(lambda x: jnp.sum((x**2 - 1) ** 2), start))
+    # At the first the curvature is negative.
+    np.testing.assert_allclose(minimize(jnp.asarray([0.1, -3.0])), [1.0, -1.0], atol=1e-9)
+    assert np.all(np.isnan(minimize(jnp.asarray([jnp.nan, 1.0]))))
+    with pytest.raises(ValueError, match="num_steps: expected"):
+        mi.adaptation.newton(num_steps=0)
+
+
+def test_an_accelerators_linear_solver_takes_flat_directions():
+    """Where there is no Cholesky factor conjugate gradients solve, from nothing."""
+    solver = usual_linear_solver(jnp.zeros(3), "gpu")
+    for diagonal in ([1.0, 2.0, 0.0], [1.0, 2.0, 5.0]):
+        scale = jax.tree_util.Partial(jnp.multiply, jnp.asarray(diagonal))
+        operator = mi.operators.from_matvec(scale, jnp.zeros(3))
+        solution = solver.solve(operator, solver.init(operator), jnp.asarray([1.0, 1.0, 0.0]))[0]
+        np.testing.assert_allclose(solution, [1.0, 0.5, 0.0], atol=1e-12)
+    names = [repr(usual_linear_solver(jnp.zeros(size), backend)) for size, backend in ((3, "cpu"), (513, "gpu"))]
+    assert all(name.startswith("cg(") for name in names)

@@ -57,6 +57,15 @@ def test_solves_one_matrix_after_the_other_under_vmap(systems):
     assert set(called(linear_solve)) == {"3x3"}
 
 
+def test_accelerators_take_a_batch_together(systems):
+    """No loop, and one call for five matrices."""
+    traced = of(linear_solve, DERIVATIVES["value"]).trace(*systems)
+    cpu, gpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda"))
+    assert "stablehlo.while" in cpu
+    assert len(re.findall(r"custom_call @cu\w*getrf\w*\(.*tensor<5x3x3xf64>", gpu)) == 1
+    assert "lapack" not in gpu
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"matrix: expected a square matrix, got shape \(2, 3\)"):
         linear_solve(jnp.ones((2, 3)), jnp.ones(2))

@@ -52,8 +52,9 @@ def fitting_chunks(
     """Chunks for a function that is given all tasks.
 
     On a CPU a chunk is what stays in its cache, or all tasks where they are small; on an accelerator, or a mesh, all
-    tasks that fit. What the products need of all chunks is kept where it fits, and made anew in every product where it
-    does not. Neither what else runs on the machine nor any measurement plays a part.
+    tasks that fit. What the products need of all chunks is kept where it fits: all of it, or else what is dear to
+    compute. Where that does not fit either it is made anew in every product. Neither what else runs on the machine nor
+    any measurement plays a part.
 
     Args:
       problem: the problem.
@@ -68,18 +69,22 @@ def fitting_chunks(
     room = usable_bytes() * (1 if mesh is None else mesh.size)
     if batch_size is None and count <= LEAST_CHUNK and count * _data_bytes(tasks, meta_params) <= room / 1e4:
         return Chunks(None)
-    each = linearised_bytes(problem, curvature, meta_params, tasks)
-    keep = count * each <= room
+    each = kept = linearised_bytes(problem, curvature, meta_params, tasks)
+    lean = count * each > room
+    if lean:
+        kept = linearised_bytes(problem, curvature, meta_params, tasks, lean=True)
+    keep = count * kept <= room
     chunk = batch_size
     if chunk is None:
         most = room / 4
         if mesh is None and jax.default_backend() == "cpu":
             most = AT_ONCE_BYTES if count * each <= AT_ONCE_BYTES else CACHE_BYTES
-        chunk = evenly(count, max(int(most / each), LEAST_CHUNK if keep else 1))
+        # What is made anew in a product is there all at once, for a chunk.
+        chunk = evenly(count, max(int(most / each), 1 if lean else LEAST_CHUNK))
     # A vector's tangents take no more than the linearisation that they go through, a chunk at a time.
-    at_once = max(int((room - (count * each if keep else 0)) / (chunk * each + 1)), 1)
+    at_once = max(int((room - (count * kept if keep else 0)) / (chunk * each + 1)), 1)
     at_once = max(at_once, min(vectors, FEW_VECTORS)) if keep else at_once
-    return Chunks(None if chunk >= count else chunk, None if at_once >= vectors else at_once, keep)
+    return Chunks(None if chunk >= count else chunk, None if at_once >= vectors else at_once, keep, lean)
 
 
 def vectors_at_once(linearisation: float, mesh: Mesh | None) -> int:
@@ -122,12 +127,22 @@ def usable_bytes() -> float:
     return HOST_BYTES
 
 
-def linearised_bytes(problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task) -> float:
-    """Bytes of one task's linearisation, from the shapes of what it is made of; nothing is computed or compiled."""
+def linearised_bytes(
+    problem: Bilevel, curvature: Curvature, meta_params: PyTree, tasks: Task, *, lean: bool = False
+) -> float:
+    """Bytes of one task's linearisation, from the shapes of what it is made of; nothing is computed or compiled.
+
+    Args:
+      problem: the problem.
+      curvature: of the products.
+      meta_params: λ.
+      tasks: stacked tasks.
+      lean: of what is dear to compute alone.
+    """
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), tasks)
     weights = jax.eval_shape(lambda: resolve_weights(None, one))
     at = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), meta_params)
-    pull = jax.eval_shape(lambda at, *data: batch_pull(problem, curvature, at, *data), at, one, weights)
+    pull = jax.eval_shape(lambda at, *data: batch_pull(problem, curvature, at, *data, lean=lean), at, one, weights)
     return max(tree_bytes(pull), 1.0)
 
 

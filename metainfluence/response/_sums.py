@@ -27,6 +27,7 @@ from metainfluence.differentiation import REVERSE
 from metainfluence.operators import Domain, FlatProduct, Losses, Operator, from_matvec
 from metainfluence.problem import Bilevel, check_derivatives, knows_inner, meta_regularization, weighted_losses
 from metainfluence.response._blame import Spoilt
+from metainfluence.response._lean import dear
 
 
 @jax.tree_util.register_dataclass
@@ -161,13 +162,19 @@ def batch_gradient(
     return slope, Seen(jax.lax.stop_gradient(value), norms)
 
 
-def batch_pull(problem: Bilevel, curvature: Curvature, at: PyTree, tasks: Task, weights: Weights) -> Pull:
-    """The pullback of a batch's gradient map, with all that does not depend on the vector done."""
+def batch_pull(
+    problem: Bilevel, curvature: Curvature, at: PyTree, tasks: Task, weights: Weights, *, lean: bool = False
+) -> Pull:
+    """The pullback of a batch's gradient map, with all that does not depend on the vector done.
+
+    Or, where it is to be `lean`, all of that which is dear.
+    """
 
     def gradient(meta_params: PyTree, weights: Weights) -> tuple[PyTree, Seen]:
         return batch_gradient(problem, curvature, at, meta_params, tasks, weights)
 
-    _, linear, _ = _linearised(problem, gradient, at, weights)
+    stored = jax.checkpoint(gradient, policy=dear) if lean else gradient
+    _, linear, _ = _linearised(problem, stored, at, weights)
     return _pull(problem, linear, at, weights)
 
 
@@ -209,7 +216,8 @@ def gradient_map(problem: Bilevel, chunks: Chunks, mesh: Mesh | None = None) -> 
             slope, seen = batch_gradient(problem, curvature, at, meta_params, *data)
             return (slope, seen.objective), seen.inner_gradient_norm
 
-        (slope, value), norms = reduce_tasks(chunk, (tasks, weights), chunks.tasks, mesh, keep=chunks.keep)
+        stored = jax.checkpoint(chunk, policy=dear) if chunks.lean else chunk
+        (slope, value), norms = reduce_tasks(stored, (tasks, weights), chunks.tasks, mesh, keep=chunks.keep)
         count = weights.task.shape[0]
         slope = mean(slope, count, regularizer_gradient(problem, meta_params))
         rest = jax.lax.stop_gradient(meta_regularization(problem, meta_params))

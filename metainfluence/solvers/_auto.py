@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -119,7 +120,7 @@ def auto(
             return *run(operator.damped(damping), state, rhs, guesses)[:2], damping
         undamped = jnp.zeros_like(operator.shift)
         if chosen == "dense":
-            solutions, info = jax.vmap(lambda b: flat(exact, operator, state.parts, b))(rhs)
+            solutions, info = each(lambda b: flat(exact, operator, state.parts, b), rhs)
             turned = absolute & (info.min_curvature <= 0)
             info = info._replace(choice=choice(Choice.DENSE, Choice.DENSE_ABSOLUTE, turned))
             return solutions, info, undamped
@@ -162,11 +163,11 @@ def auto(
         return solutions, info, growth.damping
 
     def by_minres(operator: Operator, rhs: Array, before: Any) -> tuple[Array, SolveInfo]:
-        return jax.vmap(lambda b: flat(minres(tol=tol), operator, None, b, before, Choice.MINRES))(rhs)
+        return each(lambda b: flat(minres(tol=tol), operator, None, b, before, Choice.MINRES), rhs)
 
     def large(operator: Operator, state: _State, rhs: Array, guesses: Array | None) -> tuple[Array, SolveInfo]:
         explored = 0 if state.known is None else len(state.known.basis)
-        solutions, info = jax.vmap(lambda b: flat(cg(tol=tol), operator, None, b, explored, Choice.CG))(rhs)
+        solutions, info = each(lambda b: flat(cg(tol=tol), operator, None, b, explored, Choice.CG), rhs)
         spent = jnp.max(info.num_matvecs)
 
         def otherwise() -> tuple[Array, SolveInfo]:
@@ -179,6 +180,13 @@ def auto(
         return jax.lax.cond(indefinite, otherwise, lambda: (solutions, info))
 
     return of_block(init, run, lambda state: state.matvecs, explore, False)
+
+
+def each(solve: Callable[[Array], tuple[Array, SolveInfo]], rhs: Array) -> tuple[Array, SolveInfo]:
+    """Solves for right-hand sides side by side; for a single one as such, with the product that others make, too."""
+    if len(rhs) == 1:
+        return jax.tree.map(lambda leaf: leaf[None], solve(rhs[0]))
+    return jax.vmap(solve)(rhs)
 
 
 def choice(plain: Choice, absolute: Choice, turned: Array) -> Array:

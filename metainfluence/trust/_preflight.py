@@ -167,10 +167,12 @@ def preflight(
             measured = _measure(options.problem, options.curvature, meta_params, _first(tasks, wanted))
         fitting = int((room - vectors) / (_MARGIN * measured.bytes_per_task))
         if fitting < (1 if batch_size is None else wanted):
+            least = vectors + _MARGIN * measured.bytes_per_task * (batch_size or 1)
+            remedy = _halving(meta_params, 1 if batch_size is None else wanted)
             raise MemoryError(
-                f"memory: expected at least {_bytes(vectors + _MARGIN * measured.bytes_per_task * (batch_size or 1))} "
-                f"({_bytes(measured.bytes_per_task)} per task by XLA's analysis, {_MARGIN:g} times for the largest "
-                f"program, and {_bytes(vectors)} for vectors like meta_params), got {_bytes(room)}"
+                f"memory: expected at least {_bytes(least)} ({_bytes(measured.bytes_per_task)} per task by XLA's "
+                f"analysis, {_MARGIN:g} times for the largest program, and {_bytes(vectors)} for vectors like "
+                f"meta_params), got {_bytes(room)}: {_bytes(least - room)} are missing; {remedy}"
             )
         most = wanted
         if batch_size is None:
@@ -206,6 +208,18 @@ def free_memory() -> float:
     if statistics and "bytes_limit" in statistics:
         return float(statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
     return _memory.available()
+
+
+def _halving(meta_params: PyTree, batch_size: int) -> str:
+    """What takes half of the memory, or nearly."""
+    if batch_size > 1:
+        return f"batch_size={batch_size // 2} takes half"
+    if any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(_shapes(meta_params))):
+        return "float32 in place of float64 takes half: jax.config.update('jax_enable_x64', False)"
+    return (
+        "half the query examples take half, and jax.checkpoint around each layer of the network, or remat=True of "
+        "adaptation.unrolled, may take less"
+    )
 
 
 class _Measured(NamedTuple):

@@ -7,7 +7,7 @@ from jax.flatten_util import ravel_pytree
 
 import metainfluence as mi
 from metainfluence.lab.bench import _convolution as bench_convolution
-from metainfluence.lab.learn._convolution import ShiftedConv, shifted_convolution
+from metainfluence.lab.learn._convolution import ShiftedConv, fastest, shifted_convolution, windowed_convolution
 from metainfluence.lab.learn.models import MLP, Conv4, pooled
 from oracles.reference import relative_error
 
@@ -23,19 +23,37 @@ def test_it_is_the_convolution_of_flax(height, width, stride, rng):
     shifted, flax = ShiftedConv(4, stride=stride, impl="shifted"), nn.Conv(4, (3, 3), strides=stride)
     params = jax.tree.map(lambda leaf: normal(rng, *leaf.shape), shifted.init(jax.random.key(0), inputs))
     np.testing.assert_allclose(shifted.apply(params, inputs), flax.apply(params, inputs), rtol=1e-12, atol=1e-13)
-    other = ShiftedConv(4, stride=stride, impl="lax").apply(params, inputs)
-    np.testing.assert_allclose(shifted.apply(params, inputs), other, rtol=1e-12, atol=1e-13)
+    for impl in ("windows", "lax"):
+        other = ShiftedConv(4, stride=stride, impl=impl).apply(params, inputs)
+        np.testing.assert_allclose(shifted.apply(params, inputs), other, rtol=1e-12, atol=1e-13)
 
 
 def test_a_kernel_per_task_under_vmap(rng):
     inputs, kernels = normal(rng, 3, 2, 4, 4, 2), normal(rng, 3, 3, 3, 2, 2)
-    together = jax.vmap(shifted_convolution)(inputs, kernels)
+    together, same = (jax.vmap(each)(inputs, kernels) for each in (shifted_convolution, windowed_convolution))
+    np.testing.assert_allclose(same, together, rtol=1e-12, atol=1e-13)
     for one, x, kernel in zip(together, inputs, kernels, strict=True):
         expected = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         np.testing.assert_allclose(one, expected, rtol=1e-12, atol=1e-13)
 
 
-def test_auto_takes_the_shifted_one_on_cpus(rng):
+@pytest.mark.parametrize(
+    ("backend", "dtype", "precision", "expected"),
+    [
+        ("cpu", "float32", None, "windows"),
+        ("gpu", "float32", "highest", "windows"),
+        ("gpu", "float64", None, "windows"),
+        ("gpu", "float32", None, "lax"),
+        ("gpu", "float32", "tensorfloat32", "lax"),
+        ("tpu", "float32", "highest", "lax"),
+    ],
+)
+def test_what_auto_stands_for(backend, dtype, precision, expected):
+    with jax.default_matmul_precision(precision):
+        assert fastest(backend, np.dtype(dtype)) == expected
+
+
+def test_auto_takes_matrix_products_on_cpus(rng):
     inputs = normal(rng, 1, 4, 4, 1)
     params = ShiftedConv(2).init(jax.random.key(0), inputs)
     programs = {impl: str(jax.make_jaxpr(ShiftedConv(2, impl=impl).apply)(params, inputs)) for impl in ("auto", "lax")}
@@ -47,7 +65,7 @@ def test_ekfac_sees_it(rng):
     """It solves as with Flax's kind of convolution, and no parameter is left uncovered, which would raise."""
     images, rhs = normal(rng, 4, 4, 4), None
     solutions = []
-    for impl in ("shifted", "lax"):
+    for impl in ("windows", "shifted", "lax"):
         model = Conv4(2, depth=1, impl=impl, activation=jnp.tanh)
         params = model.init(jax.random.key(0), images)
 
@@ -59,8 +77,9 @@ def test_ekfac_sees_it(rng):
         rhs = jax.tree.map(lambda leaf: normal(rng, *leaf.shape), params) if rhs is None else rhs
         solver = mi.solvers.ekfac()
         solutions.append(solver.solve(operator, solver.init(operator), rhs)[0])
-    shifted, flax, plain = (ravel_pytree(tree)[0] for tree in (*solutions, rhs))
+    windows, shifted, flax, plain = (ravel_pytree(tree)[0] for tree in (*solutions, rhs))
     assert relative_error(shifted, flax) < 1e-10
+    assert relative_error(windows, flax) < 1e-10
     assert relative_error(shifted, plain / 0.1) > 0.1
 
 
@@ -100,7 +119,7 @@ def test_images_may_have_channels(rng):
     [
         (Conv4(2, pooling="sum"), (1, 16, 16), "pooling: expected one of max, average, stride, got 'sum'"),
         (Conv4(2, normalization="batch"), (1, 16, 16), "normalization: expected one of .*, got 'batch'"),
-        (Conv4(2, impl="fast"), (1, 16, 16), "impl: expected one of shifted, lax, auto, got 'fast'"),
+        (Conv4(2, impl="fast"), (1, 16, 16), "impl: expected one of windows, shifted, lax, auto, got 'fast'"),
         (Conv4(2), (1, 8, 8), r"images: expected at least 16 pixels each way, got \(1, 8, 8\)"),
         (Conv4(2), (8, 8), r"images: expected shape \[n, H, W\] or \[n, H, W, C\], got \(8, 8\)"),
         (Conv4(12, normalization="group"), (1, 16, 16), "width: expected a multiple of 8 .*, got 12"),
@@ -113,10 +132,10 @@ def test_what_cannot_be_built(model, shape, message):
 
 
 @pytest.mark.slow
-def test_shifted_products_are_eight_times_faster_on_cpus():
+def test_products_with_windows_are_eight_times_faster_on_cpus():
     if jax.default_backend() != "cpu":
         pytest.skip("says nothing of other backends")
     with jax.enable_x64(False):
         measured = bench_convolution.convolution_ratio()
-    assert measured.ratio == measured.lax_seconds / measured.shifted_seconds
+    assert measured.ratio == measured.lax_seconds / measured.windows_seconds
     assert measured.ratio >= 8

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import metainfluence as mi
 from metainfluence._chunks import Chunks
-from metainfluence.response import _choice
+from metainfluence.differentiation import FORWARD, REVERSE
+from metainfluence.response import Options, _choice, _lean
 from scoring import setting
 
 COUNT = 40
@@ -64,7 +66,7 @@ def test_a_chunk_stays_in_the_cache(tasks, meta_params, each, monkeypatch):
 
 @pytest.mark.usefixtures("always_in_chunks")
 def test_what_does_not_fit_is_made_anew(tasks, meta_params, each, monkeypatch):
-    monkeypatch.setattr(_choice, "usable_bytes", lambda: 30 * each)
+    monkeypatch.setattr(_choice, "usable_bytes", lambda: 2 * each)
     assert not chosen(meta_params, tasks).keep
     assert chosen(meta_params, tasks, COUNT).vectors < COUNT
     assert chosen(meta_params, tasks, batch_size=7).tasks == 7
@@ -111,3 +113,50 @@ def test_what_an_accelerator_has_is_its_whole_memory(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert _choice.usable_bytes() == 0.6e10
+
+
+def test_what_is_dear_is_kept_where_not_all_fits(monkeypatch):
+    """The same scores, to rounding, from a linearisation that keeps products of matrices and makes the rest anew."""
+    rng = np.random.default_rng(3)
+    layers = {"w": jnp.asarray(rng.normal(size=(3, 5))), "v": jnp.asarray(rng.normal(size=(5, 5)))}
+    data = jnp.asarray(rng.normal(size=(9, 6, 3)))
+
+    def losses(params, meta_params, batch):
+        features = jnp.tanh(jnp.tanh(batch @ meta_params["w"]) @ meta_params["v"])
+        return jnp.square(jnp.sin(features) @ params - batch[:, 0])
+
+    fit = mi.adaptation.implicit(losses, lambda m, s: jnp.zeros(5), regularizer=lambda p, m: 0.1 * jnp.sum(p**2))
+    problem = mi.bilevel(losses, fit)
+    tasks = mi.Task(data, 0.5 * data)
+    whole, lean = (_choice.linearised_bytes(problem, EXACT, layers, tasks, lean=lean) for lean in (False, True))
+    assert lean < 0.6 * whole
+    found = []
+    for room, hvp in ((1e9, FORWARD), (9 * (whole + lean) / 2, FORWARD), (9 * (whole + lean) / 2, REVERSE)):
+        monkeypatch.setattr(_choice, "usable_bytes", lambda room=room: room)
+        chunks = _choice.fitting_chunks(problem, EXACT, layers, tasks, 1, None, batch_size=4)
+        assert chunks[2:] == (True, bool(found))
+        options = Options.of(problem, batch_size=4, hvp=hvp)
+
+        @jax.jit
+        def products(layers, options=options, chunks=chunks):
+            at = options.expanded(layers, tasks, mi.unit_weights(tasks), chunks)
+            return at.operator.matvec(layers), at.mixed_transposed(layers)
+
+        found.append(ravel_pytree(products(layers))[0])
+    for each in found[1:]:
+        np.testing.assert_allclose(each, found[0], rtol=1e-9, atol=1e-12 * float(jnp.max(jnp.abs(found[0]))))
+
+
+def test_minimisers_and_wide_products_are_not_made_anew_or_kept():
+    def dear(fn, *args):
+        return [
+            _lean.dear(e.primitive, *[a.aval for a in e.invars], **e.params) for e in jax.make_jaxpr(fn)(*args).eqns
+        ]
+
+    matrix, vector = jnp.ones((4, 4)), jnp.ones((4, 1))
+    assert dear(lambda m: m @ m, matrix) == [True]
+    assert dear(lambda v, w: v @ w, vector, vector.T) == [False]
+    assert dear(jnp.tanh, matrix) == dear(jax.nn.relu, matrix) == [False]
+    assert dear(jnp.linalg.cholesky, matrix)[-1]
+    assert dear(lambda m: jax.lax.while_loop(lambda m: m[0, 0] < 9, lambda m: m @ m, m), matrix) == [True]
+    assert dear(lambda m: jax.jit(lambda m: m @ m)(m), matrix) == [True]

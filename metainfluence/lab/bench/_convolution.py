@@ -1,7 +1,8 @@
-"""How much faster the shifted convolution makes a MAML gradient than XLA's own convolution does."""
+"""What a 3 × 3 convolution costs by each implementation, alone and in a MAML gradient."""
 
 import statistics
-from typing import NamedTuple
+import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import metainfluence as mi
 from metainfluence.lab.data.fewshot import Batch
 from metainfluence.lab.learn import learners
+from metainfluence.lab.learn._convolution import IMPLEMENTATIONS, ShiftedConv
 from metainfluence.lab.learn.models import Conv4
 from metainfluence.lab.learn.timing import Compiled
 
@@ -16,11 +18,30 @@ SIZE = 28
 
 
 class ConvolutionRatio(NamedTuple):
-    """Median seconds of one gradient with each implementation, and lax over shifted."""
+    """Median seconds of one gradient with each implementation, and lax over windows."""
 
+    windows_seconds: float
     shifted_seconds: float
     lax_seconds: float
     ratio: float
+
+
+class LayerCost(NamedTuple):
+    """The gradient of one layer in image and kernel, with a kernel for every task.
+
+    Attributes:
+      impl: as in `ShiftedConv`.
+      flops: by XLA's count.
+      bytes_accessed: by XLA's count.
+      compile_seconds: to compile.
+      seconds: least of all runs.
+    """
+
+    impl: str
+    flops: float
+    bytes_accessed: float
+    compile_seconds: float
+    seconds: float
 
 
 def convolution_ratio(
@@ -28,7 +49,7 @@ def convolution_ratio(
 ) -> ConvolutionRatio:
     """Times the gradient of one-step MAML on a `Conv4`, under `vmap` over tasks, on random 28 × 28 images.
 
-    The two take turns, so that other load on the machine slows both. Only the convolution differs.
+    They take turns, so that other load on the machine slows all. Only the convolution differs.
 
     Args:
       width: channels.
@@ -45,7 +66,7 @@ def convolution_ratio(
 
     tasks = mi.Task(side(keys[0], 1), side(keys[1], queries))
     programs = {}
-    for impl in ("shifted", "lax"):
+    for impl in ("windows", "shifted", "lax"):
         learner = learners.maml(Conv4(width, impl=impl), ways)
         programs[impl] = Compiled(jax.grad(mi.total_objective(learner.problem)))
         meta_params = learner.init(jax.random.key(1), tasks.support.images[0])
@@ -55,5 +76,59 @@ def convolution_ratio(
         for impl, program in programs.items():
             program(meta_params, tasks)
             seconds[impl].append(program.run_seconds)
-    shifted, lax = (statistics.median(seconds[impl]) for impl in ("shifted", "lax"))
-    return ConvolutionRatio(shifted, lax, lax / shifted)
+    windows, shifted, lax = (statistics.median(seconds[impl]) for impl in ("windows", "shifted", "lax"))
+    return ConvolutionRatio(windows, shifted, lax, lax / windows)
+
+
+def layer_costs(
+    *, width: int = 32, size: int = SIZE, num_tasks: int = 4, images: int = 10, repeats: int = 5
+) -> list[LayerCost]:
+    """Costs of one layer's gradient by each implementation; they take turns.
+
+    Args:
+      width: channels, in and out.
+      size: of the images.
+      num_tasks: tasks, each with a kernel of its own.
+      images: per task.
+      repeats: timed runs of each.
+    """
+    keys = jax.random.split(jax.random.key(0), 2)
+    inputs = jax.random.normal(keys[0], (num_tasks, images, size, size, width))
+    programs: dict[str, tuple[Any, Any, float]] = {}
+    for impl in IMPLEMENTATIONS[:-1]:
+        layer = ShiftedConv(width, impl=impl)
+        params = jax.vmap(layer.init, in_axes=(0, 0))(jax.random.split(keys[1], num_tasks), inputs)
+
+        def loss(params: Any, inputs: jax.Array, layer: ShiftedConv = layer) -> jax.Array:
+            outputs: Any = jax.vmap(layer.apply)(params, inputs)
+            return jnp.sum(jnp.tanh(outputs))
+
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, inputs)
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        programs[impl] = compiled, params, time.perf_counter() - start
+    best = dict.fromkeys(programs, float("inf"))
+    for _ in range(repeats):
+        for impl, (compiled, params, _) in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(params, inputs))
+            best[impl] = min(best[impl], time.perf_counter() - start)
+    rows = []
+    for impl, (compiled, _, seconds) in programs.items():
+        found: Any = compiled.cost_analysis()
+        rows.append(LayerCost(impl, found["flops"], found["bytes accessed"], seconds, best[impl]))
+    return rows
+
+
+def markdown(rows: list[LayerCost]) -> str:
+    """The table."""
+    head = [
+        "| convolution | GFLOP | GB read and written | compile seconds | seconds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    body = [
+        f"| {row.impl} | {row.flops / 1e9:.2f} | {row.bytes_accessed / 1e9:.2f} | {row.compile_seconds:.1f} | "
+        f"{row.seconds:.3f} |"
+        for row in rows
+    ]
+    return "\n".join([*head, *body, ""])

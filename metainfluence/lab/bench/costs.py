@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 import metainfluence as mi
 from metainfluence.curvature import exact
-from metainfluence.lab.bench import import_time, programs
-from metainfluence.lab.bench._convolution import ConvolutionRatio, convolution_ratio
+from metainfluence.lab.bench import _convolution, import_time, networks, programs
+from metainfluence.lab.bench._convolution import ConvolutionRatio, convolution_ratio, layer_costs
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.data import fewshot, omniglot
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Ways
@@ -67,16 +67,25 @@ def run(config: BenchConfig) -> None:
     meta_params = model.init(jax.random.key(0), tasks.query.images[0])
     problem = logistic_head_problem(model, config.ways, head_l2=config.head_l2)
     rows = measure(config, problem, meta_params, tasks)
-    convolution = convolution_ratio()
+    convolution, layers = convolution_ratio(), layer_costs()
     imports = import_time.measure()
-    sizes = programs.measure(compiled=True)
+    sizes, large, heads = programs.measure(compiled=True), networks.measure(), networks.heads()
     record = {
         "costs": rows,
         "convolution": convolution._asdict(),
+        "layers": [row._asdict() for row in layers],
         "import": imports,
         "programs": [row._asdict() for row in sizes],
+        "networks": [row._asdict() for row in large],
+        "heads": [row._asdict() for row in heads],
     }
-    text = f"{markdown(config, rows, convolution, imports)}\n{programs.markdown(sizes)}"
+    tables = (
+        _convolution.markdown(layers),
+        programs.markdown(sizes),
+        networks.markdown(large),
+        networks.markdown_of_heads(heads),
+    )
+    text = "\n".join([markdown(config, rows, convolution, imports), *tables])
     publish("bench", config, text, **record)
 
 
@@ -185,8 +194,9 @@ def markdown(
         f"task-IF in step against one by one: {rows[-2]['seconds'] / rows[-1]['seconds']:.2f} ×",
         "",
         (
-            f"MAML gradient of a Conv4 of width 32 on 8 tasks, lax.conv against shifted products: "
-            f"{convolution.ratio:.1f} × ({convolution.lax_seconds:.3f} s against {convolution.shifted_seconds:.3f} s)"
+            f"MAML gradient of a Conv4 of width 32 on 8 tasks, lax.conv against one product with the windows: "
+            f"{convolution.ratio:.1f} × ({convolution.lax_seconds:.3f} s against {convolution.windows_seconds:.3f} s; "
+            f"nine shifted products: {convolution.shifted_seconds:.3f} s)"
         ),
         "",
         (

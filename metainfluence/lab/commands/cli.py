@@ -93,6 +93,7 @@ COMMANDS = {
             "runs": ("metainfluence.lab.bench.runs", "RunsBenchConfig"),
             "accuracy": ("metainfluence.lab.bench.accuracy", "OmniglotAccuracyConfig"),
             "bank": ("metainfluence.lab.bench.bank", "BankBenchConfig"),
+            "accelerator": ("metainfluence.lab.bench.accelerator", "AcceleratorBenchConfig"),
         },
     ),
     "report": Command(

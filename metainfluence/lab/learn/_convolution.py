@@ -1,7 +1,7 @@
-"""A 3 × 3 convolution as nine shifted matrix products, which stays fast under `vmap` over kernels.
+"""A 3 × 3 convolution as matrix products, which stays fast under `vmap` over kernels.
 
 Adapted networks have one kernel per task. Under `vmap` a convolution with such kernels becomes a grouped one, which XLA
-runs badly on CPUs; matrix products become batched ones, which it runs well.
+runs badly; matrix products become batched ones, which it runs well.
 """
 
 import dataclasses
@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import metainfluence as mi
 
 WINDOW = 3
-IMPLEMENTATIONS = ("shifted", "lax", "auto")
+IMPLEMENTATIONS = ("windows", "shifted", "lax", "auto")
+FULL = ("highest", "float32", "F32_F32_F32")
 
 
 def shifted_convolution(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """Convolves with zero padding as "SAME": out[y, x] = Σ_ij inputs[s·y + i - low, s·x + j - low] kernel[i, j].
+
+    By nine products, one for each place of the window.
 
     Args:
       inputs: [..., H, W, in].
@@ -28,6 +31,19 @@ def shifted_convolution(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -
     Returns:
       [..., ⌈H/s⌉, ⌈W/s⌉, out], equal to `jax.lax.conv_general_dilated` up to rounding.
     """
+    matrices = kernel.reshape(-1, *kernel.shape[2:])
+    first, *rest = (jnp.matmul(each, matrices[k]) for k, each in enumerate(_shifts(inputs, stride)))
+    return sum(rest, first)
+
+
+def windowed_convolution(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """The same by one product with the windows, nine numbers for each of the image's."""
+    windows = jnp.concatenate(_shifts(inputs, stride), axis=-1)
+    return jnp.matmul(windows, kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _shifts(inputs: jax.Array, stride: int) -> list[jax.Array]:
+    """The padded images as each of the nine places of the window sees them."""
     sizes = [-(-length // stride) for length in inputs.shape[-3:-1]]
     missing = [
         max((size - 1) * stride + WINDOW - length, 0) for size, length in zip(sizes, inputs.shape[-3:-1], strict=True)
@@ -35,13 +51,18 @@ def shifted_convolution(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -
     around = [(total // 2, total - total // 2) for total in missing]
     padded = jnp.pad(inputs, [(0, 0)] * (inputs.ndim - 3) + [*around, (0, 0)])
     rows, columns = (stride * (size - 1) + 1 for size in sizes)
-    shifts = [
-        (padded[..., i : i + rows : stride, j : j + columns : stride, :], kernel[i, j])
-        for i in range(WINDOW)
-        for j in range(WINDOW)
+    return [
+        padded[..., i : i + rows : stride, j : j + columns : stride, :] for i in range(WINDOW) for j in range(WINDOW)
     ]
-    first, *rest = (jnp.matmul(window, matrix) for window, matrix in shifts)
-    return sum(rest, first)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Windowed(mi.ekfac.Conv):
+    """The layer as EK-FAC knows it."""
+
+    def linear(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        assert isinstance(self.strides, int)
+        return windowed_convolution(inputs, kernel, self.strides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +80,9 @@ class ShiftedConv(nn.Module):
     Attributes:
       features: output channels.
       stride: steps of the window along both axes.
-      impl: "shifted" for nine matrix products, "lax" for XLA's convolution, "auto" for the faster one under `vmap` over
-        kernels on the backend at hand.
+      impl: "windows" for one matrix product with the windows, "shifted" for nine, "lax" for XLA's convolution; "auto"
+        for the faster under `vmap` over kernels: windows, but on accelerators XLA's where matrix products are at less
+        than full precision.
     """
 
     features: int
@@ -79,6 +101,12 @@ class ShiftedConv(nn.Module):
             "kernel": self.param("kernel", nn.initializers.lecun_normal(), shape, dtype),
             "bias": self.param("bias", nn.initializers.zeros_init(), (self.features,), dtype),
         }
-        shifted = self.impl == "shifted" or (self.impl == "auto" and jax.default_backend() == "cpu")
-        layer = (_Shifted if shifted else mi.ekfac.Conv)("kernel", "bias", strides=self.stride)
-        return layer(params, inputs)
+        impl = fastest(jax.default_backend(), inputs.dtype) if self.impl == "auto" else self.impl
+        kind = {"windows": _Windowed, "shifted": _Shifted, "lax": mi.ekfac.Conv}[impl]
+        return kind("kernel", "bias", strides=self.stride)(params, inputs)
+
+
+def fastest(backend: str, dtype: jax.typing.DTypeLike) -> str:
+    """Which implementation "auto" stands for, at the precision of matrix products that is set: as it was measured."""
+    full = dtype == jnp.float64 or jax.config.jax_default_matmul_precision in FULL
+    return "windows" if backend == "cpu" or (backend in ("gpu", "cuda", "rocm") and full) else "lax"

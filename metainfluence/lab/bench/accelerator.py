@@ -1,0 +1,161 @@
+"""One script for a GPU: what everything takes there, in five minutes, each part in a process with a limit of its own.
+
+A part that is cut short keeps what it has: rows are written as they come.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from metainfluence.lab.bench._output import publish
+from metainfluence.lab.experiments.named import ConfigError
+from metainfluence.lab.experiments.ranges import Count, Positive, Ways
+
+# part -> its share of the time, by what was expected of one H100.
+SHARES = {
+    "precision": 0.13,
+    "convolution": 0.13,
+    "maml": 0.16,
+    "head": 0.16,
+    "cold 64": 0.14,
+    "cold 512": 0.18,
+    "trajectory": 0.1,
+}
+
+# Peak float32 operations, and bytes of memory, a second, by the makers' data sheets; outside of matrix units.
+PEAKS = {
+    "H100": (67e12, 3.35e12),
+    "H200": (67e12, 4.8e12),
+    "A100": (19.5e12, 2.0e12),
+    "L4": (30e12, 0.3e12),
+    "T4": (8.1e12, 0.32e12),
+}
+
+COLUMNS = ("part", "what", "tasks", "compile_seconds", "seconds", "per_second", "tflops", "share", "bandwidth", "error")
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceleratorBenchConfig:
+    """Conv4 on random images: MAML 1-shot, an implicit head 5-shot; on the device that JAX finds."""
+
+    size: Count = 84
+    """Of the images, each way, with three channels."""
+    width: Count = 64
+    """Channels of every layer."""
+    depth: Count = 4
+    """Layers."""
+    ways: Ways = 5
+    """Classes per task."""
+    queries: Count = 15
+    """Query examples per class."""
+    inner_steps: Count = 5
+    """Of MAML."""
+    num_tasks: tuple[Count, ...] = (8, 64)
+    """Tasks of the scores."""
+    at_once: Count = 8
+    """Tasks of a meta-gradient."""
+    cold: tuple[Count, Count] = (64, 512)
+    """Tasks whose scores are made from a cold process."""
+    train_steps: Count = 200
+    """Of the trajectory."""
+    repeats: Count = 3
+    """Timed runs of each; the shortest counts."""
+    parts: tuple[str, ...] = tuple(SHARES)
+    """What is measured, in this order."""
+    seconds: Positive = 300.0
+    """For all parts together. One that takes its share is stopped, and the next begins; what a part leaves is not given
+    to others."""
+    out: Path = Path("bench-output")
+    """Folder for accelerator.md and accelerator.json."""
+
+
+def run(config: AcceleratorBenchConfig) -> None:
+    """Measure part after part, and write the table after every row.
+
+    Raises:
+        ConfigError: an unknown part.
+    """
+    unknown = [part for part in config.parts if part not in SHARES]
+    if unknown:
+        raise ConfigError(f"parts: expected some of {', '.join(SHARES)}, got {unknown[0]!r}")
+    record: dict[str, Any] = {"device": {}, "rows": [], "parts": {}}
+    config.out.mkdir(parents=True, exist_ok=True)
+    for part in config.parts:
+        _part(config, part, record)
+    publish("accelerator", config, markdown(record), **record)
+
+
+def _part(config: AcceleratorBenchConfig, part: str, record: dict[str, Any]) -> None:
+    """Runs a part in a process of its own until it ends or its time is up, and reads what it writes meanwhile."""
+    lines = config.out / f"accelerator-{part.replace(' ', '-')}.jsonl"
+    log = lines.with_suffix(".log")
+    lines.write_text("", encoding="utf-8")
+    values = json.dumps(dataclasses.asdict(config) | {"out": str(config.out)})
+    command = [sys.executable, "-m", "metainfluence.lab.bench._accelerator_parts", part, values, str(lines)]
+    limit = config.seconds * SHARES[part]
+    # A program from JAX's cache would hide how long it takes to compile.
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}
+    Console().print(f"{part}: at most {limit:.0f} s")
+    start, before = time.monotonic(), list(record["rows"])
+    with (
+        log.open("w", encoding="utf-8") as said,
+        subprocess.Popen(command, env=environment, stdout=said, stderr=said) as process,
+    ):
+        try:
+            while process.poll() is None and time.monotonic() - start < limit:
+                time.sleep(0.2)
+                _take(config, record, before, lines)
+        finally:
+            ended = process.poll()
+            process.kill()
+    _take(config, record, before, lines)
+    took = time.monotonic() - start
+    end = "stopped at its limit" if ended is None else "done" if ended == 0 else f"failed, see {log.name}"
+    record["parts"][part] = {"end": end, "seconds": took, "limit": limit}
+    _write(config, record)
+    Console().print(f"{part}: {end} after {took:.0f} s")
+
+
+def _take(config: AcceleratorBenchConfig, record: dict[str, Any], before: list[Any], lines: Path) -> None:
+    """Adds a part's new rows to the record, and writes it where there are any."""
+    # The last line may be half written.
+    whole = lines.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+    found = [json.loads(line) for line in whole]
+    rows = before + [row for row in found if "device" not in row]
+    device = next((row["device"] for row in found if "device" in row), record["device"])
+    if rows != record["rows"] or device != record["device"]:
+        record["rows"], record["device"] = rows, device
+        _write(config, record)
+
+
+def _write(config: AcceleratorBenchConfig, record: dict[str, Any]) -> None:
+    values = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, **record}
+    for name, text in (("accelerator.json", json.dumps(values, indent=2)), ("accelerator.md", markdown(record))):
+        # A run that is killed leaves the table before.
+        fresh = config.out / f"{name}.tmp"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(config.out / name)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table so far."""
+    device = ", ".join(f"{name} {value}" for name, value in record["device"].items())
+    lines = [device or "no device yet", "", f"| {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    lines += [f"| {' | '.join(_cell(row.get(name)) for name in COLUMNS)} |" for row in record["rows"]]
+    lines += ["", "| part | end | seconds | limit |", "|---|---|---:|---:|"]
+    lines += [
+        f"| {part} | {row['end']} | {row['seconds']:.0f} | {row['limit']:.0f} |"
+        for part, row in record["parts"].items()
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
