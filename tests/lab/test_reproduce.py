@@ -20,8 +20,8 @@ experiment = "removal"
 
 [common]
 title = "Tiny"
-methods = ["influence", "plain loss", "random"]
-retrained = ["influence"]
+methods = ["optimum", "plain loss", "random"]
+retrained = ["optimum"]
 edited = []
 draws = 20
 curve = [0.5]
@@ -73,13 +73,19 @@ def finished(tmp_path_factory):
 
 def test_an_experiment_leaves_rows_a_picture_a_table_and_a_record(finished):
     folder = finished[1] / "tiny" / "small"
-    assert sorted(path.name for path in folder.iterdir()) == ["picture.png", "ran.json", "results.parquet", "table.md"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cache",
+        "picture.png",
+        "ran.json",
+        "results.parquet",
+        "table.md",
+    ]
     rows = pq.read_table(folder / "results.parquet").to_pylist()
-    assert {row["method"] for row in rows} >= {"influence", "plain loss", "random", removal.TRUTH, removal.NOTHING}
+    assert {row["method"] for row in rows} >= {"optimum", "plain loss", "random", removal.TRUTH, removal.NOTHING}
     scored = {row["method"]: row for row in rows if row["how"] == "scored"}
     assert all(0 <= row["auc"] <= 1 for row in scored.values())
-    assert scored["influence"]["damaged"] == 3
-    assert scored["random"]["ahead"] == pytest.approx(scored["influence"]["auc"] - scored["random"]["auc"])
+    assert scored["optimum"]["damaged"] == 3
+    assert scored["random"]["ahead"] == pytest.approx(scored["optimum"]["auc"] - scored["random"]["auc"])
     assert [row["share"] for row in rows if row["how"] == "curve"] == [0.5]
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "ran.json").read_text())["config"]["setting"]["training"]["num_steps"] == 10
@@ -153,11 +159,11 @@ def row(**values):
 def test_verdicts_hold_the_measurement_against_the_bar():
     rows = [
         row(method=removal.NOTHING, how="trained", accuracy=0.5, seconds=4.0),
-        row(method="influence", how="scored", auc=0.96, seconds=2.0),
+        row(method="optimum", how="scored", auc=0.96, seconds=2.0),
         row(method="plain loss", how="scored", auc=0.9, ahead=0.06, ahead_low=-0.01),
         row(method="random", how="scored", auc=0.5, ahead=0.46, ahead_low=0.4),
-        row(method="influence", how="retrained", accuracy=0.6),
-        row(method="influence", how="edited", accuracy=0.59),
+        row(method="optimum", how="retrained", accuracy=0.6),
+        row(method="optimum", how="edited", accuracy=0.59),
     ]
     found, lead = verdicts.detection("x", rows)
     assert found.met
@@ -176,7 +182,7 @@ def test_the_best_damping_is_that_of_highest_lds():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"retrained: expected some of .*got 'magic'"):
-        methods.check_names("retrained", ["influence", "magic"])
+        methods.check_names("retrained", ["optimum", "magic"])
     config = dataclasses.replace(setting.SettingConfig(), learner=setting.LearnerConfig(kind="magic"))
     tasks = setting.sinusoid_tasks(dataclasses.replace(config, data=setting.DataConfig(dataset="sinusoid")))
     with pytest.raises(ValueError, match=r"kind: expected one of implicit_head, .*got 'magic'"):

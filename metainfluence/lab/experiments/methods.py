@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import metainfluence as mi
-from metainfluence.lab.experiments.setting import Setting, checkpoint_rates
+from metainfluence.lab.experiments.setting import Setting
+from metainfluence.lab.experiments.trainings import checkpoint_rates
 from metainfluence.lab.learn.timing import Compiled
 
-INFLUENCE, OWN = "influence", "influence on F"
+INFLUENCE, SEGMENTS, TRAJECTORY, OWN = "optimum", "segments", "trajectory", "influence on F"
+ESTIMATORS = (INFLUENCE, SEGMENTS, TRAJECTORY)
 Score = Callable[..., mi.Scores]
 
 
@@ -72,7 +75,7 @@ METHODS: dict[str, Callable[..., Score]] = {
 }
 TRACIN = "TracIn"
 SOLVING = (INFLUENCE, "linearized", "gamma", "Gauss-Newton", "direct-IF")
-NAMES = (*METHODS, TRACIN)
+NAMES = (*METHODS, TRACIN, SEGMENTS, TRAJECTORY)
 
 
 def check_names(field: str, names: Sequence[str]) -> None:
@@ -89,12 +92,22 @@ def chosen_damping(setting: Setting) -> mi.damping.Damping:
 
 
 def score(setting: Setting, name: str, damping: Any) -> Scored:
-    """Scores of all tasks and examples for the held-out loss, by one method."""
-    target, tasks = mi.query_loss(setting.problem), setting.tasks
+    """Scores of all tasks and examples for the held-out loss, by one method.
+
+    Those of `trajectory` take the training again, and then the way back through it.
+    """
+    target, tasks, training = mi.query_loss(setting.problem), setting.tasks, setting.config.training
     at = setting.trained
     if name == TRACIN:
         at = setting.full.checkpoints
-        method = mi.baselines.tracin(setting.problem, target, checkpoint_rates(setting.config.training))
+        method = mi.baselines.tracin(setting.problem, target, checkpoint_rates(training))
+    elif name == SEGMENTS:
+        at = checkpoints_of(training, setting.full.states)
+        respond = mi.segments(setting.problem)
+        method = _answering(respond, target)
+    elif name == TRAJECTORY:
+        at = setting.initial
+        method = _answering(mi.trajectory(setting.run), target)
     else:
         method = METHODS[name](setting.problem, target, damping)
 
@@ -106,11 +119,21 @@ def score(setting: Setting, name: str, damping: Any) -> Scored:
 
     program = Compiled(run)
     try:
-        program(at, tasks.training, tasks.held_out)
+        parts = jax.tree.map(np.asarray, program(at, tasks.training, tasks.held_out))
     except ValueError as error:
         return Scored(name, None, float("nan"), str(error))
-    parts = jax.tree.map(np.asarray, program(at, tasks.training, tasks.held_out))
     return Scored(name, mi.Scores(*parts), program.run_seconds)
+
+
+def _answering(respond: Callable[..., Any], target: Any) -> Score:
+    return lambda at, tasks, *target_args: mi.scores(respond(at, tasks), target)(*target_args)
+
+
+def gradient_ratio(setting: Setting) -> float:
+    """‖D_λF‖ at the trained λ over that at the start, as `metainfluence.choose` takes it."""
+    slope = jax.grad(mi.total_objective(setting.problem))
+    norm = jax.jit(lambda m, tasks: optax.tree.norm(slope(m, tasks)))
+    return float(norm(setting.trained, setting.tasks.training) / norm(setting.initial, setting.tasks.training))
 
 
 def level_scores(scores: mi.Scores, level: str) -> np.ndarray:

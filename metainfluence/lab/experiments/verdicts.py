@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from metainfluence.lab.experiments import methods as by
-from metainfluence.lab.experiments.removal import NOTHING
+from metainfluence.lab.experiments.agreement import EXACT
+from metainfluence.lab.experiments.removal_tables import NOTHING
 from metainfluence.lab.experiments.results import ROWS, interval, markdown
 
 DETECTION = {"digits": "detection_digits", "Omniglot": "table_omniglot", "mini-ImageNet": "table_mini_imagenet"}
@@ -92,14 +93,14 @@ def agreement(out: Path, size: str) -> Iterator[Verdict]:
     ahead = {}
     for problem, name in AGREEMENT.items():
         rows = [row for row in picked(rows_of(out, name, size), default=True) if row["lds"] == row["lds"]]
-        exact = picked(rows, method=by.INFLUENCE)
+        exact = picked(rows, method=EXACT)
         if not exact:
             continue
         for kind, names in (("baseline", None), ("surrogate of the total Hessian", SURROGATES)):
             others = {
                 row["method"]: row
                 for row in rows
-                if not row["method"].startswith(by.INFLUENCE) and (row["method"] in SURROGATES) == (names is not None)
+                if not row["method"].startswith(EXACT) and (row["method"] in SURROGATES) == (names is not None)
             }
             best = max(others.values(), key=lambda row: row["lds"])
             met = bool(exact[0]["lds"] >= best["lds"])
