@@ -10,7 +10,7 @@ import optax
 
 import metainfluence as mi
 from metainfluence.lab.experiments.setting import Setting
-from metainfluence.lab.experiments.trainings import checkpoint_rates
+from metainfluence.lab.experiments.trainings import checkpoint_rates, checkpoints_of
 from metainfluence.lab.learn.timing import Compiled
 
 INFLUENCE, SEGMENTS, TRAJECTORY, OWN = "optimum", "segments", "trajectory", "influence on F"
@@ -97,29 +97,30 @@ def score(setting: Setting, name: str, damping: Any) -> Scored:
     Those of `trajectory` take the training again, and then the way back through it.
     """
     target, tasks, training = mi.query_loss(setting.problem), setting.tasks, setting.config.training
-    at = setting.trained
-    if name == TRACIN:
-        at = setting.full.checkpoints
-        method = mi.baselines.tracin(setting.problem, target, checkpoint_rates(training))
-    elif name == SEGMENTS:
-        at = checkpoints_of(training, setting.full.states)
-        respond = mi.segments(setting.problem)
-        method = _answering(respond, target)
-    elif name == TRAJECTORY:
-        at = setting.initial
-        method = _answering(mi.trajectory(setting.run), target)
-    else:
-        method = METHODS[name](setting.problem, target, damping)
+    at = {
+        TRACIN: lambda: setting.full.checkpoints,
+        SEGMENTS: lambda: checkpoints_of(training, setting.full.states),
+        TRAJECTORY: lambda: setting.initial,
+    }.get(name, lambda: setting.trained)()
 
-    # A method that solves nothing is not charged for the residual in its report, which nobody asks for: XLA leaves out
-    # what is not returned.
-    def run(at: Any, training: mi.Task, held_out: mi.Task) -> tuple[Any, ...]:
-        scores = method(at, training, held_out)
+    def method(damping: Any) -> Score:
+        if name == TRACIN:
+            return mi.baselines.tracin(setting.problem, target, checkpoint_rates(training))
+        if name == SEGMENTS:
+            return _answering(mi.segments(setting.problem), target)
+        if name == TRAJECTORY:
+            return _answering(mi.trajectory(setting.run), target)
+        return METHODS[name](setting.problem, target, damping)
+
+    # The damping is an argument, so that all seeds share a program. A method that solves nothing is not charged for the
+    # residual in its report, which nobody asks for: XLA leaves out what is not returned.
+    def run(at: Any, training: mi.Task, held_out: mi.Task, damping: jax.Array) -> tuple[Any, ...]:
+        scores = method(damping)(at, training, held_out)
         return tuple(scores) if name in SOLVING else (*scores[:3], None)
 
     program = Compiled(run)
     try:
-        parts = jax.tree.map(np.asarray, program(at, tasks.training, tasks.held_out))
+        parts = jax.tree.map(np.asarray, program(at, tasks.training, tasks.held_out, jnp.asarray(damping)))
     except ValueError as error:
         return Scored(name, None, float("nan"), str(error))
     return Scored(name, mi.Scores(*parts), program.run_seconds)

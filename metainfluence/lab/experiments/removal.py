@@ -5,6 +5,7 @@ and what it calls most harmful is removed, by retraining and by editing without 
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def at_level(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Outcom
     names = of_level.methods or config.methods
     first = picked.estimator if picked.estimator in names else by.INFLUENCE
     for name in sorted(names, key=lambda name: name != first):
-        found = kept(f"scored {name}", lambda name=name: _scored(setting, name, damping))
+        found = kept(f"scored {name}", functools.partial(_scored, setting, name, damping))
         if "reason" in found:
             rows.append({**common, "method": name, "how": "scored", "reason": str(found["reason"])})
             continue
@@ -190,17 +191,17 @@ def at_level(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Outcom
         rows.append({**common, "method": name, "how": "scored", **detection(config, found, values, damaged, reference)})
         worst = by.most_harmful(values, of_level.removed)
         if name in config.retrained:
-            removal(name, "retrained", lambda worst=worst: retrained(worst))
+            removal(name, "retrained", functools.partial(retrained, worst))
         if name in config.edited:
             for how, edit in editors(config, setting, damping).items():
-                removal(name, how, lambda edit=edit, worst=worst: _edited(setting, level, edit, worst))
+                removal(name, how, functools.partial(_edited, setting, level, edit, worst))
     curve: dict[str, list[float]] = {}
     for name in config.curve_methods if config.curve else ():
         if name not in scored:
             continue
         for share in config.curve:
             worst = by.most_harmful(scored[name], share)
-            curve.setdefault(name, []).append(removal(name, "curve", lambda worst=worst: retrained(worst), share=share))
+            curve.setdefault(name, []).append(removal(name, "curve", functools.partial(retrained, worst), share=share))
     return Outcome(rows, scored, damaged, curve)
 
 

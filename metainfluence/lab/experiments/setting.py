@@ -18,7 +18,12 @@ from metainfluence.lab.learn.learners import Learner
 from metainfluence.lab.learn.timing import Compiled
 
 SINUSOID = "sinusoid"
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+ORDER = 0
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tanh": jnp.tanh,
+    "swish": jax.nn.swish,
+    "relu": jax.nn.relu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,10 @@ class DataConfig:
     """Clean tasks whose mean loss the scores are about."""
     num_test: Count = 200
     """Clean tasks on which accuracy is measured; no score sees them."""
+    rotations: bool = False
+    """Whether training classes turned by 90°, 180° and 270° are further classes, as is usual with Omniglot."""
+    distortions: Size = 0
+    """Distorted copies of every training image, as further examples of its class; made once, for grey images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +87,7 @@ class LearnerConfig:
     normalization: str | None = None
     """Of conv4: layer, group, instance or none."""
     activation: str = "tanh"
-    """Of either model: tanh, or relu, with which the total Hessian does not exist everywhere."""
+    """Of either model: tanh or swish; or relu, with which the total Hessian does not exist everywhere."""
     head_l2: Positive = 0.03
     """Penalty of implicit_head's head."""
     proximal: Positive = 1.0
@@ -177,7 +186,8 @@ def make(config: SettingConfig, kept: Kept | None = None) -> Setting:
     learner = make_learner(config.learner, tasks.training, config.data)
     inputs = tasks.training.support[0][0]
     initial = learner.init(jax.random.key(config.seed), inputs)
-    fit = fitting(config.training, learner.problem, config.seed)
+    # One order for all seeds, whose tasks differ, so that they share a program.
+    fit = fitting(config.training, learner.problem, ORDER)
     train = timed(fit, tasks.training)
     weights = mi.unit_weights(tasks.training)
     like = jax.eval_shape(fit, weights, initial, tasks.training)
@@ -188,7 +198,7 @@ def make(config: SettingConfig, kept: Kept | None = None) -> Setting:
 
     states, seconds = (kept or Kept(None)).tree("trained", trained, like)
     full = Run(end_of(states), states, seconds)
-    run = run_of(config.training, learner.problem, config.seed)
+    run = run_of(config.training, learner.problem, ORDER)
     return Setting(config, tasks, learner, initial, full, lambda *args: end_of(fit(*args)), train, run)
 
 
@@ -285,19 +295,25 @@ def image_lists(data: DataConfig, harm: HarmConfig, seed: int) -> Lists:
 
 def loaded(data: DataConfig) -> datasets.Dataset:
     """The dataset, with what training adds to its classes and examples."""
-    return datasets.load(data.dataset, size=data.size)
+    found = datasets.load(data.dataset, size=data.size)
+    found = datasets.with_rotations(found) if data.rotations else found
+    return datasets.with_distortions(found, copies=data.distortions, seed=0) if data.distortions else found
 
 
 def image_tasks(config: SettingConfig) -> Tasks:
     """The tasks of `image_lists`, with their images."""
     listed = image_lists(config.data, config.harm, config.seed)
-    sides = (listed.training, listed.held_out, listed.test)
+    training, held_out, test = (
+        fewshot.materialize(tasks, listed.dataset.images) for tasks in (listed.training, listed.held_out, listed.test)
+    )
     # Which tasks are damaged as a whole: single examples with flipped labels do not make a task one of them.
     task_harm = np.full(config.data.num_tasks, fewshot.CLEAN, object)
     for name, kind in (("flipped", fewshot.FLIPPED), ("shortcut", fewshot.SHORTCUT), ("noise", fewshot.NOISE)):
         task_harm[harmful(config.harm, config.data.num_tasks, config.seed)[name]] = kind
     return Tasks(
-        *(fewshot.materialize(tasks, listed.dataset.images) for tasks in sides),
+        training,
+        held_out,
+        test,
         task_harm.astype(str),
         listed.training.support_flipped,
         listed.training.query_flipped,
