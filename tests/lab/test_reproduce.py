@@ -97,6 +97,13 @@ def test_an_experiment_leaves_rows_a_picture_a_table_and_a_record(finished):
     assert json.loads((folder / "ran.json").read_text())["config"]["setting"]["training"]["num_steps"] == 10
 
 
+def test_more_damage_than_tasks_is_refused_and_leaves_nothing(tmp_path):
+    path, out = write(tmp_path, TINY), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"at most 1, got 1\.1 \(flipped 1, shortcut 0\.1, noise 0\); lower one"):
+        cli.main(["reproduce", "--config", str(path), "--out", str(out), "--task.flipped", "1.0"])
+    assert not out.exists() or not any(out.iterdir())
+
+
 def test_a_run_that_was_cut_goes_on_from_what_is_kept(finished, monkeypatch):
     """All parts are read from the cache: nothing is trained, scored or measured again, and the rows are the same."""
     folder = finished[1] / "tiny" / "small"

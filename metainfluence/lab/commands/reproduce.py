@@ -120,7 +120,12 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
     more = {"cache": results.claim(folder, config, code)} if keeps else {}
     say(f"{path.stem}, {size}: {config.title}")
     started = time.perf_counter()
-    found = run(config, **more)
+    try:
+        found = run(config, **more)
+    except ValueError:
+        if keeps:
+            results.release(folder)
+        raise
     seconds = time.perf_counter() - started
     command = shlex.join(["metainfluence", "reproduce", "--config", str(path), "--size", size, *overrides])
     results.write(found, config, folder, title=config.title, command=command, seconds=seconds, code=code)

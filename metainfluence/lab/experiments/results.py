@@ -100,6 +100,16 @@ def claim(folder: Path, config: Any, code: Mapping[str, str]) -> Path:
     return path.parent
 
 
+def release(folder: Path) -> None:
+    """Undoes `claim` where nothing has been kept, so that a run that was refused leaves no folder behind."""
+    cache = folder / CACHE
+    if [path.name for path in cache.iterdir()] == [OWNER]:
+        (cache / OWNER).unlink()
+        for empty in (cache, folder, folder.parent):
+            if not any(empty.iterdir()):
+                empty.rmdir()
+
+
 def _refuse_others(folder: Path, record: Mapping[str, Any], config: Any, code: Mapping[str, str]) -> None:
     if record["config"] != plain(config):
         listed = "; ".join(differences(record["config"], plain(config)))

@@ -249,7 +249,10 @@ def harmful(config: HarmConfig, num_tasks: int, seed: int) -> dict[str, np.ndarr
     counts = {name: round(getattr(config, name) * num_tasks) for name in ("flipped", "shortcut", "noise")}
     total = sum(counts.values())
     if total > num_tasks:
-        raise ValueError(f"harm: expected shares of tasks that sum to at most 1, got {total / num_tasks:g}")
+        shares = ", ".join(f"{name} {getattr(config, name):g}" for name in counts)
+        raise ValueError(
+            f"harm: expected shares of tasks that sum to at most 1, got {total / num_tasks:g} ({shares}); lower one"
+        )
     chosen = np.random.default_rng(seed).choice(num_tasks, size=total, replace=False)
     ends = np.cumsum(list(counts.values()))
     return dict(zip(counts, np.split(chosen, ends[:-1]), strict=True))
