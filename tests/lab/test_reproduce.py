@@ -139,6 +139,7 @@ def test_the_code_of_an_experiment_is_what_its_results_depend_on():
     assert {"influence.py", "lab/learn/models.py", "lab/experiments/removal.py", "lab/experiments/kept.py"} <= names
     assert not names & {"lab/experiments/agreement.py", "lab/show/plots.py", "lab/commands/cli.py"}
     assert code.digest('"""A."""\nx = 1  # one\n') == code.digest("x = 1\n") != code.digest("x = 2\n")
+    assert code.changed(None, {"a": "1"}) == [code.UNKNOWN]
     assert code.changed({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}) == ["b", "c"]
 
 

@@ -20,7 +20,7 @@ import tyro
 
 from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, load_toml
 from metainfluence.lab.experiments import results, verdicts
-from metainfluence.lab.experiments.code import code_of
+from metainfluence.lab.experiments.code import UNKNOWN, code_of
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show.printing import say
 
@@ -180,7 +180,7 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
             continue
         modules = results.outdated(folder, code_of(read(path, size)[0]))
         if modules:
-            older.append(f"{path.stem} ({results.shortened(modules)})")
+            older.append(path.stem if modules == [UNKNOWN] else f"{path.stem} ({results.shortened(modules)})")
         text = (folder / results.TABLE).read_text(encoding="utf-8")
         sections.append(text.replace(f"({results.PICTURE})", f"({path.stem}/{size}/{results.PICTURE})"))
     lines = [
@@ -192,7 +192,8 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
         *verdicts.lines(out, size),
     ]
     if older:
-        lines += ["", f"**Older than the code that they speak of**, with what changed since: {'; '.join(older)}."]
+        known = "with what changed since where that is known"
+        lines += ["", f"**Older than the code that they speak of**, {known}: {'; '.join(older)}."]
         say(f"Older than the code: {'; '.join(older)}")
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]

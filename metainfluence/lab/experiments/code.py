@@ -12,6 +12,7 @@ ROOT = Path(metainfluence.__file__).parent
 # What shows, measures time or reads a command line changes no result.
 LEFT_OUT = ("lab/bench", "lab/show", "lab/commands", "docs")
 EXPERIMENTS = "lab/experiments"
+UNKNOWN = "of which no record was kept"
 
 
 class _Bare(ast.NodeTransformer):
@@ -61,7 +62,7 @@ def _imported(experiment: str) -> set[str]:
 
 
 def changed(before: Mapping[str, str] | None, now: Mapping[str, str]) -> list[str]:
-    """The modules that differ, by name; ["all of it"] where what was run is not known."""
+    """The modules that differ, by name; `[UNKNOWN]` where what was run was not recorded."""
     if before is None:
-        return ["all of it"]
+        return [UNKNOWN]
     return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))

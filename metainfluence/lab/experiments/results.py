@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from metainfluence._disk import write_atomically
-from metainfluence.lab.experiments.code import changed
+from metainfluence.lab.experiments.code import UNKNOWN, changed
 
 RECORD, ROWS, PICTURE, TABLE = "ran.json", "results.parquet", "picture.png", "table.md"
 CACHE, OWNER = "cache", "of.json"
@@ -116,9 +116,8 @@ def _refuse_others(folder: Path, record: Mapping[str, Any], config: Any, code: M
         raise OtherConfigError(f"{folder}: written by another configuration ({listed}); name another out, or remove it")
     modules = changed(record.get("code"), code)
     if modules:
-        raise OtherConfigError(
-            f"{folder}: written by other code ({shortened(modules)} changed since); name another out, or remove it"
-        )
+        what = UNKNOWN if modules == [UNKNOWN] else f"({shortened(modules)} changed since)"
+        raise OtherConfigError(f"{folder}: written by other code {what}; name another out, or remove it")
 
 
 def outdated(folder: Path, code: Mapping[str, str]) -> list[str]:
