@@ -122,7 +122,7 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
     started = time.perf_counter()
     try:
         found = run(config, **more)
-    except ValueError:
+    except (ValueError, OSError):
         if keeps:
             results.release(folder)
         raise
