@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from metainfluence.lab.commands import cli, reproduce
 from metainfluence.lab.commands.config_files import ConfigError
-from metainfluence.lab.experiments import agreement, methods, removal, results, setting, verdicts
+from metainfluence.lab.experiments import agreement, code, methods, removal, removal_tables, results, setting, verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,8 +22,8 @@ experiment = "removal"
 
 [common]
 title = "Tiny"
-methods = ["influence", "plain loss", "random"]
-retrained = ["influence"]
+methods = ["optimum", "segments", "trajectory", "plain loss", "random"]
+retrained = ["segments", "random"]
 edited = []
 draws = 20
 curve = [0.5]
@@ -42,6 +43,7 @@ widths = [4]
 
 [common.setting.training]
 num_steps = 10
+tasks_per_step = 5
 
 [common.task]
 run = true
@@ -74,16 +76,99 @@ def finished(tmp_path_factory):
 
 def test_an_experiment_leaves_rows_a_picture_a_table_and_a_record(finished):
     folder = finished[1] / "tiny" / "small"
-    assert sorted(path.name for path in folder.iterdir()) == ["picture.png", "ran.json", "results.parquet", "table.md"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cache",
+        "picture.png",
+        "ran.json",
+        "results.parquet",
+        "table.md",
+    ]
     rows = pq.read_table(folder / "results.parquet").to_pylist()
-    assert {row["method"] for row in rows} >= {"influence", "plain loss", "random", removal.TRUTH, removal.NOTHING}
+    assert {row["method"] for row in rows} >= {"optimum", "plain loss", "random", removal.TRUTH, removal.NOTHING}
     scored = {row["method"]: row for row in rows if row["how"] == "scored"}
     assert all(0 <= row["auc"] <= 1 for row in scored.values())
-    assert scored["influence"]["damaged"] == 3
-    assert scored["random"]["ahead"] == pytest.approx(scored["influence"]["auc"] - scored["random"]["auc"])
+    assert set(scored) == {"optimum", "segments", "trajectory", "plain loss", "random"}
+    assert scored["optimum"]["damaged"] == 3
+    # Three of ten tasks are a large removal, for which the rule names segments whatever they find.
+    assert scored["optimum"]["picked"] == "segments"
+    assert scored["random"]["ahead"] == pytest.approx(scored["segments"]["auc"] - scored["random"]["auc"])
+    assert scored["segments"]["ahead"] is None
     assert [row["share"] for row in rows if row["how"] == "curve"] == [0.5]
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "ran.json").read_text())["config"]["setting"]["training"]["num_steps"] == 10
+
+
+def test_more_damage_than_tasks_is_refused_and_leaves_nothing(tmp_path):
+    path, out = write(tmp_path, TINY), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"at most 1, got 1\.1 \(flipped 1, shortcut 0\.1, noise 0\); lower one"):
+        cli.main(["reproduce", "--config", str(path), "--out", str(out), "--task.flipped", "1.0"])
+    assert not out.exists() or not any(out.iterdir())
+
+
+def test_a_run_that_was_cut_goes_on_from_what_is_kept(finished, monkeypatch):
+    """All parts are read from the cache: nothing is trained, scored or measured again, and the rows are the same."""
+    folder = finished[1] / "tiny" / "small"
+    config = reproduce.configured(finished[0], "small", [])[1]
+
+    def never(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(methods, "score", never)
+    monkeypatch.setattr(methods, "chosen_damping", never)
+    again = removal.run(config, folder / "cache")
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    assert results.aligned(again.rows) == rows
+
+
+def test_results_of_other_code_are_refused_and_told(finished, monkeypatch, capsys):
+    path, out = finished
+    now = {**reproduce.code_of("removal"), "influence.py": "another"}
+    monkeypatch.setattr(reproduce, "code_of", lambda name: now)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["reproduce", "--config", str(path), "--out", str(out)])
+    assert caught.value.code == 2
+    assert "written by other code (influence.py changed since); name another out" in capsys.readouterr().err
+    with pytest.raises(results.OtherConfigError, match=r"cache: written by other code \(influence\.py"):
+        results.claim(out / "tiny" / "small", reproduce.configured(path, "small", [])[1], now)
+    reproduce.report([path], "small", out)
+    assert "Older than the code" in capsys.readouterr().out
+    assert "tiny (influence.py)" in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_of_an_experiment_is_what_its_results_depend_on():
+    names = set(code.code_of("removal"))
+    assert {"influence.py", "lab/learn/models.py", "lab/experiments/removal.py", "lab/experiments/kept.py"} <= names
+    assert not names & {"lab/experiments/agreement.py", "lab/show/plots.py", "lab/commands/cli.py"}
+    assert code.digest('"""A."""\nx = 1  # one\n') == code.digest("x = 1\n") != code.digest("x = 2\n")
+    assert code.changed(None, {"a": "1"}) == [code.UNKNOWN]
+    assert code.changed({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}) == ["b", "c"]
+
+
+def test_a_learner_that_may_only_guess_is_told_before_any_score(tmp_path):
+    shared = {"level": "task", "seed": 0, "how": "trained", "method": removal.NOTHING, "half_width": 0.02}
+    learnt, guessing = ({**shared, "accuracy": value, "chance": 0.2} for value in (0.25, 0.21))
+    assert removal_tables.warnings_of([learnt, {**guessing, "chance": None}]) == []
+    (warning,) = removal_tables.warnings_of([guessing])
+    assert "accuracy 0.210 ± 0.020, chance 0.200" in warning
+    found = results.Result([guessing], {"Scores": (("a",), [[1]])}, Figure(), ["A note"], [warning])
+    results.write(found, setting.SettingConfig(), tmp_path, title="T", command="c", seconds=1.0, code={})
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert text.index("has learnt nothing") < text.index("### Scores") < text.index("A note")
+
+
+def test_differences_of_accuracy_are_taken_task_by_task():
+    rng = np.random.default_rng(0)
+    each = {(name, seed): rng.random(20) for name in ("a", "random") for seed in (0, 1)}
+    rows = [
+        {"method": name, "seed": seed, "how": "retrained", "each": list(values)}
+        for (name, seed), values in each.items()
+    ]
+    value, half, above, seeds = removal_tables.paired(rows, rows[:2], lambda row: "random")
+    gaps = [each["a", seed] - each["random", seed] for seed in (0, 1)]
+    assert value == pytest.approx(np.mean(gaps))
+    assert half == pytest.approx(1.96 * np.sqrt(sum(np.var(gap, ddof=1) / 20 for gap in gaps)) / 2)
+    assert (above, seeds) == (sum(gap.mean() > 0 for gap in gaps), 2)
+    assert removal_tables.paired(rows[:2], rows[:2], lambda row: "random") is None
 
 
 def test_the_report_has_every_section_and_where_it_was_run(finished):
@@ -144,11 +229,12 @@ def test_every_experiment_of_the_repository_can_be_read(size):
 
 def test_verdicts_name_experiments_that_there_are():
     stems = {path.stem for path in reproduce.experiment_files(ROOT / "configs")}
-    assert {*verdicts.DETECTION.values(), *verdicts.EDITING.values(), *verdicts.AGREEMENT.values(), "speed"} <= stems
+    named = (verdicts.DETECTION, verdicts.EDITING, verdicts.WORTH, verdicts.AGREEMENT)
+    assert {name for each in named for name in each.values()} | {"speed"} <= stems
 
 
 def row(**values):
-    return {"level": "task", "seed": 0, "of": 100, **values}
+    return {"level": "task", "seed": 0, "of": 100, "picked": "optimum", **values}
 
 
 def test_verdicts_whose_rows_are_not_here_are_those_of_the_report_before(tmp_path):
@@ -170,17 +256,27 @@ def test_verdicts_whose_rows_are_not_here_are_those_of_the_report_before(tmp_pat
 def test_verdicts_hold_the_measurement_against_the_bar():
     rows = [
         row(method=removal.NOTHING, how="trained", accuracy=0.5, seconds=4.0),
-        row(method="influence", how="scored", auc=0.96, seconds=2.0),
+        row(method="optimum", how="scored", auc=0.96, seconds=2.0),
+        row(method="segments", how="scored", auc=0.97, ahead=-0.01, ahead_low=-0.05),
         row(method="plain loss", how="scored", auc=0.9, ahead=0.06, ahead_low=-0.01),
         row(method="random", how="scored", auc=0.5, ahead=0.46, ahead_low=0.4),
-        row(method="influence", how="retrained", accuracy=0.6),
-        row(method="influence", how="edited", accuracy=0.59),
+        row(method="optimum", how="retrained", accuracy=0.6),
+        row(method="optimum", how="edited", accuracy=0.59),
     ]
     found, lead = verdicts.detection("x", rows)
     assert found.met
     assert found.measured == "0.960"
     assert not lead.met
     assert "plain loss" in lead.what
+    assert verdicts.FOUND_IN["mini-ImageNet"] == 0.9
+    trained = row(method=removal.NOTHING, how="trained", accuracy=0.21, half_width=0.02, chance=0.2)
+    assert [verdict.met for verdict in verdicts.learner("x", [trained])] == [False]
+    each = {"optimum": [0.6, 0.7, 0.6], "random": [0.5, 0.6, 0.5], "TRAK": [0.7, 0.7, 0.6]}
+    again = [row(method=name, how="retrained", each=values) for name, values in each.items()]
+    assert [(v.what.rpartition(" ")[2], v.met) for v in verdicts.removed("x", again)] == [
+        ("random", True),
+        ("TRAK", False),
+    ]
     kept, saved = verdicts.editing("x", rows)
     assert not kept.met  # 0.09 of 0.10 is less than 95 %
     assert saved.measured == "200 ×"
@@ -193,7 +289,7 @@ def test_the_best_damping_is_that_of_highest_lds():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"retrained: expected some of .*got 'magic'"):
-        methods.check_names("retrained", ["influence", "magic"])
+        methods.check_names("retrained", ["optimum", "magic"])
     config = dataclasses.replace(setting.SettingConfig(), learner=setting.LearnerConfig(kind="magic"))
     tasks = setting.sinusoid_tasks(dataclasses.replace(config, data=setting.DataConfig(dataset="sinusoid")))
     with pytest.raises(ValueError, match=r"kind: expected one of implicit_head, .*got 'magic'"):

@@ -11,6 +11,7 @@ import metainfluence as mi
 from lab.calls import TRAIN, called, done
 from metainfluence.lab.commands import _estimators as estimators
 from metainfluence.lab.commands import _runs as runs
+from metainfluence.lab.experiments.trainings import optimizer_of
 from metainfluence.lab.learn.train import training_steps
 
 SMOOTH = [
@@ -56,7 +57,7 @@ def slopes(folder, job):
     """dφ/dw of a task's, a support and a query example's weight, by training as `train` does at other weights."""
     config = runs.read(folder)
     steps = config.training
-    optimizer = runs.optimizer_of(steps)
+    optimizer = optimizer_of(steps)
     train = training_steps(job.problem, optimizer, steps.num_steps, tasks_per_step=steps.tasks_per_step)
     tasks = job.stacked()
     target = job.phi()

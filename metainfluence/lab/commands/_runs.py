@@ -4,10 +4,9 @@ import dataclasses
 import itertools
 import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import optax
 import tyro
 
 import metainfluence as mi
@@ -16,9 +15,11 @@ from metainfluence.lab.commands.config_files import as_arguments, check_ranges, 
 from metainfluence.lab.commands.job import Job, of_function
 from metainfluence.lab.data import datasets, fewshot
 from metainfluence.lab.data.sources import FewShotSource
-from metainfluence.lab.experiments import setting
+from metainfluence.lab.experiments import setting, trainings
 from metainfluence.lab.experiments.named import ConfigError
-from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Size, Ways
+from metainfluence.lab.experiments.ranges import Count, Size, Ways
+from metainfluence.lab.experiments.setting import Lists
+from metainfluence.lab.experiments.trainings import optimizer_of, schedule_of
 from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.learners import Learner
 from metainfluence.scoring import ids_of
@@ -40,19 +41,9 @@ class ImageConfig(setting.DataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class StepsConfig:
+class StepsConfig(trainings.StepsConfig):
     """Meta-training by Adam, its learning rate falling to 0 along a cosine."""
 
-    learning_rate: Positive = 0.05
-    """At its height, which without a warm-up is the first step."""
-    warmup: Size = 0
-    """Steps up to the height: with them the run answers the data more smoothly."""
-    eps_root: NotNegative = 0.0
-    """Under Adam's root, where optax has 0 by default; 1e-6 and more make the run smoother."""
-    num_steps: Count = 200
-    """Steps."""
-    tasks_per_step: Count | None = None
-    """Tasks in each step's batch; none for all."""
     save_every: Count = 25
     """Steps between two checkpoints, a multiple of 25."""
 
@@ -75,15 +66,6 @@ class TrainConfig:
     """Of the tasks, the damage and the initial parameters."""
     out: Path = Path("train-output")
     """Folder to write."""
-
-
-class Lists(NamedTuple):
-    """Tasks by their ids: those trained on, some damaged; the target's; and those of the test."""
-
-    dataset: datasets.Dataset
-    training: fewshot.FewShotTasks
-    held_out: fewshot.FewShotTasks
-    test: fewshot.FewShotTasks
 
 
 def read(folder: Path) -> TrainConfig:
@@ -115,56 +97,12 @@ def settled(config: TrainConfig) -> TrainConfig:
 
 def lists(config: TrainConfig) -> Lists:
     """Samples the tasks, and damages some of those that are trained on."""
-    data, harm, seed = config.data, config.harm, config.seed
-    dataset = datasets.load(data.dataset, size=data.size)
-    names = dataset.class_names
-    shape: dict[str, Any] = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
-    training = fewshot.sample(dataset, "train", num_tasks=data.num_tasks, seed=seed, **shape)
-    held_out_pool, test_pool = setting.clean_pools(dataset, data.ways)
-    held_out = fewshot.sample_tasks(
-        dataset.labels, num_tasks=data.num_held_out, seed=seed + 1, pool=held_out_pool, class_names=names, **shape
-    )
-    test = fewshot.sample_tasks(
-        dataset.labels, num_tasks=data.num_test, seed=seed + 2, pool=test_pool, class_names=names, **shape
-    )
-    chosen = setting.harmful(harm, data.num_tasks, seed)
-    training = fewshot.flip_labels(training, chosen["flipped"], share=harm.flip_share, seed=seed)
-    training = fewshot.add_shortcut(training, chosen["shortcut"])
-    training = fewshot.add_noise(training, chosen["noise"], seed=seed)
-    for side, share in (("query", harm.query_examples), ("support", harm.support_examples)):
-        if share:
-            training = fewshot.flip_examples(training, share=share, seed=seed, side=side)
-    return Lists(dataset, training, held_out, test)
-
-
-def schedule_of(steps: StepsConfig) -> optax.Schedule:
-    """The learning rate of each step."""
-    if steps.warmup:
-        return optax.warmup_cosine_decay_schedule(
-            steps.learning_rate / steps.warmup, steps.learning_rate, steps.warmup, steps.num_steps
-        )
-    return optax.cosine_decay_schedule(steps.learning_rate, steps.num_steps)
-
-
-def optimizer_of(steps: StepsConfig) -> optax.GradientTransformation:
-    """What is trained with.
-
-    Raises:
-      ConfigError: a warm-up of all steps.
-    """
-    if steps.warmup >= steps.num_steps:
-        raise ConfigError(
-            f"--training.warmup: expected fewer than --training.num-steps {steps.num_steps}, got {steps.warmup}"
-        )
-    return optax.adam(schedule_of(steps), eps_root=steps.eps_root)
+    return setting.image_lists(config.data, config.harm, config.seed)
 
 
 def run_of(config: TrainConfig, problem: mi.Bilevel) -> Any:
     """The training as what `metainfluence.trajectory` differentiates."""
-    steps = config.training
-    return mi.training(
-        problem, optimizer_of(steps), steps.num_steps, tasks_per_step=steps.tasks_per_step, seed=config.seed
-    )
+    return trainings.run_of(config.training, problem, config.seed)
 
 
 def kept_steps(num_steps: int) -> list[int]:

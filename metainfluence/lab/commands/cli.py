@@ -91,7 +91,7 @@ COMMANDS = {
             "peers": ("metainfluence.lab.bench.peers.suite", "PeersBenchConfig"),
             "growth": ("metainfluence.lab.bench.growth", "GrowthBenchConfig"),
             "runs": ("metainfluence.lab.bench.runs", "RunsBenchConfig"),
-            "accuracy": ("metainfluence.lab.bench.accuracy", "OmniglotAccuracyConfig"),
+            "accuracy": ("metainfluence.lab.bench.accuracy", "AccuracyConfig"),
             "bank": ("metainfluence.lab.bench.bank", "BankBenchConfig"),
             "accelerator": ("metainfluence.lab.bench.accelerator", "AcceleratorBenchConfig"),
         },

@@ -20,13 +20,14 @@ import tyro
 
 from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, load_toml
 from metainfluence.lab.experiments import results, verdicts
+from metainfluence.lab.experiments.code import UNKNOWN, code_of
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show.printing import say
 
 # experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.
 EXPERIMENTS = {
     name: (f"metainfluence.lab.experiments.{name}", f"{name.capitalize()}Config")
-    for name in ("removal", "agreement", "estimators", "depth", "conditioning", "speed")
+    for name in ("removal", "agreement", "estimators", "depth", "conditioning", "speed", "editing")
 }
 SIZES = ("small", "full")
 PARTS = ("experiment", "common", *SIZES)
@@ -106,22 +107,28 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
 
     Raises:
       ConfigError: as `configured`.
-      OtherConfigError: the folder holds results of another configuration.
+      OtherConfigError: the folder holds results of another configuration, or of other code.
     """
     run, config = configured(path, size, overrides)
-    folder = out / path.stem / size
-    if results.finished(folder, config):
+    folder, code = out / path.stem / size, code_of(run.__module__.rpartition(".")[2])
+    if results.finished(folder, config, code):
         say(f"{path.stem}, {size}: already in {folder}")
         return folder
     compile_quickly()
+    keeps = "cache" in inspect.signature(run).parameters
+    # What is finished in parts is kept as it comes, so that a run that was cut goes on where it was.
+    more = {"cache": results.claim(folder, config, code)} if keeps else {}
     say(f"{path.stem}, {size}: {config.title}")
     started = time.perf_counter()
-    # Retrainings are kept as they come, so that a run that was cut goes on where it was.
-    more = {"cache": folder / "cache"} if "cache" in inspect.signature(run).parameters else {}
-    found = run(config, **more)
+    try:
+        found = run(config, **more)
+    except (ValueError, OSError):
+        if keeps:
+            results.release(folder)
+        raise
     seconds = time.perf_counter() - started
     command = shlex.join(["metainfluence", "reproduce", "--config", str(path), "--size", size, *overrides])
-    results.write(found, config, folder, title=config.title, command=command, seconds=seconds)
+    results.write(found, config, folder, title=config.title, command=command, seconds=seconds, code=code)
     say(f"{path.stem}, {size}: {seconds:.0f} s, in {folder}")
     return folder
 
@@ -133,9 +140,10 @@ def show(path: Path, size: str, out: Path, overrides: Sequence[str]) -> None:
       ConfigError: as `configured`.
       OtherConfigError: as `run_one`.
     """
-    _, config = configured(path, size, overrides)
+    run, config = configured(path, size, overrides)
     folder = out / path.stem / size
-    say(f"# {path}, {size}: {'already' if results.finished(folder, config) else 'would be'} in {folder}")
+    there = results.finished(folder, config, code_of(run.__module__.rpartition(".")[2]))
+    say(f"# {path}, {size}: {'already' if there else 'would be'} in {folder}")
     say(as_toml(config))
 
 
@@ -164,12 +172,15 @@ def experiment_files(folder: Path) -> list[Path]:
 
 def report(paths: Sequence[Path], size: str, out: Path) -> None:
     """Writes one page of all results that are there, with what was promised of them first."""
-    sections, missing = [], []
+    sections, missing, older = [], [], []
     for path in paths:
         folder = out / path.stem / size
         if not (folder / results.TABLE).exists():
             missing.append(path.stem)
             continue
+        modules = results.outdated(folder, code_of(read(path, size)[0]))
+        if modules:
+            older.append(path.stem if modules == [UNKNOWN] else f"{path.stem} ({results.shortened(modules)})")
         text = (folder / results.TABLE).read_text(encoding="utf-8")
         sections.append(text.replace(f"({results.PICTURE})", f"({path.stem}/{size}/{results.PICTURE})"))
     lines = [
@@ -180,6 +191,10 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
         "",
         *verdicts.lines(out, size, (out / REPORT).read_text(encoding="utf-8") if (out / REPORT).exists() else ""),
     ]
+    if older:
+        known = "with what changed since where that is known"
+        lines += ["", f"**Older than the code that they speak of**, {known}: {'; '.join(older)}."]
+        say(f"Older than the code: {'; '.join(older)}")
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]
     out.mkdir(parents=True, exist_ok=True)

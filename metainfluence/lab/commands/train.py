@@ -17,6 +17,7 @@ from metainfluence.lab.commands.config_files import as_toml
 from metainfluence.lab.data import fewshot
 from metainfluence.lab.data.sources import FewShotSource
 from metainfluence.lab.experiments import results
+from metainfluence.lab.experiments.trainings import optimizer_of
 from metainfluence.lab.learn.train import TrainingError, meta_train, training_steps
 from metainfluence.lab.show.printing import progress_console, say
 
@@ -40,7 +41,7 @@ def run(config: TrainConfig) -> None:
     listed = runs.lists(config)
     learner, initial = runs.learner(config, listed)
     steps = config.training
-    optimizer = runs.optimizer_of(steps)
+    optimizer = optimizer_of(steps)
     kept = runs.kept_steps(steps.num_steps)
 
     def keep(done: int, state: tuple[Any, Any]) -> None:

@@ -30,7 +30,8 @@ from metainfluence.evaluation import (
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Share, Size
 from metainfluence.lab.experiments.results import Result, interval
-from metainfluence.lab.experiments.setting import Setting, SettingConfig, checkpoint_rates, make
+from metainfluence.lab.experiments.setting import Setting, SettingConfig, make
+from metainfluence.lab.experiments.trainings import checkpoint_rates
 from metainfluence.lab.show.plots import METHOD_COLORS, clean
 
 EXACT, ABSOLUTE = "influence", "influence, |H|"
@@ -139,7 +140,7 @@ def ground_truth(config: AgreementConfig, setting: Setting, targets: mi.Task, ca
     fit = setting.fit
 
     def train(weights: mi.Weights, start: Any, tasks: mi.Task) -> Any:
-        return fit(weights, start, tasks).meta_params
+        return fit(weights, start, tasks)
 
     def again(name: str, interventions: mi.Weights, start: Any) -> Any:
         folder = None if cache is None else cache / name

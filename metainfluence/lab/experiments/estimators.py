@@ -31,7 +31,6 @@ from metainfluence.lab.experiments.runs import (
     groups_of,
     row_of,
     starts_of,
-    states_program,
     training_of,
     truth_of,
 )
@@ -43,6 +42,7 @@ from metainfluence.lab.experiments.setting import (
     make_learner,
     sinusoid_tasks,
 )
+from metainfluence.lab.experiments.trainings import states_of
 from metainfluence.lab.learn.learners import Learner
 from metainfluence.lab.show.printing import say
 
@@ -170,7 +170,7 @@ def account_of(
     starts = starts_of(learner, tasks.training, config.seeds)
     targets = groups_of(tasks.held_out, config.num_targets)
     again = Retrained(learner, seeded, starts, tasks, config.together, cache)
-    states = states_program(seeded, config.num_checkpoints)
+    states = jax.jit(states_of(seeded, config.num_checkpoints))
     truth, ends = truth_of(
         again, tasks.training, targets, config.num_left_out, config.removed, config.num_subsets, config.setting.seed
     )

@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import metainfluence as mi
-from metainfluence.lab.experiments.setting import Setting, checkpoint_rates
+from metainfluence.lab.experiments.setting import Setting
+from metainfluence.lab.experiments.trainings import checkpoint_rates, checkpoints_of
 from metainfluence.lab.learn.timing import Compiled
 
-INFLUENCE, OWN = "influence", "influence on F"
+INFLUENCE, SEGMENTS, TRAJECTORY, OWN = "optimum", "segments", "trajectory", "influence on F"
+ESTIMATORS = (INFLUENCE, SEGMENTS, TRAJECTORY)
 Score = Callable[..., mi.Scores]
 
 
@@ -72,7 +75,7 @@ METHODS: dict[str, Callable[..., Score]] = {
 }
 TRACIN = "TracIn"
 SOLVING = (INFLUENCE, "linearized", "gamma", "Gauss-Newton", "direct-IF")
-NAMES = (*METHODS, TRACIN)
+NAMES = (*METHODS, TRACIN, SEGMENTS, TRAJECTORY)
 
 
 def check_names(field: str, names: Sequence[str]) -> None:
@@ -89,28 +92,49 @@ def chosen_damping(setting: Setting) -> mi.damping.Damping:
 
 
 def score(setting: Setting, name: str, damping: Any) -> Scored:
-    """Scores of all tasks and examples for the held-out loss, by one method."""
-    target, tasks = mi.query_loss(setting.problem), setting.tasks
-    at = setting.trained
-    if name == TRACIN:
-        at = setting.full.checkpoints
-        method = mi.baselines.tracin(setting.problem, target, checkpoint_rates(setting.config.training))
-    else:
-        method = METHODS[name](setting.problem, target, damping)
+    """Scores of all tasks and examples for the held-out loss, by one method.
 
-    # A method that solves nothing is not charged for the residual in its report, which nobody asks for: XLA leaves out
-    # what is not returned.
-    def run(at: Any, training: mi.Task, held_out: mi.Task) -> tuple[Any, ...]:
-        scores = method(at, training, held_out)
+    Those of `trajectory` take the training again, and then the way back through it.
+    """
+    target, tasks, training = mi.query_loss(setting.problem), setting.tasks, setting.config.training
+    at = {
+        TRACIN: lambda: setting.full.checkpoints,
+        SEGMENTS: lambda: checkpoints_of(training, setting.full.states),
+        TRAJECTORY: lambda: setting.initial,
+    }.get(name, lambda: setting.trained)()
+
+    def method(damping: Any) -> Score:
+        if name == TRACIN:
+            return mi.baselines.tracin(setting.problem, target, checkpoint_rates(training))
+        if name == SEGMENTS:
+            return _answering(mi.segments(setting.problem), target)
+        if name == TRAJECTORY:
+            return _answering(mi.trajectory(setting.run), target)
+        return METHODS[name](setting.problem, target, damping)
+
+    # The damping is an argument, so that all seeds share a program. A method that solves nothing is not charged for the
+    # residual in its report, which nobody asks for: XLA leaves out what is not returned.
+    def run(at: Any, training: mi.Task, held_out: mi.Task, damping: jax.Array) -> tuple[Any, ...]:
+        scores = method(damping)(at, training, held_out)
         return tuple(scores) if name in SOLVING else (*scores[:3], None)
 
     program = Compiled(run)
     try:
-        program(at, tasks.training, tasks.held_out)
+        parts = jax.tree.map(np.asarray, program(at, tasks.training, tasks.held_out, jnp.asarray(damping)))
     except ValueError as error:
         return Scored(name, None, float("nan"), str(error))
-    parts = jax.tree.map(np.asarray, program(at, tasks.training, tasks.held_out))
     return Scored(name, mi.Scores(*parts), program.run_seconds)
+
+
+def _answering(respond: Callable[..., Any], target: Any) -> Score:
+    return lambda at, tasks, *target_args: mi.scores(respond(at, tasks), target)(*target_args)
+
+
+def gradient_ratio(setting: Setting) -> float:
+    """‖D_λF‖ at the trained λ over that at the start, as `metainfluence.choose` takes it."""
+    slope = jax.grad(mi.total_objective(setting.problem))
+    norm = jax.jit(lambda m, tasks: optax.tree.norm(slope(m, tasks)))
+    return float(norm(setting.trained, setting.tasks.training) / norm(setting.initial, setting.tasks.training))
 
 
 def level_scores(scores: mi.Scores, level: str) -> np.ndarray:

@@ -5,27 +5,32 @@ and what it calls most harmful is removed, by retraining and by editing without 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 import metainfluence as mi
 from metainfluence.evaluation import bootstrap, found_at, roc_auc, roc_auc_difference
 from metainfluence.lab.experiments import methods as by
-from metainfluence.lab.experiments.methods import Scored
+from metainfluence.lab.experiments.kept import Kept
 from metainfluence.lab.experiments.ranges import Count, Share, Size
-from metainfluence.lab.experiments.results import Result, interval
+from metainfluence.lab.experiments.removal_tables import (
+    NOTHING,
+    TRUTH,
+    Outcome,
+    notes,
+    picture,
+    tables,
+    warnings_of,
+)  # fmt: skip
+from metainfluence.lab.experiments.results import Result
 from metainfluence.lab.experiments.setting import SINUSOID, Setting, SettingConfig, make, performance
-from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.timing import Compiled
-from metainfluence.lab.show import plots
 
 LEVELS = ("task", "support", "query")
-TRUTH = "what was damaged"
-NOTHING = "nothing removed"
-DETECTION_HEADERS = ("method", "ROC AUC", "exact influence ahead by", "found at 20 %", "found at 40 %", "score s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +94,8 @@ class RemovalConfig:
     """Rows of the paper's own table, as "level, method, accuracy, seconds"."""
 
 
-class Outcome(NamedTuple):
-    """One level at one seed: rows of the Parquet file, and scores by method for the pictures."""
-
-    rows: list[dict[str, Any]]
-    scored: dict[str, np.ndarray]
-    damaged: np.ndarray
-    curve: dict[str, list[float]]
-
-
-def run(config: RemovalConfig) -> Result:
-    """Runs all levels at all seeds.
+def run(config: RemovalConfig, cache: Path | None = None) -> Result:
+    """Runs all levels at all seeds; every training and every method's scores are kept in `cache` as they come.
 
     Raises:
       ValueError: an unknown method, no level, or whatever `setting.make` refuses.
@@ -113,15 +109,23 @@ def run(config: RemovalConfig) -> Result:
         raise ValueError("experiment: expected run = true for at least one of task, support and query, got none")
     rows: list[dict[str, Any]] = []
     shown: dict[str, Outcome] = {}
-    for level in levels:
-        for seed in config.seeds:
-            outcome = at_level(config, level, seed)
+    for seed in config.seeds:
+        for level in levels:
+            outcome = at_level(config, level, seed, Kept(cache).below(f"{level}-{seed}"))
             rows += outcome.rows
             shown.setdefault(level, outcome)
-    return Result(rows, tables(config, rows), picture(config, shown), notes(config, rows))
+    rows.sort(key=lambda row: levels.index(row["level"]))
+    measure = "minus the squared error" if config.setting.data.dataset == SINUSOID else "accuracy"
+    return Result(
+        rows,
+        tables(rows, measure, config.seeds, config.published),
+        picture(config.title, config.curve, shown, measure),
+        notes(rows, measure, config.seeds),
+        warnings_of(rows),
+    )
 
 
-def level_setting(config: RemovalConfig, level: str, seed: int) -> Setting:
+def level_setting(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Setting:
     """The setting damaged at one level, trained."""
     of_level = getattr(config, level)
     harm = dataclasses.replace(
@@ -133,61 +137,100 @@ def level_setting(config: RemovalConfig, level: str, seed: int) -> Setting:
         query_examples=of_level.examples if level == "query" else 0.0,
         support_examples=of_level.examples if level == "support" else 0.0,
     )
-    return make(dataclasses.replace(config.setting, harm=harm, seed=config.setting.seed + seed))
+    return make(dataclasses.replace(config.setting, harm=harm, seed=config.setting.seed + seed), kept)
 
 
-def at_level(config: RemovalConfig, level: str, seed: int) -> Outcome:
+def at_level(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Outcome:
     """Scores, detects, removes and edits at one level."""
-    setting = level_setting(config, level, seed)
+    setting = level_setting(config, level, seed, kept)
     of_level, perform = getattr(config, level), performance(setting)
     damaged = by.level_harm(setting, level)
     count = round(of_level.removed * len(damaged))
-    rule = by.chosen_damping(setting)
-    damping = float(rule.value)
+    rule = kept("rule", lambda: _rule(setting))
+    damping = float(rule["damping"])
     common = {"level": level, "seed": seed, "damping": damping, "removed": count, "of": len(damaged)}
-    common |= {"damaged": int(damaged.sum()), "outer_gradient_norm": float(rule.outer_gradient_norm)}
+    common |= {"damaged": int(damaged.sum()), "outer_gradient_norm": float(rule["outer_gradient_norm"])}
+    picked = mi.choose(
+        gradient_norm=float(rule["gradient_norm_relative"]), share_removed=of_level.removed, run=True, checkpoints=True
+    )
+    common["chance"] = None if config.setting.data.dataset == SINUSOID else 1 / config.setting.data.ways
+    common |= {"picked": picked.estimator, "picked_because": picked.reason}
     rows: list[dict[str, Any]] = []
 
-    def removal(name: str, how: str, meta_params: Any, seconds: float, **more: Any) -> None:
-        accuracy = learners.mean_interval(perform(meta_params))
-        reached = {"accuracy": accuracy.mean, "half_width": accuracy.half_width}
-        rows.append({**common, "method": name, "how": how, **reached, "seconds": seconds, **more})
+    def removal(name: str, how: str, make_one: Any, **more: Any) -> float:
+        def reached() -> dict[str, Any]:
+            meta_params, seconds = make_one()
+            return {"each": perform(meta_params), "seconds": seconds}
 
-    def retrain(removed: np.ndarray) -> tuple[Any, float]:
+        found = kept(f"{how} {name}{''.join(f' {value:g}' for value in more.values())}", reached)
+        each = found["each"]
+        half = 1.96 * float(each.std(ddof=1)) / len(each) ** 0.5
+        accuracy = {"accuracy": float(each.mean()), "half_width": half, "each": each.tolist()}
+        rows.append({**common, "method": name, "how": how, **accuracy, "seconds": float(found["seconds"]), **more})
+        return accuracy["accuracy"]
+
+    def retrained(removed: np.ndarray) -> tuple[Any, float]:
         done = setting.train(by.without(setting, level, removed), setting.initial)
         return done.meta_params, done.seconds
 
-    removal(NOTHING, "trained", setting.trained, setting.full.seconds)
-    removal(TRUTH, "retrained", *retrain(np.flatnonzero(damaged)))
+    removal(NOTHING, "trained", lambda: (setting.trained, setting.full.seconds))
+    removal(TRUTH, "retrained", lambda: retrained(np.flatnonzero(damaged)))
     scored: dict[str, np.ndarray] = {}
     reference: np.ndarray | None = None
-    for name in of_level.methods or config.methods:
-        found = by.score(setting, name, damping)
-        if found.scores is None:
-            rows.append({**common, "method": name, "how": "scored", "reason": found.reason})
+    # Against which the others are held: the one that the rule names, where it is among them.
+    names = of_level.methods or config.methods
+    first = picked.estimator if picked.estimator in names else by.INFLUENCE
+    for name in sorted(names, key=lambda name: name != first):
+        found = kept(f"scored {name}", functools.partial(_scored, setting, name, damping))
+        if "reason" in found:
+            rows.append({**common, "method": name, "how": "scored", "reason": str(found["reason"])})
             continue
-        values = by.level_scores(found.scores, level)
+        values = np.ravel(found[level])
         scored[name] = values
-        reference = values if name == by.INFLUENCE else reference
+        reference = values if name == first else reference
         rows.append({**common, "method": name, "how": "scored", **detection(config, found, values, damaged, reference)})
         worst = by.most_harmful(values, of_level.removed)
         if name in config.retrained:
-            removal(name, "retrained", *retrain(worst))
+            removal(name, "retrained", functools.partial(retrained, worst))
         if name in config.edited:
             for how, edit in editors(config, setting, damping).items():
-                program = Compiled(edit)
-                weights = by.without(setting, level, worst)
-                edited = program(setting.trained, setting.tasks.training, weights)
-                removal(name, how, edited.meta_params, program.run_seconds)
+                removal(name, how, functools.partial(_edited, setting, level, edit, worst))
     curve: dict[str, list[float]] = {}
     for name in config.curve_methods if config.curve else ():
         if name not in scored:
             continue
         for share in config.curve:
-            meta_params, seconds = retrain(by.most_harmful(scored[name], share))
-            removal(name, "curve", meta_params, seconds, share=share)
-            curve.setdefault(name, []).append(rows[-1]["accuracy"])
+            worst = by.most_harmful(scored[name], share)
+            curve.setdefault(name, []).append(removal(name, "curve", functools.partial(retrained, worst), share=share))
     return Outcome(rows, scored, damaged, curve)
+
+
+def _rule(setting: Setting) -> dict[str, Any]:
+    rule = by.chosen_damping(setting)
+    return {
+        "damping": rule.value,
+        "outer_gradient_norm": rule.outer_gradient_norm,
+        "gradient_norm_relative": by.gradient_ratio(setting),
+    }
+
+
+def _scored(setting: Setting, name: str, damping: float) -> dict[str, Any]:
+    """One method's scores as arrays, or why there are none."""
+    found = by.score(setting, name, damping)
+    if found.scores is None:
+        return {"reason": found.reason}
+    arrays = {level: getattr(found.scores, level) for level in LEVELS} | {"seconds": found.seconds}
+    if name == by.INFLUENCE:
+        info = found.scores.info
+        arrays |= {"status": mi.SolveStatus(int(info.status)).name, "matvecs": int(info.num_matvecs)}
+        arrays |= {"residual": float(info.relative_residual)}
+    return arrays
+
+
+def _edited(setting: Setting, level: str, edit: Any, removed: np.ndarray) -> tuple[Any, float]:
+    program = Compiled(edit)
+    edited = program(setting.trained, setting.tasks.training, by.without(setting, level, removed))
+    return edited.meta_params, program.run_seconds
 
 
 def editors(config: RemovalConfig, setting: Setting, damping: float) -> dict[str, Any]:
@@ -203,132 +246,18 @@ def editors(config: RemovalConfig, setting: Setting, damping: float) -> dict[str
 
 
 def detection(
-    config: RemovalConfig, found: Scored, values: np.ndarray, damaged: np.ndarray, reference: np.ndarray | None
+    config: RemovalConfig,
+    found: dict[str, np.ndarray],
+    values: np.ndarray,
+    damaged: np.ndarray,
+    reference: np.ndarray | None,
 ) -> dict[str, Any]:
     """How well one method finds the damaged data."""
     area = bootstrap(roc_auc, values, damaged, num=config.draws)
     row: dict[str, Any] = {"auc": float(area.value), "auc_low": float(area.low), "auc_high": float(area.high)}
     row |= {f"found_at_{share:.0%}": found_at(values, damaged, share) for share in (0.1, 0.2, 0.4)}
-    if found.name == by.INFLUENCE:
-        assert found.scores is not None
-        info = found.scores.info
-        row |= {"status": mi.SolveStatus(int(info.status)).name, "matvecs": int(info.num_matvecs)}
-        row |= {"residual": float(info.relative_residual)}
-    elif reference is not None:
+    row |= {key: found[key].item() for key in ("status", "matvecs", "residual") if key in found}
+    if reference is not None and reference is not values:
         ahead = roc_auc_difference(reference, values, damaged, num=config.draws)
         row |= {"ahead": float(ahead.value), "ahead_low": float(ahead.low), "ahead_high": float(ahead.high)}
-    return {**row, "seconds": found.seconds}
-
-
-def measured(config: RemovalConfig) -> str:
-    """What `performance` measures."""
-    return "minus the squared error" if config.setting.data.dataset == SINUSOID else "accuracy"
-
-
-def tables(config: RemovalConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Detection and removal, by level; means over the seeds."""
-    found: dict[str, Any] = {}
-    measure = measured(config)
-    for level in dict.fromkeys(row["level"] for row in rows):
-        of_level = [row for row in rows if row["level"] == level]
-        first = of_level[0]
-        what = f"{first['damaged']} of {first['of']} {_plural(level)} damaged"
-        seeds = f", means over {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
-        found[f"Detection: {what}{seeds}"] = (DETECTION_HEADERS, detection_rows(of_level))
-        removed = f"{first['removed']} {_plural(level)} removed"
-        headers = ("chosen by", "how", measure, "± 95 %", "s")
-        found[f"{measure.capitalize()} on clean test tasks, {removed}{seeds}"] = (headers, removal_rows(of_level))
-    if config.published:
-        cells = [[part.strip() for part in line.split(",")] for line in config.published]
-        found["Published (arXiv 2501.15963), by other tasks, shots, networks and learning rates"] = (
-            ("level", "method", "accuracy", "s"),
-            cells,
-        )
-    return found
-
-
-def detection_rows(rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """Cells of one level's detection."""
-    cells: list[list[Any]] = []
-    for name in dict.fromkeys(row["method"] for row in rows if row["how"] == "scored"):
-        own = [row for row in rows if row["method"] == name and row["how"] == "scored"]
-        if "auc" not in own[0]:
-            cells.append([name, "not applicable", "", "", "", ""])
-            continue
-        area = interval(*(_mean(own, key) for key in ("auc", "auc_low", "auc_high")))
-        ahead = ""
-        if "ahead" in own[0]:
-            ahead = interval(
-                *(float(np.mean([row[key] for row in own])) for key in ("ahead", "ahead_low", "ahead_high"))
-            )
-        shares = [_mean(own, f"found_at_{share}") for share in ("20%", "40%")]
-        cells.append([name, area, ahead, *(f"{share:.0%}" for share in shares), _mean(own, "seconds")])
-    return cells
-
-
-def removal_rows(rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """Cells of one level's removals."""
-    kept = [row for row in rows if row["how"] not in ("scored", "curve")]
-    cells = []
-    for name, how in dict.fromkeys((row["method"], row["how"]) for row in kept):
-        own = [row for row in kept if (row["method"], row["how"]) == (name, how)]
-        cells.append([name, how, *(_mean(own, key) for key in ("accuracy", "half_width", "seconds"))])
-    return cells
-
-
-def notes(config: RemovalConfig, rows: list[dict[str, Any]]) -> list[str]:
-    """What the edit keeps of retraining's gain, and how scores compare with retraining without each task."""
-    lines = []
-    for level in dict.fromkeys(row["level"] for row in rows):
-        own = [row for row in rows if row["level"] == level]
-        by_how = {(row["method"], row["how"], row["seed"]): row for row in own}
-        gains = []
-        for seed in config.seeds:
-            before = by_how[NOTHING, "trained", seed]["accuracy"]
-            edited = by_how.get((by.INFLUENCE, "edited", seed))
-            retrained = by_how.get((by.INFLUENCE, "retrained", seed))
-            if edited and retrained:
-                gains.append((edited["accuracy"] - before, retrained["accuracy"] - before))
-        if gains:
-            edit, again = np.mean(gains, axis=0)
-            lines.append(
-                f"{level.capitalize()} level: {measured(config)} gained by retraining without what influence chose: "
-                f"{again:+.4f}; by editing instead: {edit:+.4f}."
-            )
-        if level == "task" and (by.INFLUENCE, "scored", config.seeds[0]) in by_how:
-            seconds = _mean([row for row in own if (row["method"], row["how"]) == (by.INFLUENCE, "scored")], "seconds")
-            training = _mean([row for row in own if row["how"] == "trained"], "seconds")
-            count = own[0]["of"]
-            lines.append(
-                f"All scores took {seconds:.2f} s; one training takes {training:.2f} s, so that leaving out each of "
-                f"the {count} tasks in turn would take {training * count / seconds:.0f} times as long."
-            )
-    return [part for line in lines for part in (line, "")]
-
-
-def picture(config: RemovalConfig, shown: dict[str, Outcome]) -> Figure:
-    """Detection curves for each level, and accuracy against the share removed where that was measured."""
-    curves = {level: outcome for level, outcome in shown.items() if outcome.curve}
-    figure = Figure(figsize=(5.2 * (len(shown) + len(curves)), 4.2), layout="constrained")
-    figure.suptitle(config.title)
-    axes = np.atleast_1d(figure.subplots(1, len(shown) + len(curves)))
-    colors = dict(zip(by.NAMES, plots.METHOD_COLORS, strict=True))
-    for ax, (level, outcome) in zip(axes, shown.items(), strict=False):
-        plots.detection(outcome.scored, outcome.damaged, colors=colors, ax=ax)
-        ax.set(title=f"Damaged {_plural(level)} found")
-    for ax, (level, outcome) in zip(axes[len(shown) :], curves.items(), strict=True):
-        for name, accuracies in outcome.curve.items():
-            ax.plot(config.curve, accuracies, color=colors.get(name), marker="o", markersize=3, label=name)
-        title = f"{measured(config).capitalize()} without the most harmful {_plural(level)}"
-        ax.set(title=title, xlabel="share removed", ylabel=measured(config))
-        ax.legend(frameon=False, fontsize="small")
-        plots.clean(ax)
-    return figure
-
-
-def _plural(level: str) -> str:
-    return "tasks" if level == "task" else f"{level} examples"
-
-
-def _mean(rows: list[dict[str, Any]], key: str) -> float:
-    return float(np.mean([row[key] for row in rows]))
+    return {**row, "seconds": float(found["seconds"])}

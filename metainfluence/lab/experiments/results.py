@@ -15,7 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
+from metainfluence._disk import write_atomically
+from metainfluence.lab.experiments.code import UNKNOWN, changed
+
 RECORD, ROWS, PICTURE, TABLE = "ran.json", "results.parquet", "picture.png", "table.md"
+CACHE, OWNER = "cache", "of.json"
 
 
 class Result(NamedTuple):
@@ -26,16 +30,18 @@ class Result(NamedTuple):
       tables: title -> (headers, rows of cells), for the Markdown.
       figure: the picture.
       notes: sentences for the Markdown, below the tables.
+      warnings: sentences to be read before any table.
     """
 
     rows: list[dict[str, Any]]
     tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]]
     figure: Figure
     notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
 
 class OtherConfigError(ValueError):
-    """A results folder that another configuration has written."""
+    """A results folder that another configuration, or other code, has written."""
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -61,20 +67,69 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     return found
 
 
-def finished(folder: Path, config: Any) -> bool:
-    """Whether the folder holds this configuration's results.
+def finished(folder: Path, config: Any, code: Mapping[str, str]) -> bool:
+    """Whether the folder holds this configuration's results, made by this code.
+
+    Args:
+      folder: of one experiment at one size.
+      config: of the experiment.
+      code: as given by `code_of`.
 
     Raises:
-      OtherConfigError: it holds another's; the message names the fields that differ.
+      OtherConfigError: it holds another's; the message names the fields that differ, or the modules.
     """
     path = folder / RECORD
     if not path.exists():
         return False
-    record = json.loads(path.read_text(encoding="utf-8"))
+    _refuse_others(folder, json.loads(path.read_text(encoding="utf-8")), config, code)
+    return True
+
+
+def claim(folder: Path, config: Any, code: Mapping[str, str]) -> Path:
+    """Makes the folder's cache this configuration's and this code's, and returns it.
+
+    Raises:
+      OtherConfigError: what lies in it is another's, whose run was cut.
+    """
+    path = folder / CACHE / OWNER
+    if path.exists():
+        _refuse_others(folder / CACHE, json.loads(path.read_text(encoding="utf-8")), config, code)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"config": plain(config), "code": code}).encode())
+    return path.parent
+
+
+def release(folder: Path) -> None:
+    """Undoes `claim` where nothing has been kept, so that a run that was refused leaves no folder behind."""
+    cache = folder / CACHE
+    if [path.name for path in cache.iterdir()] == [OWNER]:
+        (cache / OWNER).unlink()
+        for empty in (cache, folder, folder.parent):
+            if not any(empty.iterdir()):
+                empty.rmdir()
+
+
+def _refuse_others(folder: Path, record: Mapping[str, Any], config: Any, code: Mapping[str, str]) -> None:
     if record["config"] != plain(config):
         listed = "; ".join(differences(record["config"], plain(config)))
         raise OtherConfigError(f"{folder}: written by another configuration ({listed}); name another out, or remove it")
-    return True
+    modules = changed(record.get("code"), code)
+    if modules:
+        what = UNKNOWN if modules == [UNKNOWN] else f"({shortened(modules)} changed since)"
+        raise OtherConfigError(f"{folder}: written by other code {what}; name another out, or remove it")
+
+
+def outdated(folder: Path, code: Mapping[str, str]) -> list[str]:
+    """The modules that changed since the folder's results were made; none where there are no results."""
+    path = folder / RECORD
+    return changed(json.loads(path.read_text(encoding="utf-8")).get("code"), code) if path.exists() else []
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def machine() -> dict[str, Any]:
@@ -90,7 +145,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(result: Result, config: Any, folder: Path, *, title: str, command: str, seconds: float) -> None:
+def write(
+    result: Result, config: Any, folder: Path, *, title: str, command: str, seconds: float, code: Mapping[str, str]
+) -> None:
     """Writes the files; the record, by which the experiment counts as finished, comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"metainfluence": json.dumps({"config": plain(config), "machine": machine()})}
@@ -98,13 +155,17 @@ def write(result: Result, config: Any, folder: Path, *, title: str, command: str
     result.figure.savefig(folder / PICTURE, dpi=110)
     ran = machine()
     where = f"{ran['cores']} cores, {ran['device']}, jax {ran['jax']}, {seconds:.0f} s in all, {ran['date']}"
-    lines = [f"## {title}", "", f"`{command}`: {where}.", "", f"![{title}]({PICTURE})"]
+    lines = [f"## {title}", "", f"`{command}`: {where}.", ""]
+    for warning in result.warnings:
+        lines += [f"**{warning}**", ""]
+    lines += [f"![{title}]({PICTURE})"]
     for name, (headers, rows) in result.tables.items():
         lines += ["", f"### {name}", "", *markdown(headers, rows)]
     if result.notes:
         lines += ["", *result.notes]
     (folder / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     record = {"config": plain(config), "machine": ran, "seconds": seconds, "command": command, "title": title}
+    record["code"] = dict(code)
     temporary = folder / f"{RECORD}.new"
     temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
     temporary.replace(folder / RECORD)

@@ -107,35 +107,6 @@ def row_of(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def states_program(run: Any, count: int) -> Any:
-    """Makes (start, tasks) -> λ and the optimiser's state after each of `count` equal parts of the run, compiled.
-
-    Raises:
-      ValueError: a number of parts that does not divide that of the steps.
-    """
-    if run.num_steps % count:
-        raise ValueError(f"num_checkpoints: expected a divisor of num_steps {run.num_steps}, got {count}")
-
-    def states(start: Any, tasks: mi.Task) -> Any:
-        weights = mi.unit_weights(tasks)
-        table = run.batches(len(weights.task))
-
-        def step(state: Any, each: Any) -> tuple[Any, None]:
-            number, row = each
-            own = (tasks, weights) if row is None else jax.tree.map(lambda leaf: leaf[row], (tasks, weights))
-            return run.step(state, number, *own)[0], None
-
-        def part(state: Any, each: Any) -> tuple[Any, Any]:
-            state, _ = jax.lax.scan(step, state, each)
-            return state, state
-
-        each = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (jnp.arange(run.num_steps), table))
-        with jax.default_matmul_precision("highest"):
-            return jax.lax.scan(part, run.begin(start), each)[1]
-
-    return jax.jit(states)
-
-
 class Retrained:
     """Trains a run again without some tasks, from every start, many at once; what is done is kept.
 

@@ -7,18 +7,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import metainfluence as mi
 from metainfluence.lab.data import datasets, fewshot, sinusoid
+from metainfluence.lab.experiments.kept import Kept
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Share, Size
+from metainfluence.lab.experiments.trainings import Run, TrainingConfig, end_of, fitting, run_of, timed
 from metainfluence.lab.learn import learners, models
 from metainfluence.lab.learn.learners import Learner
 from metainfluence.lab.learn.timing import Compiled
-from metainfluence.lab.learn.train import Trained, train_many
 
 SINUSOID = "sinusoid"
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+ORDER = 0
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tanh": jnp.tanh,
+    "swish": jax.nn.swish,
+    "relu": jax.nn.relu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,10 @@ class DataConfig:
     """Clean tasks whose mean loss the scores are about."""
     num_test: Count = 200
     """Clean tasks on which accuracy is measured; no score sees them."""
+    rotations: bool = False
+    """Whether training classes turned by 90°, 180° and 270° are further classes, as is usual with Omniglot."""
+    distortions: Size = 0
+    """Distorted copies of every training image, as further examples of its class; made once, for grey images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +87,7 @@ class LearnerConfig:
     normalization: str | None = None
     """Of conv4: layer, group, instance or none."""
     activation: str = "tanh"
-    """Of either model: tanh, or relu, with which the total Hessian does not exist everywhere."""
+    """Of either model: tanh or swish; or relu, with which the total Hessian does not exist everywhere."""
     head_l2: Positive = 0.03
     """Penalty of implicit_head's head."""
     proximal: Positive = 1.0
@@ -91,18 +100,6 @@ class LearnerConfig:
     """Relative gradient norm of inner minimisers, and relative residual of their derivative."""
     meta_l2: NotNegative = 1e-3
     """Penalty of the meta-parameters."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """Meta-training by Adam on all tasks, its learning rate falling to 0 along a cosine."""
-
-    learning_rate: Positive = 0.05
-    """At the first step."""
-    num_steps: Count = 200
-    """Steps."""
-    num_checkpoints: Count = 5
-    """Evenly spaced, for TracIn; they divide num_steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,22 +140,6 @@ class Tasks(NamedTuple):
     query_harm: np.ndarray
 
 
-class Run(NamedTuple):
-    """Training of one model.
-
-    Attributes:
-      meta_params: λ at the end.
-      checkpoints: λ along the way, every leaf [C, ...].
-      losses: F before each step, [num_steps].
-      seconds: without compiling.
-    """
-
-    meta_params: Any
-    checkpoints: Any
-    losses: np.ndarray
-    seconds: float
-
-
 class Setting(NamedTuple):
     """A learner trained on tasks with known damage.
 
@@ -168,8 +149,9 @@ class Setting(NamedTuple):
       learner: the learner.
       initial: λ before training.
       full: the training on all tasks.
-      fit: the pure function behind it, (weights, start, tasks) -> Trained.
+      fit: the pure function behind it, (weights, start, tasks) -> λ.
       train: (weights, start) -> Run, compiled.
+      run: the same training as what `metainfluence.trajectory` differentiates.
     """
 
     config: SettingConfig
@@ -177,8 +159,9 @@ class Setting(NamedTuple):
     learner: Learner
     initial: Any
     full: Run
-    fit: Callable[[mi.Weights, Any, mi.Task], Trained]
+    fit: Callable[[mi.Weights, Any, mi.Task], Any]
     train: Callable[[mi.Weights, Any], Run]
+    run: Any
 
     @property
     def trained(self) -> Any:
@@ -191,8 +174,8 @@ class Setting(NamedTuple):
         return self.learner.problem
 
 
-def make(config: SettingConfig) -> Setting:
-    """Samples the tasks, damages some, and trains.
+def make(config: SettingConfig, kept: Kept | None = None) -> Setting:
+    """Samples the tasks, damages some, and trains, unless `kept` has it.
 
     Raises:
       ValueError: an unknown dataset, learner, model or split of the checkpoints; more damage than tasks.
@@ -203,48 +186,20 @@ def make(config: SettingConfig) -> Setting:
     learner = make_learner(config.learner, tasks.training, config.data)
     inputs = tasks.training.support[0][0]
     initial = learner.init(jax.random.key(config.seed), inputs)
-    fit = fitting(config.training, learner.problem)
+    # One order for all seeds, whose tasks differ, so that they share a program.
+    fit = fitting(config.training, learner.problem, ORDER)
     train = timed(fit, tasks.training)
-    full = train(mi.unit_weights(tasks.training), initial)
-    return Setting(config, tasks, learner, initial, full, fit, train)
+    weights = mi.unit_weights(tasks.training)
+    like = jax.eval_shape(fit, weights, initial, tasks.training)
 
+    def trained() -> tuple[Any, float]:
+        done = train(weights, initial)
+        return done.states, done.seconds
 
-def fitting(config: TrainingConfig, problem: mi.Bilevel) -> Callable[[mi.Weights, Any, mi.Task], Trained]:
-    """Makes the pure function (weights, start, tasks) -> Trained of one model.
-
-    Raises:
-      ValueError: a number of checkpoints that does not divide that of the steps.
-    """
-    if config.num_checkpoints < 1 or config.num_steps % config.num_checkpoints:
-        raise ValueError(
-            f"num_checkpoints: expected a divisor of num_steps {config.num_steps}, got {config.num_checkpoints}"
-        )
-    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps))
-    many = train_many(problem, optimizer, config.num_steps, keep_every=config.num_steps // config.num_checkpoints)
-
-    def fit(weights: mi.Weights, start: Any, tasks: mi.Task) -> Trained:
-        stacked = jax.tree.map(lambda leaf: leaf[None], weights)
-        return jax.tree.map(lambda leaf: leaf[0], many(start, tasks, stacked))
-
-    return fit
-
-
-def timed(fit: Callable[[mi.Weights, Any, mi.Task], Trained], tasks: mi.Task) -> Callable[..., Run]:
-    """Makes (weights, start) -> Run of one model, compiled once."""
-    program = Compiled(fit)
-
-    def run(weights: mi.Weights, start: Any) -> Run:
-        done = program(weights, start, tasks)
-        return Run(done.meta_params, done.kept, np.asarray(done.losses), program.run_seconds)
-
-    return run
-
-
-def checkpoint_rates(config: TrainingConfig) -> jax.Array:
-    """For TracIn: the learning rates summed over the steps that each checkpoint stands for, [C]."""
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
-    rates = jnp.stack([schedule(step) for step in range(config.num_steps)])
-    return jnp.sum(rates.reshape(config.num_checkpoints, -1), axis=1)
+    states, seconds = (kept or Kept(None)).tree("trained", trained, like)
+    full = Run(end_of(states), states, seconds)
+    run = run_of(config.training, learner.problem, ORDER)
+    return Setting(config, tasks, learner, initial, full, lambda *args: end_of(fit(*args)), train, run)
 
 
 def make_learner(config: LearnerConfig, tasks: mi.Task, data: DataConfig) -> Learner:
@@ -294,18 +249,34 @@ def harmful(config: HarmConfig, num_tasks: int, seed: int) -> dict[str, np.ndarr
     counts = {name: round(getattr(config, name) * num_tasks) for name in ("flipped", "shortcut", "noise")}
     total = sum(counts.values())
     if total > num_tasks:
-        raise ValueError(f"harm: expected shares of tasks that sum to at most 1, got {total / num_tasks:g}")
+        shares = ", ".join(f"{name} {getattr(config, name):g}" for name in counts)
+        raise ValueError(
+            f"harm: expected shares of tasks that sum to at most 1, got {total / num_tasks:g} ({shares}); lower one"
+        )
     chosen = np.random.default_rng(seed).choice(num_tasks, size=total, replace=False)
     ends = np.cumsum(list(counts.values()))
     return dict(zip(counts, np.split(chosen, ends[:-1]), strict=True))
 
 
-def image_tasks(config: SettingConfig) -> Tasks:
-    """Tasks of an image dataset: trained on its split "train", scored and tested on images of the others."""
-    data, harm, seed = config.data, config.harm, config.seed
-    source = datasets.load(data.dataset, size=data.size)
+class Lists(NamedTuple):
+    """Tasks by their ids: those trained on, some damaged; the target's; and those of the test."""
+
+    dataset: datasets.Dataset
+    training: fewshot.FewShotTasks
+    held_out: fewshot.FewShotTasks
+    test: fewshot.FewShotTasks
+
+
+def image_lists(data: DataConfig, harm: HarmConfig, seed: int) -> Lists:
+    """Tasks of an image dataset: trained on its split "train", scored and tested on images of the others.
+
+    Raises:
+      ValueError: an unknown dataset; more damage than tasks.
+      FileNotFoundError: the dataset is not there.
+    """
+    source = loaded(data)
     shape: dict[str, Any] = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
-    listed = fewshot.sample(source, "train", num_tasks=data.num_tasks, seed=seed, **shape)
+    training = fewshot.sample(source, "train", num_tasks=data.num_tasks, seed=seed, **shape)
     held_out_pool, test_pool = clean_pools(source, data.ways)
     held_out, test = (
         fewshot.sample_tasks(
@@ -316,22 +287,39 @@ def image_tasks(config: SettingConfig) -> Tasks:
         )
     )
     chosen = harmful(harm, data.num_tasks, seed)
-    listed = fewshot.flip_labels(listed, chosen["flipped"], share=harm.flip_share, seed=seed)
-    listed = fewshot.add_shortcut(listed, chosen["shortcut"])
-    listed = fewshot.add_noise(listed, chosen["noise"], seed=seed)
-    task_harm = fewshot.harm(listed)
-    if harm.query_examples:
-        listed = fewshot.flip_examples(listed, share=harm.query_examples, seed=seed, side="query")
-    if harm.support_examples:
-        listed = fewshot.flip_examples(listed, share=harm.support_examples, seed=seed, side="support")
-    training, clean, tested = (fewshot.materialize(tasks, source.images) for tasks in (listed, held_out, test))
+    training = fewshot.flip_labels(training, chosen["flipped"], share=harm.flip_share, seed=seed)
+    training = fewshot.add_shortcut(training, chosen["shortcut"])
+    training = fewshot.add_noise(training, chosen["noise"], seed=seed)
+    for side, share in (("query", harm.query_examples), ("support", harm.support_examples)):
+        if share:
+            training = fewshot.flip_examples(training, share=share, seed=seed, side=side)
+    return Lists(source, training, held_out, test)
+
+
+def loaded(data: DataConfig) -> datasets.Dataset:
+    """The dataset, with what training adds to its classes and examples."""
+    found = datasets.load(data.dataset, size=data.size)
+    found = datasets.with_rotations(found) if data.rotations else found
+    return datasets.with_distortions(found, copies=data.distortions, seed=0) if data.distortions else found
+
+
+def image_tasks(config: SettingConfig) -> Tasks:
+    """The tasks of `image_lists`, with their images."""
+    listed = image_lists(config.data, config.harm, config.seed)
+    training, held_out, test = (
+        fewshot.materialize(tasks, listed.dataset.images) for tasks in (listed.training, listed.held_out, listed.test)
+    )
+    # Which tasks are damaged as a whole: single examples with flipped labels do not make a task one of them.
+    task_harm = np.full(config.data.num_tasks, fewshot.CLEAN, object)
+    for name, kind in (("flipped", fewshot.FLIPPED), ("shortcut", fewshot.SHORTCUT), ("noise", fewshot.NOISE)):
+        task_harm[harmful(config.harm, config.data.num_tasks, config.seed)[name]] = kind
     return Tasks(
         training,
-        clean,
-        tested,
-        task_harm,
-        listed.support_flipped,
-        listed.query_flipped,
+        held_out,
+        test,
+        task_harm.astype(str),
+        listed.training.support_flipped,
+        listed.training.query_flipped,
     )
 
 

@@ -23,7 +23,7 @@ HARM_COLORS = {
 }
 METHOD_COLORS = (  # none stands for a kind of harm
     "#1b1b1b", "#e08e1b", "#3c8d5a", "#8a8f98", "#7b5ea7", "#a0522d", "#c2569b", "#3aa6b9", "#b5a642", "#5d6d7e",
-    "#e0a3a3", "#7fbf7f", "#c9ced6", "#4b6cb7",
+    "#e0a3a3", "#7fbf7f", "#c9ced6", "#4b6cb7", "#2f7d7d", "#d9b8e0",
 )  # fmt: skip
 KNOWN_BAD = "known bad"
 _BAD_COLOR, _FAINT, _DARK = HARM_COLORS[FLIPPED], HARM_COLORS[CLEAN], METHOD_COLORS[0]

@@ -1,0 +1,160 @@
+"""How an experiment trains: by Adam, on all tasks or on batches of them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import metainfluence as mi
+from metainfluence.lab.experiments.named import ConfigError
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Size
+from metainfluence.lab.learn.timing import Compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class StepsConfig:
+    """Meta-training by Adam, its learning rate falling to 0 along a cosine."""
+
+    learning_rate: Positive = 0.05
+    """At its height, which without a warm-up is the first step."""
+    warmup: Size = 0
+    """Steps up to the height: with them the run answers the data more smoothly."""
+    eps_root: NotNegative = 0.0
+    """Under Adam's root, where optax has 0 by default; 1e-6 and more make the run smoother."""
+    num_steps: Count = 200
+    """Steps."""
+    tasks_per_step: Count | None = None
+    """Tasks in each step's batch; none for all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(StepsConfig):
+    """Meta-training whose states along the way are kept."""
+
+    num_checkpoints: Count = 5
+    """Evenly spaced, for TracIn and segments; they divide num_steps."""
+
+
+class Run(NamedTuple):
+    """Training of one model.
+
+    Attributes:
+      meta_params: λ at the end.
+      states: (λ, the optimiser's state) along the way, the last one at the end; every leaf [C, ...].
+      seconds: without compiling.
+    """
+
+    meta_params: Any
+    states: Any
+    seconds: float
+
+    @property
+    def checkpoints(self) -> Any:
+        """λ along the way, every leaf [C, ...]."""
+        return self.states[0]
+
+
+def schedule_of(steps: StepsConfig) -> optax.Schedule:
+    """The learning rate of each step."""
+    if steps.warmup:
+        return optax.warmup_cosine_decay_schedule(
+            steps.learning_rate / steps.warmup, steps.learning_rate, steps.warmup, steps.num_steps
+        )
+    return optax.cosine_decay_schedule(steps.learning_rate, steps.num_steps)
+
+
+def optimizer_of(steps: StepsConfig) -> optax.GradientTransformation:
+    """What is trained with.
+
+    Raises:
+      ConfigError: a warm-up of all steps.
+    """
+    if steps.warmup >= steps.num_steps:
+        raise ConfigError(
+            f"--training.warmup: expected fewer than --training.num-steps {steps.num_steps}, got {steps.warmup}"
+        )
+    return optax.adam(schedule_of(steps), eps_root=steps.eps_root)
+
+
+def run_of(steps: StepsConfig, problem: mi.Bilevel, seed: int) -> Any:
+    """The training as what `metainfluence.trajectory` differentiates; the seed is that of the order of the tasks."""
+    return mi.training(problem, optimizer_of(steps), steps.num_steps, tasks_per_step=steps.tasks_per_step, seed=seed)
+
+
+def states_of(run: Any, count: int) -> Callable[..., Any]:
+    """Makes (start, tasks, weights=None) -> λ and the optimiser's state after each of `count` equal parts of the run.
+
+    Raises:
+      ValueError: a number of parts that does not divide that of the steps.
+    """
+    if run.num_steps % count:
+        raise ValueError(f"num_checkpoints: expected a divisor of num_steps {run.num_steps}, got {count}")
+
+    def states(start: Any, tasks: mi.Task, weights: mi.Weights | None = None) -> Any:
+        weights = mi.unit_weights(tasks) if weights is None else weights
+        table = run.batches(len(weights.task))
+
+        def step(state: Any, each: Any) -> tuple[Any, None]:
+            number, row = each
+            own = (tasks, weights) if row is None else jax.tree.map(lambda leaf: leaf[row], (tasks, weights))
+            return run.step(state, number, *own)[0], None
+
+        def part(state: Any, each: Any) -> tuple[Any, Any]:
+            state, _ = jax.lax.scan(step, state, each)
+            return state, state
+
+        each = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (jnp.arange(run.num_steps), table))
+        with jax.default_matmul_precision("highest"):
+            return jax.lax.scan(part, run.begin(start), each)[1]
+
+    return states
+
+
+def fitting(config: TrainingConfig, problem: mi.Bilevel, seed: int) -> Callable[[mi.Weights, Any, mi.Task], Any]:
+    """Makes the pure function (weights, start, tasks) -> states of one model, as in `Run`.
+
+    Raises:
+      ValueError: a number of checkpoints that does not divide that of the steps.
+    """
+    states = states_of(run_of(config, problem, seed), config.num_checkpoints)
+    return lambda weights, start, tasks: states(start, tasks, weights)
+
+
+def end_of(states: Any) -> Any:
+    """λ at the end of a run, of its states."""
+    return jax.tree.map(lambda leaf: leaf[-1], states[0])
+
+
+def timed(fit: Callable[[mi.Weights, Any, mi.Task], Any], tasks: mi.Task) -> Callable[..., Run]:
+    """Makes (weights, start) -> Run of one model, compiled once."""
+    program = Compiled(fit)
+
+    def run(weights: mi.Weights, start: Any) -> Run:
+        states = program(weights, start, tasks)
+        return Run(end_of(states), states, program.run_seconds)
+
+    return run
+
+
+def checkpoint_rates(config: TrainingConfig) -> jax.Array:
+    """For TracIn: the learning rates summed over the steps that each checkpoint stands for, [C]."""
+    schedule = schedule_of(config)
+    rates = jnp.stack([jnp.asarray(schedule(step)) for step in range(config.num_steps)])
+    return jnp.sum(rates.reshape(config.num_checkpoints, -1), axis=1)
+
+
+def checkpoints_of(config: TrainingConfig, states: Any) -> tuple[mi.Checkpoint, ...]:
+    """The states of a run as `metainfluence.segments` takes them."""
+    kept = [jax.tree.map(lambda leaf, k=k: leaf[k], states) for k in range(config.num_checkpoints)]
+    found = mi.checkpoints(
+        kept,
+        num_steps=config.num_steps,
+        learning_rate=schedule_of(config),
+        second_moments=True,
+        eps_root=config.eps_root,
+    )
+    # Numbers of steps would be traced, which nothing asks for.
+    return tuple(each._replace(step=None) for each in found)

@@ -1,0 +1,77 @@
+"""Learners measured: training in batches, a learning curve, and accuracy on new tasks; and what editing is worth."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from metainfluence.lab.bench import accuracy
+from metainfluence.lab.experiments import editing
+from metainfluence.lab.experiments.setting import DataConfig, HarmConfig, LearnerConfig, SettingConfig
+from metainfluence.lab.experiments.trainings import TrainingConfig
+
+DIGITS = DataConfig(ways=3, shots=1, queries=3, num_tasks=20, num_held_out=10, num_test=40)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    config = accuracy.AccuracyConfig(
+        data=DIGITS,
+        also_shots=(3,),
+        learner=LearnerConfig(kind="r2d2", widths=(8,), meta_l2=0.0),
+        training=TrainingConfig(learning_rate=0.01, num_steps=50, tasks_per_step=4, num_checkpoints=2),
+        least=0.4,
+        also_least=(2.0,),
+        float64=True,
+        save_every=25,
+        out=tmp_path_factory.mktemp("accuracy"),
+    )
+    return config, accuracy.run(config)
+
+
+def test_a_learner_is_trained_and_tested(measured):
+    config, record = measured
+    assert [point[0] for point in record["curve"]] == [25, 50]
+    assert 1 / 3 + record["half_width"] < record["accuracy"] <= 1
+    assert record["accuracy"] < record["also"]["3-shot"][0] <= 1  # more examples, the same test
+    assert record["flops_per_task"] > 0
+    assert record["cpu_seconds_per_task"] > 0
+    text = (config.out / "accuracy.md").read_text(encoding="utf-8")
+    assert "Asked for: at least 0.4: met" in text
+    assert "asked for: at least 2: missed" in text
+    assert "guessing" not in text
+
+
+def test_a_finished_run_is_only_measured_again(measured):
+    config, record = measured
+    again = accuracy.run(config)
+    assert (again["accuracy"], again["curve"]) == (record["accuracy"], record["curve"])
+    with pytest.raises(ValueError, match=r"out: expected a new folder .* learner\.widths: \[8\] there, \[9\] here"):
+        accuracy.run(dataclasses.replace(config, learner=LearnerConfig(kind="r2d2", widths=(9,), meta_l2=0.0)))
+
+
+def test_editing_is_held_against_training(tmp_path):
+    config = editing.EditingConfig(
+        setting=SettingConfig(
+            data=DIGITS,
+            harm=HarmConfig(flipped=0.2),
+            learner=LearnerConfig(kind="r2d2", widths=(4,), meta_l2=0.01),
+            training=TrainingConfig(learning_rate=0.01, num_steps=20, tasks_per_step=5, num_checkpoints=2),
+        ),
+        removed=(0.0, 0.4),
+        chosen_by="plain loss",
+        learning_rates=(0.01,),
+        block=2,
+        most_blocks=3,
+        seeds=(0,),
+    )
+    found = editing.run(config, tmp_path)
+    rows = {(row["how"], row["removed"]): row for row in found.rows}
+    assert set(rows) == {
+        (editing.BEFORE, 0),
+        *((how, count) for how in (editing.EDIT, editing.AGAIN, editing.ON) for count in (1, 8)),
+    }
+    assert all(row["seconds"] > 0 and np.isfinite(row["loss"]) for row in found.rows)
+    assert rows[editing.EDIT, 8]["products"] > 0
+    assert all(rows[editing.ON, count]["steps"] <= 6 for count in (1, 8))
+    assert editing.run(config, tmp_path).rows == found.rows
