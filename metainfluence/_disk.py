@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-_NAME = re.compile(r"(?P<kind>[a-z_]+)-(?P<number>\d{8})-(?P<digest>[0-9a-f]{32})\.(?:npz|parquet)")
+_NAME = re.compile(r"(?P<kind>[a-z_]+)-(?P<number>\d{8})-(?P<digest>[0-9a-f]{32})\.(?:npz|parquet|txt)")
 _FOUND = b"+"
 _MANIFEST = "manifest.json"
 _ADDRESS = re.compile(r"0x[0-9a-f]+")

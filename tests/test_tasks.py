@@ -123,3 +123,99 @@ def test_scores_are_summed_by_datum_over_both_sides_without_padding():
         mi.by_datum(scores, tasks, lambda side: np.arange(2))
     with pytest.raises(TypeError, match="got traced arrays"):
         jax.jit(lambda s: mi.by_datum(s, tasks).score)(mi.Scores(*scores[:3], jnp.zeros(())))
+
+
+def in_context_case():
+    """Coordinates and a key that belong to a task, in its context; and the same repeated in every example."""
+    rng = np.random.default_rng(0)
+
+    def task(k, count, repeated):
+        side = lambda n: {"x": rng.normal(size=(n, 2)), "y": rng.normal(size=n)}  # noqa: E731
+        support, query, where = side(count), side(4), rng.normal(size=2)
+        context = {"where": where, "key": np.asarray([k, 7], np.uint32)}
+        if not repeated:
+            return mi.Task(support, query, context=context)
+        one = lambda n: {name: np.broadcast_to(leaf, (n, 2)) for name, leaf in context.items()}  # noqa: E731
+        return mi.Task(support | one(count), query | one(4))
+
+    def made(parts):
+        def seen(batch):
+            examples, context = parts(batch)
+            noise = jax.random.normal(jax.random.wrap_key_data(context["key"], impl="threefry2x32"), (2,))
+            return examples["x"] + 0.1 * noise[None], examples["y"] - context["where"] @ context["where"]
+
+        def ridge(meta_params, support, coefficients):
+            x, y = seen(support)
+            return meta_params + x.T @ (coefficients * (y - x @ meta_params))
+
+        def loss(params, meta_params, query):
+            x, y = seen(query)
+            return (x @ params - y) ** 2
+
+        return mi.bilevel(loss, mi.adaptation.closed_form(ridge), meta_regularizer=mi.l2(0.5))
+
+    def apart(batch):
+        return batch.examples, batch.context
+
+    def within(batch):
+        return batch, {name: batch[name][0] for name in ("where", "key")}
+
+    rng_state = rng.bit_generator.state
+    tasks = [task(k, 3 + k % 2, False) for k in range(5)]
+    rng.bit_generator.state = rng_state
+    return (made(apart), tasks), (made(within), [task(k, 3 + k % 2, True) for k in range(5)])
+
+
+def test_a_context_is_the_tasks_own_and_need_not_be_repeated(tmp_path):
+    """At once, in chunks, by examples alone and streamed: as if every example carried it."""
+    (problem, tasks), (other, repeated) = in_context_case()
+    target = lambda m: jnp.sum(m**3)  # noqa: E731
+    meta_params = jnp.asarray([0.3, -0.6])
+    cg = mi.solvers.cg(tol=1e-10)
+    expected = jax.jit(mi.influence_scores(other, target, solver=cg))(meta_params, mi.stack_tasks(repeated))
+    whole, chunked = (
+        jax.jit(mi.influence_scores(problem, target, solver=cg, batch_size=size))(meta_params, mi.stack_tasks(tasks))
+        for size in (None, 2)
+    )
+    run = {"out": tmp_path / "scores.parquet", "progress": False, "batch_size": 2, "solver": cg}
+    streamed = mi.scoring.score(problem, target, meta_params, tasks, **run)
+    for found in (whole, chunked, streamed):
+        np.testing.assert_allclose(found.task, expected.task, rtol=1e-8)
+        np.testing.assert_allclose(found.support, expected.support, rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(found.query, expected.query, rtol=1e-7, atol=1e-12)
+    by_example = mi.per_example(
+        lambda params, m, batch: jnp.mean((batch.examples["x"] @ params - batch.context["where"][0]) ** 2)
+    )
+    batch = mi.InContext(tasks[0].support, tasks[0].context)
+    expected = (tasks[0].support["x"] @ meta_params - tasks[0].context["where"][0]) ** 2
+    np.testing.assert_allclose(by_example(meta_params, None, batch), expected, rtol=1e-12)
+
+
+def test_contexts_that_do_not_fit_are_named(tmp_path):
+    (problem, tasks), _ = in_context_case()
+    stacked = mi.stack_tasks(tasks)
+    wide = tasks[2]._replace(context=tasks[2].context | {"where": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"tasks\[2\].context\['where'\]: expected shape and dtype \(\(2,\)"):
+        mi.stack_tasks([*tasks[:2], wide])
+    with pytest.raises(ValueError, match=r"tasks\[1\].context: expected the structure"):
+        mi.stack_tasks([tasks[0], tasks[1]._replace(context=None)])
+    with pytest.raises(ValueError, match=r"tasks.context\['key'\]: expected the 5 tasks of tasks.query"):
+        mi.unit_weights(stacked._replace(context=stacked.context | {"key": stacked.context["key"][:3]}))
+    with pytest.raises(mi.scoring.SourceError, match=r"source\[2\].*where.*expected trailing shape and dtype \(\(2,\)"):
+        mi.scoring.score(
+            problem, jnp.sum, jnp.zeros(2), [*tasks[:2], wide], out=tmp_path / "s", progress=False, batch_size=1
+        )
+    spoilt = stacked._replace(context=stacked.context | {"where": stacked.context["where"].at[3].set(jnp.nan)})
+    with pytest.raises(ValueError, match=r"tasks.context\['where'\]: expected finite numbers, .* in task 3"):
+        mi.influence_scores(problem, jnp.sum)(jnp.zeros(2), spoilt)
+
+
+def test_tasks_that_see_each_other_are_refused_with_the_reason():
+    def loss(meta_params, task, weights):
+        pool = jax.lax.pmean(jnp.mean(task.query), "tasks")
+        return jnp.sum(weights.query * (task.query - pool - meta_params) ** 2)
+
+    tasks = mi.Task((), jnp.ones((3, 2)))
+    with pytest.raises(NameError, match="unbound axis name") as error:
+        mi.influence_scores(mi.from_task_loss(loss), lambda m: m)(jnp.asarray(0.0), tasks)
+    assert "task_loss is a function of one task alone: tasks that see each other" in error.value.__notes__[0]

@@ -242,3 +242,39 @@ def test_what_cannot_be_paired_is_named(trained):
             maker(PROBLEM, TARGET, total_effect="yes")
     with pytest.raises(TypeError, match=r"weights: expected metainfluence\.Weights, got int"):
         TARGET(trained, HELD_OUT, 3)
+
+
+def test_a_stream_takes_the_total_effect_too_and_warns_where_it_is_left_out(tmp_path):
+    """Batches of two tasks, the last one filled up; computed, and read from the finished file."""
+    train, validation, test = parts(tasks=5)
+    tasks, held_out = mi.Task(train, validation), mi.Task(train, test)
+    source = [jax.tree.map(lambda leaf, k=k: np.asarray(leaf[k]), tasks) for k in range(5)]
+    meta_params = jnp.asarray(-1.5)
+    shared = {"solver": mi.solvers.cg(), "progress": False, "batch_size": 2}
+
+    def streamed(name, *args, **options):
+        return mi.scoring.score(PROBLEM, TARGET, meta_params, source, *args, out=tmp_path / name, **shared, **options)
+
+    def in_memory(**options):
+        make = mi.influence_scores(PROBLEM, TARGET, solver=mi.solvers.cg(), **options)
+        return jax.jit(make)(meta_params, tasks, held_out)
+
+    total = in_memory(total_effect=True)
+    for _ in range(2):
+        found = streamed("total", held_out, total_effect=True)
+        for side in mi.Weights._fields:
+            np.testing.assert_allclose(getattr(found, side), getattr(total, side), rtol=1e-8, atol=1e-12)
+        assert found.info.support_shared is None
+    through = in_memory()
+    assert np.abs(np.asarray(total.support - through.support)).max() > 0.01 * np.abs(total.support).max()
+    for _ in range(2):
+        with pytest.warns(mi.DirectEffectWarning, match="total_effect=True"):
+            found = streamed("through", held_out)
+        np.testing.assert_allclose(found.support, through.support, rtol=1e-8, atol=1e-12)
+    others = mi.Task(test, validation)
+    assert not streamed("others", others).info.support_shared
+    with pytest.raises(ValueError, match=r"out: expected .*, which differs in target"):
+        streamed("through", held_out, total_effect=True)
+    source[3] = jax.tree.map(lambda leaf: leaf[:7], source[3])
+    with pytest.raises(ValueError, match="total_effect: expected tasks of one size without masks"):
+        streamed("ragged", held_out, total_effect=True)

@@ -73,7 +73,10 @@ class Stream:
                 lambda leaf: jax.ShapeDtypeStruct((*lead, *jnp.shape(leaf)[1:]), leaf.dtype), getattr(template, side)
             )
 
-        self.shapes = Task(shaped("support"), shaped("query"))
+        context = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((count, *jnp.shape(leaf)), leaf.dtype), template.context
+        )
+        self.shapes = Task(shaped("support"), shaped("query"), context=context)
 
     def steps(self, numbers: Sequence[int]) -> Generator[tuple[int, Batch]]:
         """The tasks of these steps, one thread ahead."""

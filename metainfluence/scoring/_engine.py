@@ -22,7 +22,7 @@ from metainfluence._disk import Store
 from metainfluence._progress import Progress, Reporter, reporter
 from metainfluence._source import Reader, Source, ids_of, stack, widened
 from metainfluence.curvature import Curvature, exact
-from metainfluence.data import sizes
+from metainfluence.data import Sizes, Weights, sizes
 from metainfluence.operators import Domain, Operator, flat_norm
 from metainfluence.problem import Bilevel, check_derivatives, check_meta_params, knows_inner, meta_regularization
 from metainfluence.response import (
@@ -30,10 +30,13 @@ from metainfluence.response import (
     Options,
     batch_pull,
     check_target,
+    check_total_effect,
     name_target_not_finite,
     rule,
+    slopes_of,
     solve_alone,
     target_gradient,
+    warn_of_direct_effect,
 )
 from metainfluence.scoring import _table
 from metainfluence.scoring._passes import BatchScores, Passes, Slope, reader_of
@@ -87,6 +90,7 @@ def score(
     precision: str | None = "highest",
     progress: bool | Callable[[Progress], None] = True,
     metadata: Mapping[str, Any] | None = None,
+    total_effect: bool = False,
 ) -> Result:
     """Scores all tasks and examples of a source that need not fit in memory, and writes them to a file.
 
@@ -124,9 +128,14 @@ def score(
       precision: of matrix products, see `jax.default_matmul_precision`; None for JAX's.
       progress: True shows a bar; or a function of `scoring.Progress`.
       metadata: anything JSON can hold, which the file is to keep beside what the run says of itself.
+      total_effect: as in `influence_scores`: the target is called with `weights=` too, those of the source's tasks in
+        their order, all 1 and stacked, `[T]`, `[T, n_support]`, `[T, n_query]`. Tasks must then all be of one size.
 
     Returns:
       The scores, which are also in the file.
+
+    Warns:
+      DirectEffectWarning: as `influence_scores`; of a run of several processes it is not known.
 
     Raises:
       ValueError: an `out` that holds another run, with the difference named; ids that repeat; and as
@@ -160,6 +169,7 @@ def score(
         problem, solver=solver, damping=damping, batch_size=batch_size, hvp=hvp, precision=precision, **shared
     )
     check_target(target)
+    check_total_effect(total_effect)
     if not isinstance(damping, str):
         options = options._replace(damping=float(damping))
     if memory is not None:
@@ -170,9 +180,11 @@ def score(
     meta_params = widened(jax.tree.map(jnp.asarray, meta_params))
     check_meta_params(meta_params)
     ids_of(source)
-    run = _Run(options, target, meta_params, source, target_args, memory, on_error)
+    run = _Run(options, target, meta_params, source, target_args, memory, on_error, total_effect)
     with options.traced(), reporter(progress) as report, _out_of_memory():
-        return run(Path(out), resume, report, metadata or {})
+        result = run(Path(out), resume, report, metadata or {})
+    warn_of_direct_effect(result)
+    return result
 
 
 @contextlib.contextmanager
@@ -198,6 +210,7 @@ class _Run:
     target_args: tuple[Any, ...]
     memory: float | None
     on_error: str
+    total_effect: bool
 
     def __call__(self, out: Path, resume: bool, report: Reporter, metadata: Mapping[str, Any]) -> Result:
         with _store(out) as store:
@@ -284,14 +297,27 @@ class _Run:
         return theirs
 
     def slope_of_target(self, meta_params: PyTree, *args: Any) -> PyTree:
-        """∇φ."""
-        return target_gradient(self.target, meta_params, args)
+        """∇φ; with the total effect ∂_λφ, ∂_wφ."""
+        if not self.total_effect:
+            return target_gradient(self.target, meta_params, args)
+        size = sizes(Reader(self.source, 1, self.on_error).template(), stacked=False)
+        ones = Sizes((len(self.source),), size.support, size.query).shapes()
+        weights = Weights(**{name: jnp.ones(shape) for name, shape in ones.items()})
+        return slopes_of(self.target, meta_params, args, weights, True)
 
     def compiled_slope_of_target(self) -> Array:
         """∇φ as a flat vector, by a newly compiled function."""
         # A function of its own, for which JAX knows no executable yet.
         compiled = jax.jit(lambda *args: self.slope_of_target(*args))
-        return Domain.of(self.meta_params).ravel(compiled(self.meta_params, *self.target_args))
+        found = compiled(self.meta_params, *self.target_args)
+        return Domain.of(self.meta_params).ravel(found[0] if self.total_effect else found)
+
+    def direct_effect(self) -> Weights | None:
+        """∂_wφ in host memory; None without the total effect."""
+        if not self.total_effect:
+            return None
+        found = jax.jit(lambda *args: self.slope_of_target(*args)[1])(self.meta_params, *self.target_args)
+        return jax.tree.map(np.asarray, found)
 
     def usable_memory(self) -> float:
         """Bytes that may be used."""
@@ -331,7 +357,14 @@ class _Run:
             )
         reader = reader_of(self.source, batch_size, self.on_error, self.options.mesh)
         programs = programs_of(self.options.problem, self.options.curvature, self.options.mesh)
-        passes = Passes(programs, self.meta_params, reader, memory=manifest["kept_bytes"], on_batch=report.batch)
+        passes = Passes(
+            programs,
+            self.meta_params,
+            reader,
+            memory=manifest["kept_bytes"],
+            on_batch=report.batch,
+            of_one_size="total_effect" if self.total_effect else None,
+        )
         slope = _slope(passes, store, self.on_error == "skip")
         memo = _Memo(Domain.of(self.meta_params), store)
         direction, info = self.solution(
@@ -342,15 +375,22 @@ class _Run:
         missing = [number for number in shards.numbers if store.read("shard", number) is None]
         batches = [batch for number in missing for batch in shards.batches(number)]
         tables: list[Any] = []
-        for done, (batch, found) in enumerate(passes.scores(direction, batches), 1):
+        direct, shared = self.direct_effect(), False
+        others = () if self.total_effect else self.target_args
+        for done, (batch, found) in enumerate(passes.scores(direction, batches, others), 1):
+            shared |= found.shared
             if first():
-                tables += _rows(self.source, reader, batch, found)
+                tables += _rows(self.source, reader, batch, found, direct)
             if batch == shards.batches(shards.of(batch))[-1]:
                 if first():
+                    store.write("shared", shards.of(batch), b"yes" if shared else b"no", suffix="txt")
                     store.write("shard", shards.of(batch), _table.encoded(tables), suffix="parquet")
-                tables = []
+                tables, shared = [], False
             report.batch(done, len(batches))
         if first():
+            if not self.total_effect:
+                known = [store.read_here("shared", number) for number in shards.numbers]
+                info = info._replace(support_shared=jnp.asarray(b"yes" in known))
             own = {
                 "solve": _table.report(info),
                 "score": "predicted change of the target on removal: positive helps, negative harms",
@@ -521,16 +561,19 @@ class _Shards:
         return range(shard * self._per_shard, min((shard + 1) * self._per_shard, self._batches))
 
 
-def _rows(source: Source, reader: Reader, number: int, found: BatchScores) -> list[Any]:
+def _rows(source: Source, reader: Reader, number: int, found: BatchScores, direct: Weights | None) -> list[Any]:
     """The rows of one batch, as a list of one table; of none where none of its tasks could be read."""
     start = number * reader.batch_size
     read = np.flatnonzero(found.weights[: len(reader.ids) - start])
     positions = (start + read).tolist()
     if not positions:
         return []
+    scores = [found.task[read], found.support[read], found.query[read]]
+    if direct is not None:
+        scores = [through - own[positions] for through, own in zip(scores, direct, strict=True)]
     table = _table.rows(
         [reader.ids[k] for k in positions],
-        [found.task[read], found.support[read], found.query[read]],
+        scores,
         [found.support_mask[read], found.query_mask[read]],
         _table.columns_of(source, positions),
     )

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from metainfluence._chunks import task_sharding
 from metainfluence._source import Batch, Reader, Source, Subset, stack, total_bytes
 from metainfluence.operators import Domain, Operator
-from metainfluence.response import mean
+from metainfluence.response import mean, shares_support
 from metainfluence.scoring._host import host_operator
 from metainfluence.scoring._programs import Part, Programs, holds_nan
 
@@ -58,6 +58,7 @@ class BatchScores(NamedTuple):
       query: `[b, n_query]`.
       support_mask: `[b, n_support]`, False on padding.
       query_mask: `[b, n_query]`.
+      shared: whether some of the target's tasks adapt to a support set of the batch.
     """
 
     weights: Float[np.ndarray, " b"]
@@ -66,6 +67,7 @@ class BatchScores(NamedTuple):
     query: Float[np.ndarray, "b n_query"]
     support_mask: Bool[np.ndarray, "b n_support"]
     query_mask: Bool[np.ndarray, "b n_query"]
+    shared: bool = False
 
 
 def reader_of(source: Source, batch_size: int, on_error: str, mesh: Mesh | None) -> Reader:
@@ -95,6 +97,7 @@ class Passes:
       reader: of the source.
       memory: bytes that may be kept, on all devices together.
       on_batch: called after each batch with the numbers of those done and of all.
+      of_one_size: the argument by which all tasks must have the same number of examples; None for any number.
     """
 
     def __init__(
@@ -105,8 +108,9 @@ class Passes:
         *,
         memory: float = 0.0,
         on_batch: Callable[[int, int], None] = lambda done, total: None,
+        of_one_size: str | None = None,
     ):
-        self.reader, self.on_batch = reader, on_batch
+        self.reader, self.on_batch, self._of_one_size = reader, on_batch, of_one_size
         self._programs, self._meta_params = programs, meta_params
         self._at = programs.replicated(meta_params)
         self._count: Array | None = None
@@ -172,8 +176,10 @@ class Passes:
         operator = host_operator(around(self._products), self._meta_params).damped(slope.shift)
         return dataclasses.replace(operator, sample=Partial(self._sample), num_groups=int(slope.num_tasks))
 
-    def scores(self, direction: PyTree, which: Sequence[int]) -> Generator[tuple[int, BatchScores]]:
-        """Scores of the data in some batches, with the solution of H s = ∇φ."""
+    def scores(
+        self, direction: PyTree, which: Sequence[int], target_args: tuple[Any, ...] = ()
+    ) -> Generator[tuple[int, BatchScores]]:
+        """Scores of the data in some batches, with the solution of H s = ∇φ for the target at these arguments."""
         assert self._count is not None
         direction, count = self._programs.replicated((direction, self._count))
         # The linearisations are of no more use, and the scores need room.
@@ -185,7 +191,16 @@ class Passes:
         with contextlib.closing(self._mapped(prepare, which, lambda number: True)) as results:
             for number, batch, found in results:
                 good = prepare(number, batch)() if self._is_suspect(found) else found
-                yield number, BatchScores(*map(np.asarray, good))
+                arrays: Any = map(np.asarray, good)
+                yield number, BatchScores(*arrays)._replace(shared=self._shares(batch, target_args))
+
+    def _shares(self, batch: Batch, target_args: tuple[Any, ...]) -> bool:
+        """Whether the target adapts to a support set of the batch, as far as one process sees all of it."""
+        if not target_args or jax.process_count() > 1:
+            return False
+        support = self._programs.local((batch.tasks.support, batch.tasks.support_mask))
+        found = shares_support(batch.tasks._replace(support=support[0], support_mask=support[1]), target_args)
+        return found is not None and bool(found)
 
     def _products(self, vectors: PyTree) -> PyTree:
         """H v for vectors on a leading axis, which share a pass."""
@@ -294,7 +309,14 @@ class Passes:
                 elif number in self._data:
                     yield number, self._data[number]
                 else:
-                    batch = self._programs.put(next(stream)[1])
+                    read = next(stream)[1]
+                    masked = read.tasks.support_mask is not None or read.tasks.query_mask is not None
+                    if self._of_one_size is not None and masked:
+                        raise ValueError(
+                            f"{self._of_one_size}: expected tasks of one size without masks, as the target's weights "
+                            f"need them, got others in batch {number}; score them by size, or in memory"
+                        )
+                    batch = self._programs.put(read)
                     self._keep(number, batch)
                     yield number, batch
 
