@@ -127,7 +127,8 @@ def precision(config: AcceleratorBenchConfig) -> Iterator[Row]:
         row, exact = timed(config, "float64", config.at_once, meta_gradient(made.problem), *data)
     yield row | {"error": 0.0}
     made = case(config, "maml")
-    data = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, data)
+    # As numbers of the host, which JAX takes at its own width again.
+    data = jax.tree.map(jnp.asarray, jax.device_get(data))
     for name in ("highest", "tensorfloat32", "bfloat16"):
         row, found = timed(config, name, config.at_once, meta_gradient(made.problem, name), *data)
         distance = optax.tree.norm(jax.tree.map(lambda a, b: a - b.astype(a.dtype), found, exact))
