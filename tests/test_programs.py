@@ -26,6 +26,16 @@ def test_lines_over_those_of_one_product(cases, name, program):
     assert 1.5 < ratio <= programs.BARS[program]
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="lines are those of the newest JAX; older ones take more")
+def test_where_cg_comes_before_a_basis_both_have_the_same_product(cases, monkeypatch):
+    """As for a convolutional network's many meta-parameters."""
+    monkeypatch.setattr("metainfluence.solvers._auto._QUICK", 0)
+    case = cases["unrolled SGD"]
+    function, args = programs.programs(case)["influence_scores, default solver"]
+    text = jax.jit(function).lower(*args).as_text()
+    assert len(re.findall(r"func.func private @_pulled_in_place\w*\(", text)) == 1
+
+
 @pytest.mark.parametrize("name", ["implicit head", "unrolled SGD"])
 @pytest.mark.parametrize(("program", "most"), [("influence_scores, default solver", 10), ("edit, damping auto", 10)])
 def test_calls_of_the_inner_loss(name, program, most):

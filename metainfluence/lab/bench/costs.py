@@ -67,7 +67,9 @@ def run(config: BenchConfig) -> None:
     meta_params = model.init(jax.random.key(0), tasks.query.images[0])
     problem = logistic_head_problem(model, config.ways, head_l2=config.head_l2)
     rows = measure(config, problem, meta_params, tasks)
-    convolution, layers = convolution_ratio(), layer_costs()
+    convolution = convolution_ratio()
+    with jax.enable_x64(False):
+        layers = layer_costs()
     imports = import_time.measure()
     sizes, large, heads = programs.measure(compiled=True), networks.measure(), networks.heads()
     record = {

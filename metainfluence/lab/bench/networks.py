@@ -126,7 +126,7 @@ def heads(width: int = 64, num_tasks: int = 64) -> list[HeadRow]:
         return cross_entropy(linear(head, jnp.tanh(batch.images @ meta_params)), batch.labels)
 
     def penalty(head: Any, meta_params: Any) -> jax.Array:
-        return 0.05 * jnp.square(optax.tree.norm(head))
+        return 0.05 * optax.tree.norm(head, squared=True)
 
     def side(number: int) -> Batch:
         lead = (num_tasks, WAYS * number)
