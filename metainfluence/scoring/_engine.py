@@ -383,7 +383,8 @@ class _Run:
                 tables += _rows(self.source, reader, batch, found, direct)
             if batch == shards.batches(shards.of(batch))[-1]:
                 if first():
-                    store.write("shared", shards.of(batch), b"yes" if shared else b"no", suffix="txt")
+                    if shared:
+                        store.write("shared", shards.of(batch), b"yes", suffix="txt")
                     store.write("shard", shards.of(batch), _table.encoded(tables), suffix="parquet")
                 tables, shared = [], False
             report.batch(done, len(batches))
