@@ -145,6 +145,22 @@ def test_meta_sgd_at_equal_rates_is_maml(tasks):
         np.testing.assert_allclose(a, b, rtol=1e-14)
 
 
+def test_a_head_that_is_not_learned_is_that_which_learning_starts_from(tasks):
+    problem, meta_params = started("r2d2", tasks)
+    fixed = learners.r2d2(FEATURES, WAYS, learned_head=False)
+    alone = fixed.init(jax.random.key(1), tasks.support.images[0])
+    assert jax.tree.structure(alone) == jax.tree.structure(meta_params["features"])
+    training, held_out = (jax.tree.map(lambda leaf, part=part: leaf[part], tasks) for part in (slice(2), slice(2, 3)))
+    of_learned, of_fixed = (
+        mi.query_loss(each)(start, held_out) for each, start in ((problem, meta_params), (fixed.problem, alone))
+    )
+    np.testing.assert_allclose(of_fixed, of_learned, rtol=1e-9)
+    ekfac_if = mi.baselines.ekfac_if(fixed.problem, mi.query_loss(fixed.problem), damping=0.1)
+    scores = jax.jit(ekfac_if)(alone, training, held_out)
+    assert np.all(np.isfinite(scores.task))
+    assert np.any(scores.task)
+
+
 @pytest.mark.parametrize("width", [4, 9])
 def test_r2d2_is_ridge_regression(width, tasks):
     """Both forms, in the features (4 of them, 6 examples) and in the examples (9 features), against least squares."""

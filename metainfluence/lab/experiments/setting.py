@@ -90,6 +90,8 @@ class LearnerConfig:
     """Of either model: tanh or swish; or relu, with which the total Hessian does not exist everywhere."""
     head_l2: Positive = 0.03
     """Penalty of implicit_head's head."""
+    learned_head: bool = True
+    """Whether r2d2 learns the penalty of its head and the scale of its outputs; EKFAC-IF applies where it does not."""
     proximal: Positive = 1.0
     """Weight of imaml's proximal term."""
     inner_lr: Positive = 0.1
@@ -236,7 +238,7 @@ def make_learner(config: LearnerConfig, tasks: mi.Task, data: DataConfig) -> Lea
         "imaml": lambda: learners.imaml(
             features, ways, proximal=config.proximal, tol=config.inner_tol, **meta_l2, **loss
         ),
-        "r2d2": lambda: learners.r2d2(features, ways, **meta_l2),
+        "r2d2": lambda: learners.r2d2(features, ways, learned_head=config.learned_head, **meta_l2),
         "protonet": lambda: learners.protonet(features, ways, **meta_l2),
     }
     if config.kind not in makers:

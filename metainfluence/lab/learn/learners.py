@@ -242,21 +242,29 @@ def implicit_head(
     return Learner(problem, features.init)
 
 
-def r2d2(features: nn.Module, ways: int, *, ridge: float = 0.1, meta_l2: float = 0.0) -> Learner:
+def r2d2(
+    features: nn.Module, ways: int, *, ridge: float = 0.1, meta_l2: float = 0.0, learned_head: bool = True
+) -> Learner:
     """R2D2 (Bertinetto et al., ICLR 2019): a ridge-regression head in closed form, W = (XᵀCX + βI)⁻¹ XᵀCY.
 
     C holds the support examples' coefficients, Y their one-hot targets. The logits are scale · φ(x) W + bias. λ is
-    {"features", "log_ridge", "scale", "bias"}.
+    {"features", "log_ridge", "scale", "bias"}; or the features alone, where the other three stay as they start.
 
     Args:
       features: a module from inputs to features.
       ways: classes.
       ridge: β to start from.
       meta_l2: weight of ‖λ‖² / 2, of all its parts.
+      learned_head: whether λ holds β, scale and bias. EK-FAC knows layers alone, so it wants False.
     """
     check_penalty("ridge", ridge, above=True)
+    start = {"log_ridge": float(np.log(ridge)), "scale": 10.0, "bias": 0.0}
+
+    def parts(meta_params):
+        return meta_params if learned_head else {"features": meta_params, **start}
 
     def adapt(meta_params, support, coefficients):
+        meta_params = parts(meta_params)
         seen = apply(features, meta_params["features"], support[0])
         weights = coefficients.astype(seen.dtype)[:, None]
         targets = weights * jax.nn.one_hot(support[1], ways, dtype=seen.dtype)
@@ -273,14 +281,15 @@ def r2d2(features: nn.Module, ways: int, *, ridge: float = 0.1, meta_l2: float =
         )
 
     def outputs(kernel, meta_params, batch):
-        return (
-            meta_params["scale"] * (apply(features, meta_params["features"], batch[0]) @ kernel) + meta_params["bias"]
-        )
+        meta_params = parts(meta_params)
+        seen = apply(features, meta_params["features"], batch[0])
+        return meta_params["scale"] * (seen @ kernel) + meta_params["bias"]
 
     def init(key, inputs):
         seen, variables = features.init_with_output(key, inputs)
-        scalars = {"log_ridge": jnp.log(ridge), "scale": 10.0, "bias": 0.0}
-        return {"features": variables} | {name: jnp.asarray(value, seen.dtype) for name, value in scalars.items()}
+        if not learned_head:
+            return variables
+        return {"features": variables} | {name: jnp.asarray(value, seen.dtype) for name, value in start.items()}
 
     return Learner(_on_features(outputs, adapt, cross_entropy, meta_l2), init)
 
