@@ -5,11 +5,12 @@ import tempfile
 from importlib.metadata import version
 
 # Compiling takes far longer here than running. Older versions compile in a quarter of the time without XLA's newer
-# emitters, newer ones in two thirds without two of LLVM's passes. XLA aborts on a flag that it does not know.
+# emitters, newer ones in half of it with less of LLVM. XLA aborts on a flag that it does not know.
 if version("jaxlib").startswith(("0.8", "0.9", "0.10")):
     _FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 else:
-    _FLAGS = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling,xla_cpu_disable_slp_vectorizer"
+    _PASSES = "xla_cpu_disable_loop_unrolling,xla_cpu_disable_slp_vectorizer,xla_cpu_optimize_for_size"
+    _FLAGS = f"--xla_backend_extra_options={_PASSES} --xla_backend_optimization_level=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 # What one worker has compiled, the other and the commands that tests call need not compile again; what another run has
 # compiled would hide what this one does.
