@@ -76,13 +76,15 @@ def edited(options: Options, count: int, meta_params: PyTree, tasks: Task, old: 
     """
     direction = jax.tree.map(jnp.subtract, new, old)
     chunks = options.chunks(meta_params, tasks)
+    # Traced once, for what is told of a step as for the step itself.
+    expanded = jax.jit(lambda at, tasks, weights: options.expanded(at, tasks, weights, chunks), inline=True)
 
     def turn(search: _Search) -> _Search:
         point, asking, looking = search.point, search.number < 0, search.length == 0
         here = jax.tree.map(
             lambda p, s: jnp.where(looking, p, p + search.length.astype(p.dtype) * s), point.meta_params, search.step
         )
-        at = options.expanded(here, tasks, optax.tree.where(asking, old, new), chunks)
+        at = expanded(here, tasks, optax.tree.where(asking, old, new))
         tried = _Point(here, at.objective, flat_norm(at.gradient), at.inner_gradient_norm)
 
         # Armijo's rule; near a minimum differences of F drown in rounding.
@@ -144,7 +146,7 @@ def edited(options: Options, count: int, meta_params: PyTree, tasks: Task, old: 
         return _Search(point, step, zero, zero, jnp.int32(-1), jnp.bool_(True), edit)
 
     def first() -> tuple[SolveInfo, Array]:
-        at = options.expanded(meta_params, tasks, old, chunks)
+        at = expanded(meta_params, tasks, old)
         return solve_once(options, at, at.gradient)[1], at.objective
 
     last = jax.lax.while_loop(lambda search: search.running, turn, nothing(*jax.eval_shape(first)))

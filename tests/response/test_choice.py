@@ -1,5 +1,7 @@
 """Chunks are chosen from shapes alone, the same under jit and outside, and change no answer."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,3 +162,30 @@ def test_minimisers_and_wide_products_are_not_made_anew_or_kept():
     assert dear(jnp.linalg.cholesky, matrix)[-1]
     assert dear(lambda m: jax.lax.while_loop(lambda m: m[0, 0] < 9, lambda m: m @ m, m), matrix) == [True]
     assert dear(lambda m: jax.jit(lambda m: m @ m)(m), matrix) == [True]
+
+
+def test_a_problem_is_measured_once_for_the_same_shapes():
+    calls = []
+
+    def problem_of(size):
+        def loss(meta_params, task, weights):
+            calls.append(size)
+            return jnp.sum(weights.query * (meta_params - task.query[:, :size].sum(axis=1)) ** 2)
+
+        return mi.from_task_loss(loss)
+
+    def measured(problem, count, width):
+        calls.clear()
+        tasks = mi.Task((), jnp.zeros((count, 3, width)))
+        return _choice.linearised_bytes(problem, EXACT, jnp.zeros(()), tasks), len(calls)
+
+    first, other = problem_of(1), problem_of(2)
+    found, traced = measured(first, 20, 4)
+    assert traced > 0
+    assert measured(first, 30, 4) == (found, 0)
+    assert measured(first, 20, 8)[1] > 0
+    assert measured(other, 20, 4)[1] > 0
+    known = len(_choice._BYTES)
+    del first
+    gc.collect()
+    assert len(_choice._BYTES) == known - 1
