@@ -18,11 +18,11 @@ from metainfluence.data import Task, resolve_weights, sizes
 from metainfluence.problem import Bilevel
 from metainfluence.response._sums import batch_pull
 
-# Bytes of the linearisation of a chunk that stays in a core's cache. Through 100 MB, a product took 52 ms by 8 MB, 46 ms
-# by 11 to 13, 50 ms by 25 and 64 ms at once (jaxlib 0.12, two cores).
+# Bytes of the linearisation of a chunk that stays in a core's cache. Through 100 MB a product took 52 ms by 8 MB,
+# 46 ms by 11 to 13, 50 ms by 25 and 64 ms at once (jaxlib 0.12, two cores).
 CACHE_BYTES = 13e6
 
-# Bytes of all tasks' linearisations below which chunks are no faster on a CPU, and only take longer to compile: through
+# Bytes of all linearisations below which chunks are no faster on a CPU, and only take longer to compile: through
 # 50 MB a product took as long at once as in chunks of any size.
 AT_ONCE_BYTES = 64e6
 
