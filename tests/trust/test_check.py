@@ -227,6 +227,27 @@ def test_advice_fits_what_was_done():
         mi.check(report(outer_gradient_norm=np.float64(4e-12)), tol=1e-13)
 
 
+@pytest.mark.parametrize("flat", [0, 3])
+def test_in_single_precision_the_one_call_that_leads_to_an_answer_comes_first(flat):
+    def told_of(dtype):
+        failed = report(
+            status=np.int32(mi.SolveStatus.MAX_STEPS),
+            relative_residual=dtype(0.05),
+            choice=np.int32(mi.solvers.Choice.KRYLOV_ABSOLUTE),
+            min_curvature=dtype(-0.1),
+            flat_directions=np.int32(flat),
+        )
+        with pytest.raises(mi.SolveError, match="MAX_STEPS") as told:
+            mi.check(failed)
+        return str(told.value)
+
+    call = 'solver=metainfluence.solvers.auto(tol=1e-3) with damping="auto"'
+    single = told_of(np.float32)
+    assert call in single
+    assert "flat" not in single.split(call)[0]
+    assert call not in told_of(np.float64)
+
+
 def test_a_curvature_that_a_symmetry_may_have_is_not_only_laid_to_training():
     left = report(outer_gradient_norm=np.float64(1e-5), meta_params_norm=np.float64(2.0))
     for curvature, told in ((3e-6, True), (-3e-6, True), (1e-3, False)):
