@@ -9,7 +9,6 @@ from metainfluence import evaluation as evaluation
 from metainfluence import operators as operators
 from metainfluence import scoring as scoring
 from metainfluence import solvers as solvers
-from metainfluence.data import InContext as InContext
 from metainfluence.data import Task as Task
 from metainfluence.data import Weights as Weights
 from metainfluence.data import drop as drop

@@ -294,8 +294,7 @@ def stack(found: Sequence[Task | None], template: Task, widths: Widths | None = 
     real: Any = np.asarray([task is not None for task in found], dtype)
     ones: Any = [np.ones((len(tasks), length), dtype) for length in (n_support, n_query)]
     weights = Weights(real, *ones)
-    context = jax.tree.map(_stacked, *(task.context for task in tasks))
-    return Batch(Task(support, query, support_mask, query_mask, context), weights)
+    return Batch(Task(support, query, support_mask, query_mask), weights)
 
 
 def widened(tree: PyTree) -> PyTree:
@@ -342,11 +341,8 @@ def _check_alike(task: Task, template: Task, name: str) -> None:
             f"{name}: expected the structure {jax.tree.structure(template)} of the first task, got {structure}"
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(task), jax.tree.leaves(template), strict=True)
-    examples = len(jax.tree.leaves((task.support, task.query)))
-    for number, ((path, leaf), like) in enumerate(pairs):
-        # A context's leaves, which come last, have no axis of examples.
-        axes = 1 if number < examples else 0
-        got, expected = (leaf.shape[axes:], leaf.dtype), (like.shape[axes:], like.dtype)
+    for (path, leaf), like in pairs:
+        got, expected = (leaf.shape[1:], leaf.dtype), (like.shape[1:], like.dtype)
         if got != expected:
             raise ValueError(
                 f"{leaf_name(name, path)}: expected trailing shape and dtype {expected} as in the first task, got {got}"

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from metainfluence._checks import check_finite_floats, concrete, leaf_name, refuse_half
 
-__all__ = ["InContext", "Task", "Weights", "drop", "stack_tasks", "unit_weights"]
+__all__ = ["Task", "Weights", "drop", "stack_tasks", "unit_weights"]
 
 _PIECE = "of a stream take a piece: list(itertools.islice(stream, 100))"
 
@@ -30,32 +30,12 @@ class Task(NamedTuple):
       query: pytree of arrays `[n_query, ...]`.
       support_mask: `[n_support]` booleans, False on padding; None where every example is real.
       query_mask: `[n_query]` booleans, False on padding; None where every example is real.
-      context: pytree of arrays that belong to the task and are no examples, as coordinates or a PRNG key: any shapes,
-        the same for all tasks. It has no weights. Functions of examples are then given `InContext`.
     """
 
     support: PyTree
     query: PyTree
     support_mask: Bool[Array, "*T n_support"] | None = None
     query_mask: Bool[Array, "*T n_query"] | None = None
-    context: PyTree = None
-
-
-class InContext(NamedTuple):
-    """What the functions of a problem are given for `support` or `query` where tasks have a context.
-
-    Attributes:
-      examples: pytree of arrays `[n, ...]`.
-      context: `Task.context`.
-    """
-
-    examples: PyTree
-    context: PyTree
-
-
-def in_context(examples: PyTree, task: Task) -> PyTree:
-    """The examples of one side as functions are given them: with the task's context, where it has one."""
-    return examples if task.context is None else InContext(examples, task.context)
 
 
 class Weights(NamedTuple):
@@ -137,21 +117,14 @@ def sizes(tasks: Task, *, stacked: bool = True, name: str = "tasks") -> Sizes:
         if mask is not None and concrete(mask) and not np.all(np.any(np.asarray(mask), axis=-1)):
             where = np.flatnonzero(~np.any(np.atleast_2d(np.asarray(mask)), axis=-1))
             raise ValueError(f"{name}.{side}_mask: expected a real example in every task, got none in tasks {where}")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tasks.context):
-        refuse_half(leaf, leaf_name(f"{name}.context", path))
-        if stacked and jnp.shape(leaf)[:1] != query[:1]:
-            raise ValueError(
-                f"{leaf_name(f'{name}.context', path)}: expected the {query[0]} tasks of {name}.query on the leading "
-                f"axis, got shape {jnp.shape(leaf)}"
-            )
     # A support pytree without leaves is a problem whose inner level reads no data.
     return Sizes(query[:-1], support[-1] if support else 0, query[-1])
 
 
 def not_finite(tasks: Task, name: str = "tasks") -> str | None:
     """Names the first leaf of stacked tasks with NaN or infinity outside the padding, and the tasks; None without."""
-    for side in ("support", "query", "context"):
-        mask = getattr(tasks, f"{side}_mask", None)
+    for side in ("support", "query"):
+        mask = getattr(tasks, f"{side}_mask")
         for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(tasks, side)):
             # Of arrays that lie on other hosts too, this one cannot see all.
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or not getattr(
@@ -159,8 +132,7 @@ def not_finite(tasks: Task, name: str = "tasks") -> str | None:
             ):
                 continue
             bad = ~np.isfinite(np.asarray(leaf))
-            bad = bad.reshape(*bad.shape[: 1 if side == "context" else 2], -1).any(axis=-1)
-            bad = bad[:, None] if side == "context" else bad
+            bad = bad.reshape(*bad.shape[:2], -1).any(axis=-1)
             where = np.flatnonzero(np.any(bad if mask is None else bad & np.asarray(mask), axis=-1))
             if where.size:
                 return (
@@ -251,29 +223,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
         return stacked, jnp.stack(filled)
 
     (support, support_mask), (query, query_mask) = side("support"), side("query")
-    return Task(support, query, support_mask, query_mask, _stacked_context(tasks))
-
-
-def _stacked_context(tasks: Sequence[Task]) -> PyTree:
-    """The tasks' contexts on a leading axis."""
-    first = tasks[0].context
-    for k, task in enumerate(tasks):
-        structure: Any = jax.tree.structure(first)
-        if jax.tree.structure(task.context) != structure:
-            raise ValueError(
-                f"tasks[{k}].context: expected the structure {structure} of tasks[0], got "
-                f"{jax.tree.structure(task.context)}"
-            )
-        for (path, leaf), like in zip(
-            jax.tree_util.tree_leaves_with_path(task.context), jax.tree.leaves(first), strict=True
-        ):
-            expected, got = ((jnp.shape(each), jnp.result_type(each)) for each in (like, leaf))
-            if got != expected:
-                raise ValueError(
-                    f"{leaf_name(f'tasks[{k}].context', path)}: expected shape and dtype {expected} as in tasks[0], "
-                    f"got {got}"
-                )
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *(t.context for t in tasks))
+    return Task(support, query, support_mask, query_mask)
 
 
 def _array(leaf: Any) -> Any:

@@ -32,17 +32,7 @@ from metainfluence._chunks import reduce_tasks
 from metainfluence._outline import outline
 from metainfluence._working import working_eps
 from metainfluence.adaptation import Adaptation, Loss
-from metainfluence.data import (
-    InContext,
-    Task,
-    Weights,
-    coefficients,
-    fill_padding,
-    in_context,
-    resolve_weights,
-    sizes,
-    weighted_sum,
-)
+from metainfluence.data import Task, Weights, coefficients, fill_padding, resolve_weights, sizes, weighted_sum
 from metainfluence.differentiation import FORWARD, check_forward, check_hvp
 from metainfluence.operators import Operator
 
@@ -133,7 +123,7 @@ def bilevel(
     chosen = adapt if isinstance(adapt, Adaptation) else Adaptation(adapt, known=False)
 
     def operands(meta_params: PyTree, task: Task, weights: Weights) -> tuple[PyTree, PyTree, Array]:
-        support = in_context(fill_padding(task.support, task.support_mask), task)
+        support = fill_padding(task.support, task.support_mask)
         return meta_params, support, coefficients(weights.support, task.support_mask)
 
     def adapted(meta_params: PyTree, task: Task, weights: Weights) -> PyTree:
@@ -149,17 +139,14 @@ def bilevel(
         with calling("outer_loss", "(params, meta_params, query)"):
             return outer_loss(params, meta_params, query)
 
-    def queries(task: Task) -> PyTree:
-        return in_context(fill_padding(task.query, task.query_mask), task)
-
     def outputs(params: PyTree, meta_params: PyTree, task: Task) -> PyTree:
-        return called(params, meta_params, queries(task))
+        return called(params, meta_params, fill_padding(task.query, task.query_mask))
 
     def losses_of(outputs: PyTree, task: Task) -> Array:
         if outer_head is None:
             return outputs
         with calling("outer_head", "(outputs, query)"):
-            return outer_head(outputs, queries(task))
+            return outer_head(outputs, fill_padding(task.query, task.query_mask))
 
     def query_losses(params: PyTree, meta_params: PyTree, task: Task) -> Array:
         return losses_of(outputs(params, meta_params, task), task)
@@ -287,14 +274,11 @@ def per_example(scalar_loss: Callable[[PyTree, PyTree, PyTree], Array]) -> Loss:
     """
 
     def losses(params: PyTree, meta_params: PyTree, batch: PyTree) -> Array:
-        examples = batch.examples if isinstance(batch, InContext) else batch
-
         def single(example: PyTree) -> Array:
-            alone = jax.tree.map(lambda leaf: leaf[None], example)
-            alone = batch._replace(examples=alone) if isinstance(batch, InContext) else alone
-            return check_scalar(scalar_loss(params, meta_params, alone), "scalar_loss")
+            value = scalar_loss(params, meta_params, jax.tree.map(lambda leaf: leaf[None], example))
+            return check_scalar(value, "scalar_loss")
 
-        return jax.vmap(single)(examples)
+        return jax.vmap(single)(batch)
 
     return losses
 

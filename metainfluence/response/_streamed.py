@@ -73,10 +73,7 @@ class Stream:
                 lambda leaf: jax.ShapeDtypeStruct((*lead, *jnp.shape(leaf)[1:]), leaf.dtype), getattr(template, side)
             )
 
-        context = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((count, *jnp.shape(leaf)), leaf.dtype), template.context
-        )
-        self.shapes = Task(shaped("support"), shaped("query"), context=context)
+        self.shapes = Task(shaped("support"), shaped("query"))
 
     def steps(self, numbers: Sequence[int]) -> Generator[tuple[int, Batch]]:
         """The tasks of these steps, one thread ahead."""
