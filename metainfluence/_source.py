@@ -140,6 +140,8 @@ class Reader:
 
     def leave_out(self, reasons: Mapping[int, str]) -> None:
         """Takes tasks, by their position, for ones that cannot be read."""
+        if not reasons:
+            return
         self.skipped.update(reasons)
         # What fills up batches at weight 0 must not be one of them: zero times NaN is NaN.
         self._template = None

@@ -369,6 +369,7 @@ def test_a_dry_run_shows_all_and_writes_nothing(tmp_path):
         "pooling": "max",
         "activation": "tanh",
         "head_l2": 0.03,
+        "learned_head": True,
         "proximal": 1.0,
         "inner_lr": 0.1,
         "inner_steps": 5,

@@ -7,7 +7,7 @@ from jax.flatten_util import ravel_pytree
 
 import metainfluence as mi
 from metainfluence.lab.bench import _convolution as bench_convolution
-from metainfluence.lab.learn._convolution import ShiftedConv, fastest, shifted_convolution, windowed_convolution
+from metainfluence.lab.learn.convolution import ShiftedConv, fastest, shifted_convolution, windowed_convolution
 from metainfluence.lab.learn.models import MLP, Conv4, pooled
 from oracles.reference import relative_error
 

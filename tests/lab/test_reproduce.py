@@ -250,7 +250,7 @@ def test_verdicts_whose_rows_are_not_here_are_those_of_the_report_before(tmp_pat
     ]
     found = verdicts.lines(tmp_path, "small", old + "\n".join(lines) + "\n\n## Another\n\n| MAML: no | 1 | 1 | met |\n")
     assert found[2:4] == old.splitlines()[-2:]
-    assert found[4:] == ["| digits: ROC AUC of damaged tasks, exact influence | 0.500 | ≥ 0.95 | missed |", *lines[1:]]
+    assert found[4:] == ["| digits: ROC AUC of damaged tasks, optimum | 0.500 | ≥ 0.95 | missed |", *lines[1:]]
 
 
 def test_verdicts_hold_the_measurement_against_the_bar():

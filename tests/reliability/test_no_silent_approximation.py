@@ -63,6 +63,7 @@ NO_SOLVERS = {"anytime", "from_map", "from_steps", "solution_of"}
 CURVATURES = ("exact", "linearized", "gamma", "gauss_newton", "direct")
 ADAPTATIONS = {"closed_form", "implicit", "unrolled"}
 MINIMIZERS = {
+    "newton": lambda: mi.adaptation.newton(),
     "newton_cg": lambda: mi.adaptation.newton_cg(),
     "optax_minimizer": lambda: mi.adaptation.optax_minimizer(optax.sgd(0.2), 400, tol=1e-13),
     "given": lambda: mi.adaptation.given(),

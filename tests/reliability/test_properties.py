@@ -72,7 +72,7 @@ def test_permuting_examples_permutes_scores(structure, drawn):
 
     def permuted(tree, support, query):
         moved = {"support": lambda leaf: leaf[:, support], "query": lambda leaf: leaf[:, query]}
-        names = [name for name in tree._fields if name not in ("task", "context")]
+        names = [name for name in tree._fields if name != "task"]
         return tree._replace(**{n: jax.tree.map(moved[n.removesuffix("_mask")], getattr(tree, n)) for n in names})
 
     changed = inputs._replace(

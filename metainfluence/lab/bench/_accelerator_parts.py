@@ -18,7 +18,7 @@ from metainfluence.lab.bench._counting import count  # noqa: E402
 from metainfluence.lab.bench.accelerator import PEAKS, AcceleratorBenchConfig  # noqa: E402
 from metainfluence.lab.data.fewshot import Batch  # noqa: E402
 from metainfluence.lab.learn import learners  # noqa: E402
-from metainfluence.lab.learn._convolution import IMPLEMENTATIONS  # noqa: E402
+from metainfluence.lab.learn.convolution import IMPLEMENTATIONS  # noqa: E402
 from metainfluence.lab.learn.models import Conv4  # noqa: E402
 
 Row = dict[str, Any]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import metainfluence as mi
 from metainfluence.lab.data.fewshot import Batch
 from metainfluence.lab.learn import learners
-from metainfluence.lab.learn._convolution import IMPLEMENTATIONS, ShiftedConv
+from metainfluence.lab.learn.convolution import IMPLEMENTATIONS, ShiftedConv
 from metainfluence.lab.learn.models import Conv4
 from metainfluence.lab.learn.timing import Compiled
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import metainfluence as mi
-from metainfluence.lab.learn._convolution import ShiftedConv
+from metainfluence.lab.learn.convolution import ShiftedConv
 
 NORMALIZATIONS = (None, "layer", "group", "instance")
 NUM_GROUPS = 8
