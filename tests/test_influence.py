@@ -34,11 +34,10 @@ def matrix(delta, axes):
 
 # Those that take longest to solve again and again; their like is among the others.
 LONG = {"given", "maml_adam"}
+MARKED = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in KINDS]
 
 
-@pytest.mark.parametrize(
-    "problem_name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in KINDS]
-)
+@pytest.mark.parametrize("problem_name", MARKED)
 @pytest.mark.parametrize("kind", ["task", "support", "query"])
 def test_one_datum_against_central_differences_of_the_re_optimised_meta_params(problem_name, kind):
     direction, expected = optimum_differences(problem_name)[kind]
@@ -47,7 +46,7 @@ def test_one_datum_against_central_differences_of_the_re_optimised_meta_params(p
     assert relative_error(delta[where], expected) <= 1e-5
 
 
-@pytest.mark.parametrize("problem_name", KINDS)
+@pytest.mark.parametrize("problem_name", MARKED)
 def test_a_random_direction_against_central_differences_of_the_re_optimised_meta_params(problem_name):
     direction, expected = optimum_differences(problem_name)["random"]
     total = sum(

@@ -61,6 +61,7 @@ def test_held_out_tasks_are_clean_and_share_no_image_with_training():
     assert not images(clean) & images(data.held_out)
 
 
+@pytest.mark.slow
 def test_the_derivative_through_the_run_stands_beside_the_others(tmp_path, capsys):
     cli.main(["demo", *SMALL, "--num-steps", "25", "--trajectory", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
