@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int, PyTree, UInt32
 
 from metainfluence._checks import is_half, leaf_name
-from metainfluence.data import Task, Weights, sizes
+from metainfluence.data import PIECE, Task, Weights, sizes
 
 _AHEAD = 2
 
@@ -234,8 +234,7 @@ def ids_of(source: Source) -> Sequence[int] | Sequence[str]:
     """
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise TypeError(
-            f"source: expected a sequence of tasks with len() and indexing, got {type(source).__name__}; of a stream "
-            "take a piece: list(itertools.islice(stream, 100))"
+            f"source: expected a sequence of tasks with len() and indexing, got {type(source).__name__}; {PIECE}"
         )
     if isinstance(source, (Task, str, bytes)):
         raise TypeError(f"source: expected a sequence of single tasks, got {type(source).__name__}")

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from metainfluence.differentiation import inner_jaxprs
+
 
 def working_eps(jaxpr: Any) -> float:
     """The largest machine epsilon among the values that depend on a program's arguments; 0 where none is a float.
@@ -24,7 +26,7 @@ def _eps(jaxpr: Any, reached: list[bool]) -> tuple[float, list[bool]]:
         if not any(inputs):
             continue
         outputs = [True] * len(equation.outvars)
-        for inner in _inside(equation.params):
+        for inner in inner_jaxprs(equation.params):
             # Loops and branches take their arguments in an order of their own; there all are taken for reached.
             alone = equation.primitive.name not in ("while", "cond") and len(inner.invars) == len(inputs)
             found, ends = _eps(inner, inputs if alone else [True] * len(inner.invars))
@@ -37,13 +39,3 @@ def _eps(jaxpr: Any, reached: list[bool]) -> tuple[float, list[bool]]:
                 if jnp.issubdtype(var.aval.dtype, jnp.floating):
                     largest = max(largest, float(jnp.finfo(var.aval.dtype).eps))
     return largest, [hasattr(atom, "aval") and not hasattr(atom, "val") and atom in known for atom in jaxpr.outvars]
-
-
-def _inside(value: Any) -> list[Any]:
-    """The jaxprs in an equation's parameters."""
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        return [jaxpr for item in value for jaxpr in _inside(item)]
-    inner = getattr(value, "jaxpr", value)
-    return [inner] if hasattr(inner, "eqns") else []

@@ -19,7 +19,7 @@ from metainfluence._checks import check_finite_floats, concrete, leaf_name, refu
 
 __all__ = ["Task", "Weights", "drop", "stack_tasks", "unit_weights"]
 
-_PIECE = "of a stream take a piece: list(itertools.islice(stream, 100))"
+PIECE = "of a stream take a piece: list(itertools.islice(stream, 100))"
 
 
 class Task(NamedTuple):
@@ -98,7 +98,7 @@ def sizes(tasks: Task, *, stacked: bool = True, name: str = "tasks") -> Sizes:
         several = isinstance(tasks, Sequence) and any(isinstance(task, Task) for task in tasks)
         hint = "stack them with metainfluence.stack_tasks" if several else "meta_params come first, then the tasks"
         if isinstance(tasks, Iterator):
-            hint = f"{_PIECE}, and stack it with metainfluence.stack_tasks"
+            hint = f"{PIECE}, and stack it with metainfluence.stack_tasks"
         elif not stacked:
             hint = "make it one: metainfluence.Task(support, query)"
         raise TypeError(f"{name}: expected a metainfluence.Task, got {type(tasks).__name__}; {hint}")
@@ -181,7 +181,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
     """
     if isinstance(tasks, Iterator):
         raise TypeError(
-            f"tasks: expected a sequence of tasks, got {type(tasks).__name__}, which may never end; {_PIECE}"
+            f"tasks: expected a sequence of tasks, got {type(tasks).__name__}, which may never end; {PIECE}"
         )
     tasks = [jax.tree.map(_array, task) if isinstance(task, Task) else task for task in tasks]
     if not tasks:

@@ -56,17 +56,20 @@ def check_forward(loss: Callable[[PyTree], Array], at: PyTree, jaxpr: Any, *, tw
 
 def _holds(jaxpr: Any, name: str) -> bool:
     """Whether a primitive whose name starts so is in a jaxpr or in one inside it."""
-
-    def inside(value: Any) -> bool:
-        if isinstance(value, (tuple, list)):
-            return any(map(inside, value))
-        inner = getattr(value, "jaxpr", value)
-        return hasattr(inner, "eqns") and _holds(inner, name)
-
     return any(
-        equation.primitive.name.startswith(name) or any(map(inside, equation.params.values()))
+        equation.primitive.name.startswith(name) or any(_holds(inner, name) for inner in inner_jaxprs(equation.params))
         for equation in jaxpr.eqns
     )
+
+
+def inner_jaxprs(value: Any) -> list[Any]:
+    """The jaxprs in an equation's parameters."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return [jaxpr for item in value for jaxpr in inner_jaxprs(item)]
+    inner = getattr(value, "jaxpr", value)
+    return [inner] if hasattr(inner, "eqns") else []
 
 
 def hessian_product(gradient: Callable[[PyTree], PyTree], at: PyTree, vector: PyTree, hvp: str) -> PyTree:

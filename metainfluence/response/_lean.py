@@ -7,8 +7,9 @@ images and what else goes once through its arguments are made anew in every prod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
+
+from metainfluence.differentiation import inner_jaxprs
 
 # One pass over the arguments each, or none.
 _NAMES = (
@@ -33,7 +34,7 @@ def dear(primitive: Any, *avals: Any, **params: Any) -> bool:
         return _spread(avals, *params["dimension_numbers"]) <= _SPREAD
     if primitive.name in _CHEAP:
         return False
-    bodies = list(_bodies(params))
+    bodies = inner_jaxprs(params)
     # The function that a derivative of the user's own belongs to may be as cheap as `relu`, or a minimiser.
     return not bodies or any(
         dear(each.primitive, *_avals(each), **each.params) for body in bodies for each in body.eqns
@@ -52,17 +53,3 @@ def _spread(avals: Any, contracted: Any, batched: Any) -> float:
 
 def _avals(equation: Any) -> list[Any]:
     return [atom.aval for atom in equation.invars]
-
-
-def _bodies(value: Any) -> Iterator[Any]:
-    """The programs in an operation's parameters."""
-    if isinstance(value, dict):
-        for each in value.values():
-            yield from _bodies(each)
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _bodies(each)
-    else:
-        inner = getattr(value, "jaxpr", value)
-        if hasattr(inner, "eqns"):
-            yield inner

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from metainfluence import _memory
 from metainfluence._checks import check_positive, concrete, maker
 from metainfluence.curvature import Curvature
-from metainfluence.data import Task, resolve_weights, sizes, stack_tasks
+from metainfluence.data import PIECE, Task, resolve_weights, sizes, stack_tasks
 from metainfluence.problem import Bilevel, check_derivatives, check_meta_params
 from metainfluence.response import Options, batch_pull, linearised_bytes
 
@@ -156,7 +156,7 @@ def preflight(
         if not isinstance(tasks, Task) and not (hasattr(tasks, "__len__") and hasattr(tasks, "__getitem__")):
             raise TypeError(
                 "tasks: expected stacked tasks, or a source with a length and an index, as a list of single tasks, got "
-                f"{type(tasks).__name__}; of a stream take a piece: list(itertools.islice(stream, 100))"
+                f"{type(tasks).__name__}; {PIECE}"
             )
         devices = 1 if mesh is None else mesh.size
         room = devices * free_memory() * FREE_SHARE if memory is None else memory

@@ -1,10 +1,12 @@
 """What a program does, counted in its jaxpr: floating-point operations, loops, and the matrix products inside them."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+
+from metainfluence.differentiation import inner_jaxprs
 
 
 class Count(NamedTuple):
@@ -40,7 +42,7 @@ def _counted(jaxpr: Any) -> Count:
 
 def _of_equation(equation: Any) -> Count:
     name = equation.primitive.name
-    inner = [_counted(body) for body in _inside(equation.params)]
+    inner = [_counted(body) for body in inner_jaxprs(equation.params)]
     if name in ("scan", "while"):
         found = Count()
         for each in inner:
@@ -72,20 +74,6 @@ _NAMES = (
     "reshape rev slice squeeze stop_gradient transpose"
 )
 _MOVES = frozenset(_NAMES.split())
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    """The jaxprs in an equation's parameters."""
-    if isinstance(value, dict):
-        for each in value.values():
-            yield from _inside(each)
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _inside(each)
-    else:
-        inner = getattr(value, "jaxpr", value)
-        if hasattr(inner, "eqns"):
-            yield inner
 
 
 def _sum(one: Count, other: Count) -> Count:

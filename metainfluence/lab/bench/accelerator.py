@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from metainfluence._disk import write_atomically, write_manifest
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count, Positive, Ways
@@ -137,11 +138,9 @@ def _take(config: AcceleratorBenchConfig, record: dict[str, Any], before: list[A
 
 def _write(config: AcceleratorBenchConfig, record: dict[str, Any]) -> None:
     values = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, **record}
-    for name, text in (("accelerator.json", json.dumps(values, indent=2)), ("accelerator.md", markdown(record))):
-        # A run that is killed leaves the table before.
-        fresh = config.out / f"{name}.tmp"
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(config.out / name)
+    # A run that is killed leaves the table before.
+    write_manifest(config.out / "accelerator.json", values)
+    write_atomically(config.out / "accelerator.md", markdown(record).encode())
 
 
 def markdown(record: dict[str, Any]) -> str:
