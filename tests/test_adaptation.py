@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import metainfluence as mi
+from metainfluence import minimizers
 from metainfluence.adaptation import usual_linear_solver
 from oracles.parts import anchored, lenient
 from oracles.problems import NAMES, spec
@@ -291,3 +292,13 @@ def test_an_accelerators_linear_solver_takes_flat_directions():
         np.testing.assert_allclose(solution, [1.0, 0.5, 0.0], atol=1e-12)
     names = [repr(usual_linear_solver(jnp.zeros(size), backend)) for size, backend in ((3, "cpu"), (513, "gpu"))]
     assert all(name.startswith("cg(") for name in names)
+
+
+@pytest.mark.parametrize("along", [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 1.0, -1.0], [1.0, 0.0, 0.0, -1.0]])
+def test_a_saddle_is_seen_whichever_way_it_falls(along):
+    """The probe has a part along every direction, and so along those without a mean."""
+    unit = jnp.asarray(along) / np.linalg.norm(along)
+    product = lambda v: v - 1.5 * unit * jnp.vdot(unit, v)  # noqa: E731
+    zero = jnp.zeros(4)
+    assert jnp.isinf(minimizers.gradient_norm(zero, product, zero))
+    assert minimizers.gradient_norm(zero, lambda v: v - 0.5 * unit * jnp.vdot(unit, v), zero) == 0

