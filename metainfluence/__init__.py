@@ -6,6 +6,7 @@ from metainfluence import curvature as curvature
 from metainfluence import damping as damping
 from metainfluence import ekfac as ekfac
 from metainfluence import evaluation as evaluation
+from metainfluence import mixed as mixed
 from metainfluence import operators as operators
 from metainfluence import scoring as scoring
 from metainfluence import solvers as solvers

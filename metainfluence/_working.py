@@ -37,5 +37,7 @@ def _eps(jaxpr: Any, reached: list[bool]) -> tuple[float, list[bool]]:
             if is_reached:
                 known.add(var)
                 if jnp.issubdtype(var.aval.dtype, jnp.floating):
-                    largest = max(largest, float(jnp.finfo(var.aval.dtype).eps))
+                    # A product of rounded numbers has a result of more digits than it knows.
+                    dtype = equation.params.get("compute_dtype", var.aval.dtype)
+                    largest = max(largest, float(jnp.finfo(dtype).eps))
     return largest, [hasattr(atom, "aval") and not hasattr(atom, "val") and atom in known for atom in jaxpr.outvars]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from metainfluence._rounded import rounded_p
 from metainfluence.differentiation import inner_jaxprs
 
 # One pass over the arguments each, or none.
@@ -30,6 +31,8 @@ _SPREAD = 2
 
 def dear(primitive: Any, *avals: Any, **params: Any) -> bool:
     """Whether the result of an operation is kept, for the `policy` of `jax.checkpoint`."""
+    if primitive is rounded_p:
+        return dear(params["product"], *avals, **dict(params["options"]))
     if primitive.name == "dot_general":
         return _spread(avals, *params["dimension_numbers"]) <= _SPREAD
     if primitive.name in _CHEAP:

@@ -26,6 +26,9 @@ Row = dict[str, Any]
 _SHOTS = {"maml": 1, "head": 5}
 _DAMPING = 1.0
 
+# Mixed precision, by `metainfluence.mixed`.
+HALF = ("bfloat16", "float16")
+
 
 class Case(NamedTuple):
     """A problem with its λ."""
@@ -64,10 +67,11 @@ def parts() -> dict[str, Callable[[AcceleratorBenchConfig], Iterator[Row]]]:
     }
 
 
-def case(config: AcceleratorBenchConfig, kind: str, impl: str = "auto") -> Case:
+def case(config: AcceleratorBenchConfig, kind: str, impl: str = "auto", dtype: str | None = None) -> Case:
     """A learner on the configuration's network."""
     # Smooth, so that derivatives of all orders exist and can be compared over precisions.
-    network = Conv4(config.width, config.depth, normalization="layer", activation=jnp.tanh, impl=impl)
+    kind_of: dict[str, Any] = {"normalization": "layer", "activation": jnp.tanh, "impl": impl, "compute_dtype": dtype}
+    network = Conv4(config.width, config.depth, **kind_of)
     if kind == "maml":
         learner = learners.maml(network, config.ways, steps=config.inner_steps, lr=0.01)
     else:
@@ -120,7 +124,7 @@ def meta_gradient(problem: mi.Bilevel, precision: str | None = "highest") -> Cal
 
 
 def precision(config: AcceleratorBenchConfig) -> Iterator[Row]:
-    """The meta-gradient at several precisions, and how far it lies from that in float64."""
+    """The meta-gradient at several precisions, how far it lies from that in float64, and the probe of scores."""
     with jax.enable_x64(True):
         made = case(config, "maml")
         data = jax.tree.map(_double, (made.meta_params, tasks(config, made.shots, config.at_once)))
@@ -129,10 +133,20 @@ def precision(config: AcceleratorBenchConfig) -> Iterator[Row]:
     made = case(config, "maml")
     # As numbers of the host, which JAX takes at its own width again.
     data = jax.tree.map(jnp.asarray, jax.device_get(data))
-    for name in ("highest", "tensorfloat32", "bfloat16"):
-        row, found = timed(config, name, config.at_once, meta_gradient(made.problem, name), *data)
+    for name in ("highest", "tensorfloat32", *HALF):
+        learner, at = (case(config, "maml", dtype=name), "highest") if name in HALF else (made, name)
+        row, found = timed(config, name, config.at_once, meta_gradient(learner.problem, at), *data)
         distance = optax.tree.norm(jax.tree.map(lambda a, b: a - b.astype(a.dtype), found, exact))
         yield row | {"error": float(distance / optax.tree.norm(found))}
+    few = tasks(config, made.shots, 4, seed=2)
+    for name in HALF:
+        half = case(config, "maml", dtype=name).problem
+        probe = mi.mixed.probe(half, made.problem, mi.query_loss(made.problem), damping=_DAMPING)
+        try:
+            found = probe(*data, few)
+            yield {"what": f"scores in {name}: rank correlation {found.rank_correlation:.5f}", "error": found.error}
+        except mi.mixed.PrecisionError as error:
+            yield {"what": f"scores in {name}: refused: {str(error).partition(': keep')[0]}"}
 
 
 def _double(leaf: Any) -> Any:

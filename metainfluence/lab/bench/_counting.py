@@ -41,13 +41,15 @@ def _counted(jaxpr: Any) -> Count:
 
 
 def _of_equation(equation: Any) -> Count:
-    name = equation.primitive.name
-    inner = [_counted(body) for body in inner_jaxprs(equation.params)]
+    name, params = equation.primitive.name, equation.params
+    if name == "rounded_product":
+        name, params = params["product"].name, dict(params["options"])
+    inner = [_counted(body) for body in inner_jaxprs(params)]
     if name in ("scan", "while"):
         found = Count()
         for each in inner:
             found = _sum(found, each)
-        times = equation.params["length"] if name == "scan" else 1
+        times = params["length"] if name == "scan" else 1
         return Count(found.flops * times, found.products, found.loops + 1, found.products, found.nesting + 1)
     if name == "cond":
         return Count(*(max(field) for field in zip(*inner, strict=True)))
@@ -57,11 +59,11 @@ def _of_equation(equation: Any) -> Count:
             found = _sum(found, each)
         return found
     if name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
+        (contracted, _), _ = params["dimension_numbers"]
         inside = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         return Count(2.0 * inside * _size(equation.outvars), products=1)
     if name == "conv_general_dilated":
-        shape, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
+        shape, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
         # Each output sums over the window and over the inputs of its own group.
         inside = math.prod(shape) // shape[numbers.rhs_spec[0]]
         return Count(2.0 * inside * _size(equation.outvars), products=1)

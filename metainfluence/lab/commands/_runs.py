@@ -163,6 +163,7 @@ def job_of(folder: Path) -> Job:
     jax.config.update("jax_enable_x64", config.float64)
     listed = lists(config)
     made, initial = learner(config, listed)
+    exact = dataclasses.replace(config, learner=dataclasses.replace(config.learner, compute_dtype=None))
     return Job(
         problem=made.problem,
         meta_params=parameters.load(folder / TRAINED, initial),
@@ -175,6 +176,7 @@ def job_of(folder: Path) -> Job:
         run=run_of(config, made.problem),
         start=initial,
         checkpoints=checkpoints_of(folder, config, initial),
+        full=None if config.learner.compute_dtype is None else learner(exact, listed)[0].problem,
     )
 
 

@@ -102,7 +102,7 @@ def run(config: EditConfig) -> None:
             job.problem,
             # Each of its few solves is at another λ, for which a preconditioner would take longer to compile than it
             # saves.
-            solver=mi.solvers.block_cg(tol=tolerance(job.meta_params)),
+            solver=mi.solvers.block_cg(tol=tolerance(job.meta_params, job.full)),
             damping=damping,
             batch_size=config.batch_size,
             num_newton_steps=config.num_newton_steps,

@@ -31,6 +31,8 @@ class Job(NamedTuple):
       checkpoints: of the training, as made by `metainfluence.checkpoints`, for scores by segments.
       text: (a task's support or query) -> a string for each example, for the report of data that are no images; None
         for the numbers of short leaves, or the examples' ids.
+      full: the same problem in full precision, where `problem` computes in half: `score` then compares a few tasks
+        first, see `metainfluence.mixed`, and takes the target of this one. None where there is nothing to compare.
     """
 
     problem: mi.Bilevel
@@ -46,6 +48,7 @@ class Job(NamedTuple):
     run: Any = None
     start: Any = None
     checkpoints: Sequence[mi.Checkpoint] | None = None
+    full: mi.Bilevel | None = None
 
     def stacked(self) -> mi.Task:
         """All training tasks; half-precision data in float32, as `scoring.score` takes them."""
@@ -64,11 +67,16 @@ class Job(NamedTuple):
                 "--problem: target_args: expected (held_out,), stacked tasks on which the target is taken, since "
                 "without a target of its own that is their query loss; got none"
             )
-        return mi.query_loss(self.problem)
+        return mi.query_loss(self.problem if self.full is None else self.full)
 
 
-def tolerance(meta_params: Any) -> float:
-    """Relative residual to ask for: what rounding can be trusted to reach at these meta-parameters' precision."""
+def tolerance(meta_params: Any, full: mi.Bilevel | None = None) -> float:
+    """Relative residual to ask for: what rounding can be trusted to reach at these meta-parameters' precision.
+
+    Products of rounded numbers, where there is a problem without them, leave some hundredths.
+    """
+    if full is not None:
+        return 2e-2
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(meta_params))
     return 1e-4 if eps > np.finfo(np.float64).eps else 1e-6
 
@@ -107,6 +115,8 @@ def checked(returned: Any, name: str) -> Job:
         raise TypeError(
             f"{name}: problem: expected one made by metainfluence.bilevel, got {type(returned.problem).__name__}"
         )
+    if returned.full is not None and not isinstance(returned.full, mi.Bilevel):
+        raise TypeError(f"{name}: full: expected one made by metainfluence.bilevel, got {type(returned.full).__name__}")
     if not isinstance(returned.target_args, tuple):
         raise TypeError(f"{name}: target_args: expected a tuple, got {type(returned.target_args).__name__}")
     if returned.run is not None and returned.start is None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,8 @@ class LearnerConfig:
     """Of conv4: layer, group, instance or none."""
     activation: str = "tanh"
     """Of either model: tanh or swish; or relu, with which the total Hessian does not exist everywhere."""
+    compute_dtype: Literal["bfloat16", "float16"] | None = None
+    """Half precision for the model's products; before tasks are scored, a few are compared with full precision."""
     head_l2: Positive = 0.03
     """Penalty of implicit_head's head."""
     learned_head: bool = True
@@ -217,10 +219,14 @@ def make_learner(config: LearnerConfig, tasks: mi.Task, data: DataConfig) -> Lea
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {config.activation!r}")
     activation = ACTIVATIONS[config.activation]
     if config.model == "mlp":
-        features: Any = models.MLP(config.widths, image_ndim=inputs.ndim - 2, activation=activation)
+        features: Any = models.MLP(config.widths, inputs.ndim - 2, activation, config.compute_dtype)
     elif config.model == "conv4":
         features = models.Conv4(
-            width=config.width, pooling=config.pooling, normalization=config.normalization, activation=activation
+            width=config.width,
+            pooling=config.pooling,
+            normalization=config.normalization,
+            activation=activation,
+            compute_dtype=config.compute_dtype,
         )
     else:
         raise ValueError(f"model: expected mlp or conv4, got {config.model!r}")

@@ -43,6 +43,11 @@ class WithHead(nn.Module):
     features: nn.Module
     ways: int
 
+    @property
+    def compute_dtype(self) -> str | None:
+        """That of the features."""
+        return getattr(self.features, "compute_dtype", None)
+
     @nn.compact
     def __call__(self, inputs):
         return nn.Dense(self.ways, param_dtype=jnp.result_type(float))(self.features(inputs))

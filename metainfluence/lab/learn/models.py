@@ -26,11 +26,14 @@ class MLP(nn.Module):
       widths: of its layers.
       image_ndim: axes of an image: 2 for grey ones, 3 for those with channels, 1 for vectors.
       activation: after every layer.
+      compute_dtype: "bfloat16" or "float16" for products in half precision, by `metainfluence.mixed`, where the network
+        is called by `apply`; None for none.
     """
 
     widths: Sequence[int] = (32, 16)
     image_ndim: int = 2
     activation: Callable[[jax.Array], jax.Array] = jnp.tanh
+    compute_dtype: str | None = None
 
     @nn.compact
     def __call__(self, images):
@@ -56,6 +59,7 @@ class Conv4(nn.Module):
       pooling: "max", "average", or "stride" for convolutions that skip every other position, at a quarter of the cost.
       activation: with a smooth one, as `jnp.tanh`, the total Hessian exists everywhere.
       impl: of the convolutions, as in `ShiftedConv`.
+      compute_dtype: as in `MLP`.
     """
 
     width: int = 32
@@ -64,6 +68,7 @@ class Conv4(nn.Module):
     pooling: str = "max"
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     impl: str = "auto"
+    compute_dtype: str | None = None
 
     @nn.compact
     def __call__(self, images):
@@ -171,8 +176,10 @@ def logistic_head_problem(
 
 
 def apply(model: nn.Module, variables: Any, inputs: jax.Array) -> jax.Array:
-    """The outputs of a Flax model that has no mutable state."""
-    return cast(jax.Array, model.apply(variables, inputs))
+    """The outputs of a Flax model that has no mutable state, in the precision that it names."""
+    dtype = getattr(model, "compute_dtype", None)
+    network = model.apply if dtype is None else mi.mixed.compute_in(dtype)(model.apply)
+    return cast(jax.Array, network(variables, inputs))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
