@@ -1,5 +1,9 @@
 """The command line's entry point, which also a core-only install has: it names the extra that the rest needs."""
 
+import sys
+
+from metainfluence.lab.show.waiting import waiting
+
 LAB_MODULES = frozenset(
     {
         "array_record",
@@ -23,9 +27,12 @@ def main() -> None:
       SystemExit: as the command line ends; also where a package of the lab extra is not installed.
     """
     try:
-        from metainfluence.lab.commands import cli
+        with waiting(" ".join(["metainfluence", *sys.argv[1:2]])) as line:
+            from metainfluence.lab.commands import cli
 
-        cli.entry()
+            if line is not None:
+                line.phase("preparing")
+            cli.entry()
     except KeyboardInterrupt:
         # While the packages were imported.
         raise SystemExit(130) from None

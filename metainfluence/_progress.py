@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 _LOG = logging.getLogger("metainfluence")
 _SECONDS_BETWEEN_LINES = 10.0
+_BEGINNING = "{phase}: reading and compiling"
 
 
 class Progress(NamedTuple):
@@ -53,16 +54,18 @@ class Reporter:
 
     Args:
       tell: called after every batch.
+      begin: called with the name of each phase, whose programs are compiled before its first batch is done.
     """
 
-    def __init__(self, tell: Callable[[Progress], None]):
-        self._tell = tell
+    def __init__(self, tell: Callable[[Progress], None], begin: Callable[[str], None] = lambda phase: None):
+        self._tell, self._begin = tell, begin
         self._now = Progress("gradient")
         self._start = time.perf_counter()
 
     def phase(self, name: str) -> None:
         """A new phase begins."""
         self._now = Progress(name)
+        self._begin(name)
 
     def solved(self, residual: float | None, min_curvature: float) -> None:
         """A solver's step is done."""
@@ -93,7 +96,7 @@ def reporter(progress: bool | Callable[[Progress], None]) -> Iterator[Reporter]:
         return
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
     except ModuleNotFoundError:
         yield Reporter(_now_and_then(lambda line: _LOG.info("%s", line)))
@@ -102,9 +105,13 @@ def reporter(progress: bool | Callable[[Progress], None]) -> Iterator[Reporter]:
     if not console.is_terminal:
         yield Reporter(_now_and_then(lambda line: console.print(line, highlight=False)))
         return
-    with Bar(TextColumn("{task.description}"), BarColumn(), console=console) as bar:
-        task = bar.add_task("")
-        yield Reporter(lambda now: bar.update(task, description=str(now), completed=now.done, total=now.total))
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task(_BEGINNING.format(phase="gradient"))
+        yield Reporter(
+            lambda now: bar.update(task, description=str(now), completed=now.done, total=now.total),
+            lambda phase: bar.update(task, description=_BEGINNING.format(phase=phase), completed=0),
+        )
 
 
 def _now_and_then(write: Callable[[str], None]) -> Callable[[Progress], None]:
