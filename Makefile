@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # What tells most in least time, for the oldest versions.
 QUICK := tests/reliability/test_golden.py tests/reliability/test_properties.py tests/test_influence.py \
-	tests/test_edit.py tests/test_programs.py
+	tests/test_edit.py
 OLDEST_STAMP := .venv-oldest/.installed
 
 .PHONY: setup demo bench test test-slow test-oldest test-matrix lint docs clean

@@ -10,6 +10,7 @@ from metainfluence import mixed as mixed
 from metainfluence import operators as operators
 from metainfluence import scoring as scoring
 from metainfluence import solvers as solvers
+from metainfluence.data import PerTask as PerTask
 from metainfluence.data import Task as Task
 from metainfluence.data import Weights as Weights
 from metainfluence.data import drop as drop

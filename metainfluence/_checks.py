@@ -157,6 +157,14 @@ def calling(name: str, signature: str) -> Iterator[None]:
             if "'list'" in str(error):
                 error.add_note("a list of numbers is a pytree of numbers, and no array: make it one by jnp.asarray")
         raise
+    except NameError as error:
+        if "axis name" in str(error) and not getattr(error, "__notes__", None):
+            error.add_note(
+                f"{name} is a function of one task alone: tasks that see each other, as through a shared pool or "
+                "statistics over tasks, have no scores of their own; put what is shared and not scored into a "
+                "metainfluence.PerTask of each, or make one task of those that share"
+            )
+        raise
 
 
 def check_scalar(value: Any, name: str) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int, PyTree, UInt32
 
 from metainfluence._checks import is_half, leaf_name
-from metainfluence.data import PIECE, Task, Weights, sizes
+from metainfluence.data import PIECE, Task, Weights, leaves_by_kind, sizes
 
 _AHEAD = 2
 
@@ -279,9 +279,12 @@ def stack(found: Sequence[Task | None], template: Task, widths: Widths | None = 
         width = None if widths is None else getattr(widths, name)
         if width is None and all(length == whole for length in lengths) and all(mask is None for mask in masks):
             return jax.tree.map(_stacked, *batches), None, whole
+        of_examples = iter([kind[2] for kind in leaves_by_kind(batches[0])])
         longest = 1 << (max(lengths) - 1).bit_length() if width is None else width
 
         def padded(*leaves: Any) -> Any:
+            if not next(of_examples):
+                return _stacked(*leaves)
             rows = [np.minimum(np.arange(longest), length - 1) for length in lengths]
             return _stacked(*(leaf[row] for leaf, row in zip(leaves, rows, strict=True)))
 
@@ -341,12 +344,12 @@ def _check_alike(task: Task, template: Task, name: str) -> None:
         raise ValueError(
             f"{name}: expected the structure {jax.tree.structure(template)} of the first task, got {structure}"
         )
-    pairs = zip(jax.tree_util.tree_leaves_with_path(task), jax.tree.leaves(template), strict=True)
-    for (path, leaf), like in pairs:
-        got, expected = (leaf.shape[1:], leaf.dtype), (like.shape[1:], like.dtype)
+    for (path, leaf, of_examples), like in zip(leaves_by_kind(task), jax.tree.leaves(template), strict=True):
+        got, expected = ((each.shape[int(of_examples) :], each.dtype) for each in (leaf, like))
         if got != expected:
             raise ValueError(
-                f"{leaf_name(name, path)}: expected trailing shape and dtype {expected} as in the first task, got {got}"
+                f"{leaf_name(name, path)}: expected {'trailing ' if of_examples else ''}shape and dtype {expected} as "
+                f"in the first task, got {got}"
             )
 
 

@@ -7,7 +7,7 @@ enters the outer objective: 1 by default, 0 for a datum that is removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from metainfluence._checks import check_finite_floats, concrete, leaf_name, refuse_half
 
-__all__ = ["Task", "Weights", "drop", "stack_tasks", "unit_weights"]
+__all__ = ["PerTask", "Task", "Weights", "drop", "stack_tasks", "unit_weights"]
 
 PIECE = "of a stream take a piece: list(itertools.islice(stream, 100))"
 
@@ -26,8 +26,9 @@ class Task(NamedTuple):
     """One task, or stacked tasks with a leading axis `[T]` on every leaf.
 
     Attributes:
-      support: pytree of arrays `[n_support, ...]`; any dtype, integers and PRNG keys included.
-      query: pytree of arrays `[n_query, ...]`.
+      support: pytree of arrays `[n_support, ...]`; any dtype, integers and PRNG keys included. What belongs to the
+        task and is no example stands in a `PerTask`.
+      query: pytree of arrays `[n_query, ...]`, likewise.
       support_mask: `[n_support]` booleans, False on padding; None where every example is real.
       query_mask: `[n_query]` booleans, False on padding; None where every example is real.
     """
@@ -36,6 +37,63 @@ class Task(NamedTuple):
     query: PyTree
     support_mask: Bool[Array, "*T n_support"] | None = None
     query_mask: Bool[Array, "*T n_query"] | None = None
+
+
+class PerTask(NamedTuple):
+    """What belongs to a task and is no example, as coordinates or a PRNG key: a node anywhere in `support` or `query`.
+
+    Functions of the problem are given it as it stands. It has no weights, is not padded, and has the same shapes in
+    all tasks.
+
+    Attributes:
+      value: pytree of arrays of any shape; stacked tasks have a leading axis `[T]` on them.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import metainfluence as mi
+      >>> def task(offset):
+      ...     return mi.Task((), {"y": jnp.asarray([1.0, 3.0]), "offset": mi.PerTask(jnp.asarray(offset))})
+      >>> def losses(params, m, query):
+      ...     return (m + query["offset"].value - query["y"]) ** 2
+      >>> problem = mi.bilevel(losses, mi.adaptation.closed_form(lambda m, support, coefficients: m))
+      >>> tasks = mi.stack_tasks([task(0.0), task(-1.0)])
+      >>> tasks.query["offset"].value.shape, float(mi.total_objective(problem)(jnp.asarray(2.0), tasks))
+      ((2,), 1.5)
+    """
+
+    value: PyTree
+
+
+def _is_per_task(node: Any) -> bool:
+    return isinstance(node, PerTask)
+
+
+def map_examples(function: Callable[..., Any], side: PyTree) -> PyTree:
+    """`jax.tree.map` over the arrays of examples; what is per task stays as it is."""
+    return jax.tree.map(lambda leaf: leaf if _is_per_task(leaf) else function(leaf), side, is_leaf=_is_per_task)
+
+
+def examples_of(side: PyTree) -> PyTree:
+    """The side with None in the place of what is per task."""
+    return jax.tree.map(lambda leaf: None if _is_per_task(leaf) else leaf, side, is_leaf=_is_per_task)
+
+
+def repeated(side: PyTree) -> PyTree:
+    """The side of stacked tasks with what is per task at every example, `[T, n, ...]`, as examples are."""
+    lead = next((jnp.shape(leaf)[:2] for leaf in jax.tree.leaves(examples_of(side))), ())
+
+    def at_examples(node: Any) -> Any:
+        if not lead or not _is_per_task(node):
+            return node
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:, None], (*lead, *jnp.shape(leaf)[1:])), node)
+
+    return jax.tree.map(at_examples, side, is_leaf=_is_per_task)
+
+
+def leaves_by_kind(side: PyTree) -> list[tuple[Any, Any, bool]]:
+    """Path and array of every leaf, and whether it holds examples."""
+    examples = {path for path, _ in jax.tree_util.tree_leaves_with_path(examples_of(side))}
+    return [(path, leaf, path in examples) for path, leaf in jax.tree_util.tree_leaves_with_path(side)]
 
 
 class Weights(NamedTuple):
@@ -68,7 +126,7 @@ def _lead(name: str, tree: PyTree, mask: Any, axes: int) -> tuple[int, ...]:
     """Checks that all leaves and the mask share their first `axes` axes, and returns these."""
     lead: tuple[int, ...] | None = None
     refuse_half(tree, name)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(examples_of(tree)):
         shape = jnp.shape(leaf)
         if len(shape) < axes:
             hint = "; one task is stacked by metainfluence.stack_tasks([task])" if axes == 2 else ""
@@ -106,12 +164,15 @@ def sizes(tasks: Task, *, stacked: bool = True, name: str = "tasks") -> Sizes:
     support = _lead(f"{name}.support", tasks.support, tasks.support_mask, axes)
     query = _lead(f"{name}.query", tasks.query, tasks.query_mask, axes)
     if not query:
-        raise ValueError(f"{name}.query: expected at least one array, got a pytree without leaves")
+        held = "nothing but PerTask" if jax.tree.leaves(tasks.query) else "a pytree without leaves"
+        raise ValueError(f"{name}.query: expected at least one array, got {held}")
     if support and stacked and support[0] != query[0]:
         raise ValueError(
             f"{name}.support: expected the {query[0]} tasks of {name}.query on the leading axis, got {support[0]}"
         )
     for side, lead, mask in (("support", support, tasks.support_mask), ("query", query, tasks.query_mask)):
+        if stacked:
+            _check_per_task(f"{name}.{side}", getattr(tasks, side), query[0])
         if 0 in lead:
             raise ValueError(f"{name}.{side}: expected at least one task and one example, got leading axes {lead}")
         if mask is not None and concrete(mask) and not np.all(np.any(np.asarray(mask), axis=-1)):
@@ -121,19 +182,30 @@ def sizes(tasks: Task, *, stacked: bool = True, name: str = "tasks") -> Sizes:
     return Sizes(query[:-1], support[-1] if support else 0, query[-1])
 
 
+def _check_per_task(name: str, side: PyTree, count: int) -> None:
+    for path, leaf, of_examples in leaves_by_kind(side):
+        if not of_examples and jnp.shape(leaf)[:1] != (count,):
+            raise ValueError(
+                f"{leaf_name(name, path)}: expected one for each of the {count} tasks on the leading axis, got shape "
+                f"{jnp.shape(leaf)}"
+            )
+
+
 def not_finite(tasks: Task, name: str = "tasks") -> str | None:
     """Names the first leaf of stacked tasks with NaN or infinity outside the padding, and the tasks; None without."""
     for side in ("support", "query"):
         mask = getattr(tasks, f"{side}_mask")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(tasks, side)):
+        for path, leaf, of_examples in leaves_by_kind(getattr(tasks, side)):
             # Of arrays that lie on other hosts too, this one cannot see all.
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or not getattr(
                 leaf, "is_fully_addressable", True
             ):
                 continue
             bad = ~np.isfinite(np.asarray(leaf))
-            bad = bad.reshape(*bad.shape[:2], -1).any(axis=-1)
-            where = np.flatnonzero(np.any(bad if mask is None else bad & np.asarray(mask), axis=-1))
+            bad = bad.reshape(*bad.shape[: 2 if of_examples else 1], -1).any(axis=-1)
+            if of_examples:
+                bad = np.any(bad if mask is None else bad & np.asarray(mask), axis=-1)
+            where = np.flatnonzero(bad)
             if where.size:
                 return (
                     f"{leaf_name(f'{name}.{side}', path)}: expected finite numbers, got NaN or infinity in "
@@ -194,14 +266,18 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
         longest = max(lengths)
 
         def stack(path: Any, *leaves: Any) -> Array:
+            of_examples = path in paths
             for k, leaf in enumerate(leaves):
-                expected = (jnp.shape(leaves[0])[1:], jnp.result_type(leaves[0]))
-                got = (jnp.shape(leaf)[1:], jnp.result_type(leaf))
+                expected, got = (
+                    (jnp.shape(each)[int(of_examples) :], jnp.result_type(each)) for each in (leaves[0], leaf)
+                )
                 if got != expected:
                     raise ValueError(
-                        f"{leaf_name(f'tasks[{k}].{name}', path)}: expected trailing shape and dtype {expected} "
-                        f"as in tasks[0], got {got}"
+                        f"{leaf_name(f'tasks[{k}].{name}', path)}: expected {'trailing ' if of_examples else ''}shape "
+                        f"and dtype {expected} as in tasks[0], got {got}"
                     )
+            if not of_examples:
+                return jnp.stack(leaves)
             rows = [np.minimum(np.arange(longest), length - 1) for length in lengths]
             return jnp.stack([jnp.asarray(leaf)[row] for leaf, row in zip(leaves, rows, strict=True)])
 
@@ -213,6 +289,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
                     f"tasks[{k}].{name}: expected the structure {jax.tree.structure(batches[0])} of tasks[0], "
                     f"got {structure}"
                 )
+        paths = {path for path, _, of_examples in leaves_by_kind(batches[0]) if of_examples}
         stacked = jax.tree_util.tree_map_with_path(stack, *batches)
         if all(mask is None for mask in masks) and len(set(lengths)) == 1:
             return stacked, None
@@ -330,7 +407,7 @@ def fill_padding(batch: PyTree, mask: Array | None) -> PyTree:
     if mask is None:
         return batch
     rows = jnp.where(mask, jnp.arange(mask.shape[0]), jnp.argmax(mask))
-    return jax.tree.map(lambda leaf: leaf[rows], batch)
+    return map_examples(lambda leaf: leaf[rows], batch)
 
 
 def weighted_sum(losses: Array, coefficients: Array) -> Array:

@@ -32,7 +32,17 @@ from metainfluence._chunks import reduce_tasks
 from metainfluence._outline import outline
 from metainfluence._working import working_eps
 from metainfluence.adaptation import Adaptation, Loss
-from metainfluence.data import Task, Weights, coefficients, fill_padding, resolve_weights, sizes, weighted_sum
+from metainfluence.data import (
+    Task,
+    Weights,
+    coefficients,
+    examples_of,
+    fill_padding,
+    map_examples,
+    resolve_weights,
+    sizes,
+    weighted_sum,
+)
 from metainfluence.differentiation import FORWARD, check_forward, check_hvp
 from metainfluence.operators import Operator
 
@@ -274,11 +284,12 @@ def per_example(scalar_loss: Callable[[PyTree, PyTree, PyTree], Array]) -> Loss:
     """
 
     def losses(params: PyTree, meta_params: PyTree, batch: PyTree) -> Array:
-        def single(example: PyTree) -> Array:
-            value = scalar_loss(params, meta_params, jax.tree.map(lambda leaf: leaf[None], example))
-            return check_scalar(value, "scalar_loss")
+        def single(example: list[Array]) -> Array:
+            rows = iter(example)
+            alone = map_examples(lambda leaf: next(rows)[None], batch)
+            return check_scalar(scalar_loss(params, meta_params, alone), "scalar_loss")
 
-        return jax.vmap(single)(batch)
+        return jax.vmap(single)(jax.tree.leaves(examples_of(batch)))
 
     return losses
 

@@ -263,6 +263,18 @@ def asymmetry(
     return select(rounded, 0, difference / select(size > 0, size, 1))
 
 
+def asymmetry_between(
+    left: Float[Array, " n"], product: Float[Array, " n"], right: Float[Array, " n"], other: Float[Array, " n"]
+) -> Float[Array, ""]:
+    """By how much ⟨left, H right⟩ and ⟨H left, right⟩ differ, over ‖left‖ ‖H right‖; 0 for zero vectors."""
+
+    def dot(one: Array, two: Array) -> Array:
+        return jnp.vdot(one, two, precision=_PRECISION)
+
+    size = jnp.sqrt(dot(left, left)) * jnp.sqrt(dot(other, other))
+    return jnp.abs(dot(left, other) - dot(product, right)) / select(size > 0, size, 1)
+
+
 def combine(subspace: Subspace, coordinates: Float[Array, "k m"]) -> Float[Array, "k n"]:
     """The vectors of the given coordinates."""
     return matmul(coordinates, subspace.basis)

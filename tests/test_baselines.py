@@ -20,7 +20,7 @@ DAMPING = 0.2
 RATES = np.array([0.3, -0.1])
 
 
-@pytest.mark.parametrize("problem_name", ["implicit_head", "ridge_head"])
+@pytest.mark.parametrize("problem_name", [pytest.param("implicit_head", marks=pytest.mark.slow), "ridge_head"])
 def test_direct_if_takes_the_adapted_parameters_for_constants_of_lambda(problem_name):
     point = solved(problem_name)
     coefficients = runs.target_coefficients(problem_name)

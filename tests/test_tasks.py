@@ -1,8 +1,11 @@
 """Tasks, weights and removal as plain pytrees."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import metainfluence as mi
@@ -123,3 +126,139 @@ def test_scores_are_summed_by_datum_over_both_sides_without_padding():
         mi.by_datum(scores, tasks, lambda side: np.arange(2))
     with pytest.raises(TypeError, match="got traced arrays"):
         jax.jit(lambda s: mi.by_datum(s, tasks).score)(mi.Scores(*scores[:3], jnp.zeros(())))
+
+
+def per_task_case():
+    """Coordinates and a key that belong to a task, once; and the same repeated in every example."""
+
+    def made(once):
+        def seen(batch):
+            where, key = (batch[name].value if once else batch[name][0] for name in ("where", "key"))
+            noise = jax.random.normal(jax.random.wrap_key_data(key, impl="threefry2x32"), (2,))
+            return batch["x"] + 0.1 * noise[None], batch["y"] - where @ where
+
+        def ridge(meta_params, support, coefficients):
+            x, y = seen(support)
+            return meta_params + x.T @ (coefficients * (y - x @ meta_params))
+
+        def loss(params, meta_params, query):
+            x, y = seen(query)
+            return (x @ params - y) ** 2
+
+        rng = np.random.default_rng(0)
+
+        def task(k):
+            shared = {"where": rng.normal(size=2), "key": np.asarray([k, 7], np.uint32)}
+
+            def side(n):
+                held = {
+                    name: mi.PerTask(leaf) if once else np.broadcast_to(leaf, (n, 2)) for name, leaf in shared.items()
+                }
+                return {"x": rng.normal(size=(n, 2)), "y": rng.normal(size=n)} | held
+
+            return mi.Task(side(3 + k % 2), side(4))
+
+        problem = mi.bilevel(loss, mi.adaptation.closed_form(ridge), meta_regularizer=mi.l2(0.5))
+        return problem, [task(k) for k in range(5)]
+
+    return made(True), made(False)
+
+
+def test_what_is_per_task_stands_once_and_counts_as_if_every_example_carried_it(tmp_path):
+    """In chunks, streamed, by a run, by a plain loss, and by examples alone."""
+    (problem, tasks), (other, repeated) = per_task_case()
+    target = lambda m: jnp.sum(m**3)  # noqa: E731
+    meta_params, cg = jnp.asarray([0.3, -0.6]), mi.solvers.cg(tol=1e-10)
+    stacked = mi.stack_tasks(tasks)
+    assert stacked.support["where"].value.shape == (5, 2)
+    assert stacked.support_mask.shape == (5, 4)
+    expected = jax.jit(mi.influence_scores(other, target, solver=cg))(meta_params, mi.stack_tasks(repeated))
+    found = [jax.jit(mi.influence_scores(problem, target, solver=cg, batch_size=2))(meta_params, stacked)]
+    run = {"out": tmp_path / "scores.parquet", "progress": False, "batch_size": 2, "solver": cg}
+    found.append(mi.scoring.score(problem, target, meta_params, tasks, **run))
+    for each in found:
+        np.testing.assert_allclose(each.task, expected.task, rtol=1e-8)
+        np.testing.assert_allclose(each.support, expected.support, rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(each.query, expected.query, rtol=1e-7, atol=1e-12)
+    ends = []
+    for each, source in ((other, repeated), (problem, tasks)):
+        training = mi.training(each, optax.sgd(0.1), num_steps=2, tasks_per_step=2)
+        ends.append(mi.scores(mi.trajectory(training)(meta_params, source), target)())
+    np.testing.assert_allclose(ends[1].task, ends[0].task, rtol=1e-8)
+    plain = [
+        mi.baselines.plain_loss(each)(meta_params, mi.stack_tasks(source))
+        for each, source in ((other, repeated), (problem, tasks))
+    ]
+    np.testing.assert_allclose(plain[1].support, plain[0].support, rtol=1e-12)
+    by_example = mi.per_example(lambda params, m, batch: jnp.mean((batch["x"] @ params - batch["where"].value[0]) ** 2))
+    np.testing.assert_allclose(
+        by_example(meta_params, None, tasks[0].support),
+        (tasks[0].support["x"] @ meta_params - tasks[0].support["where"].value[0]) ** 2,
+        rtol=1e-12,
+    )
+
+
+def test_sides_that_differ_in_what_is_per_task_are_no_shared_support():
+    (problem, tasks), _ = per_task_case()
+    stacked = mi.stack_tasks(tasks)
+    target = mi.query_loss(problem)
+    moved = stacked.support["where"].value + 1.0
+    elsewhere = stacked._replace(support=stacked.support | {"where": mi.PerTask(moved)})
+    asked = mi.influence_scores(problem, target, solver=mi.solvers.cg())
+    for held_out, shared in ((stacked, True), (elsewhere, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            asked(jnp.asarray([0.3, -0.6]), stacked, held_out)
+        assert any(each.category is mi.DirectEffectWarning for each in caught) == shared
+
+
+def test_a_spoilt_example_is_left_out_without_what_is_per_task():
+    def loss(params, meta_params, query):
+        del params
+        return jnp.sqrt(jnp.sum((query["x"] - (query["where"].value * meta_params)[None]) ** 2, axis=1))
+
+    problem = mi.bilevel(loss, mi.adaptation.closed_form(lambda m, s, c: m), meta_regularizer=mi.l2(1.0))
+    points = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 2)))
+    where = jnp.asarray(np.random.default_rng(2).normal(size=(3, 2)))
+    meta_params = jnp.asarray([0.5, -0.5])
+    spoilt = points.at[1, 2].set(where[1] * meta_params)
+    asked = mi.influence_scores(problem, jnp.sum, damping=0.1)
+    tasks = mi.Task((), {"x": spoilt, "where": mi.PerTask(where)})
+    with pytest.warns(mi.SpoiltTaskWarning, match="goes with query example 2"):
+        asked(meta_params, tasks)
+    without = mi.drop(mi.unit_weights(tasks), query=[(1, 2)])
+    found = asked(meta_params, tasks, weights=without)
+    expected = asked(meta_params, tasks._replace(query=tasks.query | {"x": points}), weights=without)
+    np.testing.assert_allclose(found.task, expected.task, rtol=1e-9)
+
+
+def test_what_is_per_task_and_does_not_fit_is_named(tmp_path):
+    (problem, tasks), _ = per_task_case()
+    stacked = mi.stack_tasks(tasks)
+    wide = tasks[2]._replace(query=tasks[2].query | {"where": mi.PerTask(np.zeros(3))})
+    with pytest.raises(ValueError, match=r"tasks\[2\].query\['where'\].value: expected shape and dtype \(\(2,\)"):
+        mi.stack_tasks([*tasks[:2], wide])
+    lacking = stacked._replace(support=stacked.support | {"where": mi.PerTask(jnp.zeros(2))})
+    with pytest.raises(ValueError, match=r"tasks.support\['where'\].value: expected one for each of the 5 tasks"):
+        mi.unit_weights(lacking)
+    with pytest.raises(ValueError, match=r"tasks.query: expected at least one array, got nothing but PerTask"):
+        mi.unit_weights(mi.Task((), mi.PerTask(jnp.zeros((5, 2)))))
+    with pytest.raises(mi.scoring.SourceError, match=r"source\[2\].*where.*expected shape and dtype \(\(2,\)"):
+        mi.scoring.score(
+            problem, jnp.sum, jnp.zeros(2), [*tasks[:2], wide], out=tmp_path / "s", progress=False, batch_size=1
+        )
+    where = mi.PerTask(stacked.query["where"].value.at[3].set(jnp.nan))
+    spoilt = stacked._replace(query=stacked.query | {"where": where})
+    with pytest.raises(ValueError, match=r"tasks.query\['where'\].value: expected finite numbers, .* in task 3"):
+        mi.influence_scores(problem, jnp.sum)(jnp.zeros(2), spoilt)
+
+
+def test_tasks_that_see_each_other_are_refused_with_the_reason():
+    def loss(meta_params, task, weights):
+        pool = jax.lax.pmean(jnp.mean(task.query), "tasks")
+        return jnp.sum(weights.query * (task.query - pool - meta_params) ** 2)
+
+    tasks = mi.Task((), jnp.ones((3, 2)))
+    with pytest.raises(NameError, match="unbound axis name") as error:
+        mi.influence_scores(mi.from_task_loss(loss), lambda m: m)(jnp.asarray(0.0), tasks)
+    assert "task_loss is a function of one task alone: tasks that see each other" in error.value.__notes__[0]

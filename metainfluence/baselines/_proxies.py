@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from metainfluence._checks import check_batch_size
 from metainfluence._chunks import reduce_tasks
 from metainfluence.baselines._base import dtype_of, unsolved
-from metainfluence.data import Task, Weights, resolve_weights
+from metainfluence.data import Task, Weights, leaves_by_kind, resolve_weights
 from metainfluence.influence import Scores
 from metainfluence.problem import Bilevel, check_meta_params
 
@@ -86,7 +86,8 @@ def plain_loss(
 def _alike(support: PyTree, query: PyTree) -> bool:
     """Whether a loss that reads query examples can read support examples."""
     kinds = [
-        [(jnp.shape(leaf)[2:], jnp.result_type(leaf)) for leaf in jax.tree.leaves(side)] for side in (support, query)
+        [(jnp.shape(leaf)[1 + of_examples :], jnp.result_type(leaf)) for _, leaf, of_examples in leaves_by_kind(side)]
+        for side in (support, query)
     ]
     structures: list[Any] = [jax.tree.structure(side) for side in (support, query)]
     return structures[0] == structures[1] and kinds[0] == kinds[1]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from metainfluence._checks import concrete
-from metainfluence.data import Task, Weights, name_not_finite
+from metainfluence.data import Task, Weights, map_examples, name_not_finite
 from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel, evaluate
 
@@ -177,7 +177,7 @@ def _without_examples(
             absent = (own[k] == 0) & real[k]
             if present.size and np.any(absent):
                 rows[k, absent] = present[0]
-        batch = jax.tree.map(
+        batch = map_examples(
             lambda leaf, rows=rows: jnp.asarray(leaf)[np.arange(len(rows))[:, None], rows], getattr(tasks, side)
         )
         tasks = tasks._replace(**{side: batch})
@@ -197,7 +197,7 @@ def _place(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) 
         for j in range(size if 1 < size <= _AT_ONCE else 0):
             rows = np.arange(size)
             rows[j] = (j + 1) % size
-            batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], getattr(task, side))
+            batch = map_examples(lambda leaf, rows=rows: leaf[rows], getattr(task, side))
             if single(meta_params, task._replace(**{side: batch}), weights):
                 found[side].append(j)
     if named := [f"{side} example {j}" for side, each in found.items() for j in each]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree, UInt32
 
 from metainfluence._checks import concrete
-from metainfluence.data import Task
+from metainfluence.data import Task, repeated
 
 # Pairs of examples that are compared; where there are more, the first of the target's tasks stand for all.
 _MOST_PAIRS = 30_000_000
@@ -55,7 +55,8 @@ def shares_support(tasks: Task, target_args: tuple[Any, ...]) -> Bool[Array, ""]
     """
     is_task = lambda node: isinstance(node, Task)  # noqa: E731
     others = [node for node in jax.tree.leaves(target_args, is_leaf=is_task) if is_task(node)]
-    found = [_contained(tasks, other) for other in others if _alike(tasks.support, other.support)]
+    sides = [each._replace(support=repeated(each.support)) for each in (tasks, *others)]
+    found = [_contained(sides[0], other) for other in sides[1:] if _alike(sides[0].support, other.support)]
     return functools.reduce(jnp.logical_or, found) if found else None
 
 

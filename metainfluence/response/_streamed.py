@@ -22,7 +22,7 @@ from metainfluence import _disk
 from metainfluence._checks import concrete
 from metainfluence._progress import Progress, Reporter, reporter
 from metainfluence._source import Batch, Reader, Source, Widths, stack
-from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
+from metainfluence.data import Task, Weights, leaves_by_kind, name_not_finite, resolve_weights, sizes
 from metainfluence.response import _stored
 from metainfluence.response._programs import Programs, growth
 from metainfluence.response._questions import direction_of, slope_of
@@ -68,10 +68,13 @@ class Stream:
         self._widths = Widths(*(longest[side] if side in masked else None for side in ("support", "query")))
 
         def shaped(side: str) -> PyTree:
-            lead = (count, longest[side])
-            return jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct((*lead, *jnp.shape(leaf)[1:]), leaf.dtype), getattr(template, side)
-            )
+            kinds = leaves_by_kind(getattr(template, side))
+            shapes = [(longest[side], *leaf.shape[1:]) if of_examples else leaf.shape for _, leaf, of_examples in kinds]
+            stacked = [
+                jax.ShapeDtypeStruct((count, *shape), leaf.dtype)
+                for (_, leaf, _), shape in zip(kinds, shapes, strict=True)
+            ]
+            return jax.tree.unflatten(jax.tree.structure(getattr(template, side)), stacked)
 
         self.shapes = Task(shaped("support"), shaped("query"))
 

@@ -43,6 +43,7 @@ from metainfluence.scoring._passes import BatchScores, Passes, Slope, reader_of
 from metainfluence.scoring._processes import agree, first, meet, share
 from metainfluence.scoring._programs import holds_nan, programs_of
 from metainfluence.solvers import SolveInfo, Solver
+from metainfluence.subspace import asymmetry_between
 from metainfluence.trust import FREE_SHARE, free_memory, preflight
 
 # One for all runs, since programs are known by it.
@@ -485,19 +486,42 @@ def _stepped(
     # Loops around products then run in Python.
     with jax.disable_jit():
         state = solver.init(memorised)
+    watched = _Watched(operator)
+    operator = dataclasses.replace(operator, product=watched)
     carry = iteration.start(operator, state, rhs, None)
     number, saved = store.latest("solve") or (0, None)
     if saved is not None:
-        leaves = [jnp.asarray(saved[str(place)]) for place in range(len(saved))]
+        leaves = [jnp.asarray(saved[str(place)]) for place in range(len(jax.tree.leaves(carry)))]
         carry = jax.tree.unflatten(jax.tree.structure(carry), leaves)
+        watched.seen = {name: saved[name] for name in watched.seen}
     while bool(iteration.running(carry)):
         carry = iteration.step(operator, state, carry)
         number += 1
         leaves = jax.tree.leaves(carry)
-        store.replace("solve", number, {str(place): np.asarray(leaf) for place, leaf in enumerate(leaves)})
+        kept = {str(place): np.asarray(leaf) for place, leaf in enumerate(leaves)}
+        store.replace("solve", number, kept | watched.seen)
         report.solved(_relative_residual(carry, rhs), float(iteration.finish(carry).min_curvature))
     outcome = iteration.finish(carry)
-    return outcome.solution, solver.report(operator, rhs, outcome)
+    info = solver.report(operator, rhs, outcome)
+    return outcome.solution, info._replace(asymmetry=jnp.asarray(watched.seen["asymmetry"], rhs.dtype))
+
+
+class _Watched:
+    """Products, and the most by which two that follow each other are not those of a symmetric operator."""
+
+    def __init__(self, operator: Operator):
+        self._operator = operator
+        nothing = np.zeros(operator.size, operator.domain.dtype)
+        self.seen: dict[str, Any] = {"vector": nothing, "product": nothing, "asymmetry": np.zeros((), nothing.dtype)}
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        product = self._operator.product(vector)
+        ravel, shift = self._operator.domain.ravel, self._operator.shift
+        now = ravel(vector), ravel(product) + shift * ravel(vector)
+        asymmetry = asymmetry_between(jnp.asarray(self.seen["vector"]), jnp.asarray(self.seen["product"]), *now)
+        asymmetry = jnp.maximum(self.seen["asymmetry"], asymmetry)
+        self.seen = {"vector": np.asarray(now[0]), "product": np.asarray(now[1]), "asymmetry": np.asarray(asymmetry)}
+        return product
 
 
 def _relative_residual(carry: Any, rhs: Array) -> float | None:

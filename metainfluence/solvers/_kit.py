@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from metainfluence.operators import Operator
 from metainfluence.solvers._base import Iteration, Outcome, SolveInfo, Solver, SolveStatus, dot, norm
 from metainfluence.solvers._called import call_of
-from metainfluence.subspace import select
+from metainfluence.subspace import asymmetry_between, select
 
 Apply = Callable[[Operator, Any, Array], Array | Outcome]
 Multiply = Callable[[Operator, Any, Array], Array]
@@ -173,7 +173,7 @@ def from_steps(
             whole = closing if x0 is None else closing | last.guessing
             vector = jax.lax.select(whole, reached(last.carry).solution, vector)
             product = operator.flat_matvec(vector)
-            asymmetry = jnp.maximum(last.asymmetry, _asymmetry(last.vector, last.product, vector, product))
+            asymmetry = jnp.maximum(last.asymmetry, asymmetry_between(last.vector, last.product, vector, product))
             carry = iteration.take(operator, state, carry, product)
             if x0 is not None:
                 closing = closing & ~last.guessing
@@ -300,12 +300,6 @@ def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any, coarsest: Any)
         asymmetry=outcome.asymmetry,
         effective_curvature=scale / jnp.sqrt(divisor),
     )
-
-
-def _asymmetry(left: Array, product: Array, right: Array, other: Array) -> Array:
-    """By how much ⟨left, H right⟩ and ⟨H left, right⟩ differ, over ‖left‖ ‖H right‖; 0 for zero vectors."""
-    size = norm(left) * norm(other)
-    return jnp.abs(dot(left, other) - dot(product, right)) / select(size > 0, size, 1)
 
 
 def _no_state(operator: Operator) -> None:

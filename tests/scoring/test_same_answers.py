@@ -74,8 +74,6 @@ QUICK = {
     ("closed_form", 0.0, 40),
     ("closed_form", "auto", 40),
     ("unrolled", 5.0, 40),
-    ("unrolled", 0.0, 40),
-    ("implicit", 0.0, 40),
     ("implicit", "auto", 40),
 }
 

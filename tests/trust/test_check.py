@@ -167,6 +167,16 @@ def test_a_derivative_that_is_not_exact_is_told_by_its_asymmetry(inexact, solver
     assert "your custom derivative is inexact" in budget.advice
 
 
+@pytest.mark.parametrize("solver", [None, mi.solvers.cg()], ids=repr)
+def test_a_stream_tells_that_a_derivative_is_not_exact(inexact, solver, tmp_path):
+    problem, tasks, at, _ = inexact
+    source = [jax.tree.map(lambda leaf, k=k: np.asarray(leaf[k]), tasks) for k in range(6)]
+    target = lambda m: m[0] - 2 * m[1]  # noqa: E731
+    there = mi.influence_scores(problem, target, solver=solver)(at, tasks)
+    here = mi.scoring.score(problem, target, at, source, out=tmp_path / "s", progress=False, solver=solver)
+    np.testing.assert_allclose(here.info.asymmetry, there.info.asymmetry, rtol=1e-6)
+
+
 def test_exact_derivatives_have_no_asymmetry_but_roundings(embedding):
     scores, _, pull = embedding
     assert float(scores(pull).info.asymmetry) < 1e-14
