@@ -12,8 +12,12 @@ from metainfluence.response._by_datum import DatumScores as DatumScores
 from metainfluence.response._by_datum import by_datum as by_datum
 from metainfluence.response._checkpoints import Checkpoint as Checkpoint
 from metainfluence.response._checkpoints import checkpoints as checkpoints
+from metainfluence.response._choice import CACHE_BYTES as CACHE_BYTES
 from metainfluence.response._choice import DEVICE_SHARE as DEVICE_SHARE
+from metainfluence.response._choice import LEAST_CHUNK as LEAST_CHUNK
+from metainfluence.response._choice import evenly as evenly
 from metainfluence.response._choice import linearised_bytes as linearised_bytes
+from metainfluence.response._choice import tree_bytes as tree_bytes
 from metainfluence.response._damping import RANK as RANK
 from metainfluence.response._damping import Damping as Damping
 from metainfluence.response._damping import rule as rule

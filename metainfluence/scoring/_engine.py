@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,12 +38,13 @@ from metainfluence.response import (
     warn_of_direct_effect,
 )
 from metainfluence.scoring import _table
+from metainfluence.scoring._batch_size import Room, batch_size_for, keeps_lean, room_of
 from metainfluence.scoring._passes import BatchScores, Passes, Slope, reader_of
 from metainfluence.scoring._processes import agree, first, meet, share
 from metainfluence.scoring._programs import holds_nan, programs_of
+from metainfluence.scoring._solving import Memo, stepped
 from metainfluence.solvers import SolveInfo, Solver
-from metainfluence.subspace import asymmetry_between
-from metainfluence.trust import FREE_SHARE, free_memory, preflight
+from metainfluence.trust import FREE_SHARE, free_memory
 
 # One for all runs, since programs are known by it.
 _EXACT = exact()
@@ -119,8 +119,8 @@ def score(
       damping: non-negative number, or "auto" for the rule of `damping.auto`.
       mesh: devices over which each batch is sharded, over all axes of the mesh; it may span processes, each of which
         then reads its share of each batch. None for the default device.
-      batch_size: tasks in a batch; with a mesh rounded up to a multiple of its size. None for what fits, by
-        `preflight`.
+      batch_size: tasks in a batch; with a mesh rounded up to a multiple of its size. None for a choice by
+        shapes: on a CPU what stays in its cache, on an accelerator what fits.
       memory: bytes that batches and linearisations may take on all devices together; None for 60 % of what is free.
       resume: False starts anew, and replaces what is at `out`.
       on_error: what to do with a task that cannot be read, or whose own gradient is NaN: "raise", or "skip", which
@@ -144,7 +144,8 @@ def score(
       TypeError: metadata that JSON cannot hold; forward mode through a `custom_vjp`, see `bilevel`; and as
         `influence_scores`.
       SourceError: a task that cannot be read, or a source that has changed during the run.
-      MemoryError: not one task fits, or an allocation failed on the device; what was finished is kept.
+      MemoryError: not one task fits, with what is missing and what takes half; or an allocation failed on the device,
+        where what was finished is kept.
       BlockingIOError: another process is writing to `out`.
       OSError: `out` cannot be written to; what was finished is kept.
       ModuleNotFoundError: pyarrow is missing.
@@ -337,14 +338,15 @@ class _Run:
         """The batch size asked for, or one that fits."""
         if self.options.batch_size is not None:
             return self.rounded(self.options.batch_size)
-        template = Reader(self.source, 1, self.on_error).template()
-        tasks = stack([template] * min(len(self.source), 32), template).tasks
-        plan = preflight(
-            self.options.problem, curvature=self.options.curvature, memory=self.usable_memory(), mesh=self.options.mesh
+        count = len(self.source)
+        return self.rounded(
+            batch_size_for(self.room(), count, self.usable_memory(), self.meta_params, self.options.mesh)
         )
-        # Batches of equal size, so that little is filled up.
-        batches = -(-len(self.source) // plan(self.meta_params, tasks).most_tasks)
-        return self.rounded(-(-len(self.source) // batches))
+
+    def room(self) -> Room:
+        """What one task takes."""
+        template = Reader(self.source, 1, self.on_error).template()
+        return room_of(self.options.problem, self.options.curvature, self.meta_params, template)
 
     def compute(
         self, manifest: dict[str, Any], store: Store, out: Path, report: Reporter, metadata: Mapping[str, Any]
@@ -357,7 +359,8 @@ class _Run:
                 f"mesh: expected a size that divides the run's batch_size {batch_size}, got {self.options.mesh.size}"
             )
         reader = reader_of(self.source, batch_size, self.on_error, self.options.mesh)
-        programs = programs_of(self.options.problem, self.options.curvature, self.options.mesh)
+        lean = keeps_lean(self.room(), len(self.source), manifest["kept_bytes"])
+        programs = programs_of(self.options.problem, self.options.curvature, self.options.mesh, lean)
         passes = Passes(
             programs,
             self.meta_params,
@@ -367,7 +370,7 @@ class _Run:
             of_one_size="total_effect" if self.total_effect else None,
         )
         slope = _slope(passes, store, self.on_error == "skip")
-        memo = _Memo(Domain.of(self.meta_params), store)
+        memo = Memo(Domain.of(self.meta_params), store)
         direction, info = self.solution(
             passes.operator(slope), passes.operator(slope, memo.around), slope, store, report, manifest["working_eps"]
         )
@@ -446,91 +449,8 @@ class _Run:
             with jax.disable_jit():
                 damping, matvecs = float(rule(memorised, *about).value), RANK
         report.phase("solve")
-        flat, info = _stepped(solver, operator.damped(damping), memorised.damped(damping), rhs, store, report)
+        flat, info = stepped(solver, operator.damped(damping), memorised.damped(damping), rhs, store, report)
         return flat, info._replace(num_matvecs=info.num_matvecs + matvecs, damping=jnp.asarray(damping, rhs.dtype))
-
-
-class _Memo:
-    """Keeps products in the store, so that a run that was stopped finds them again.
-
-    A solver that asks for the same products in the same order gets them back, whatever it is.
-    """
-
-    def __init__(self, domain: Domain, store: Store):
-        self._domain, self._store, self._numbers = domain, store, itertools.count()
-
-    def around(self, products: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
-        """The same products of vectors on a leading axis, from the store where they are in it."""
-
-        def remembered(vectors: PyTree) -> PyTree:
-            number = next(self._numbers)
-            asked = np.asarray(jax.vmap(self._domain.ravel)(vectors))
-            saved = self._store.arrays("product", number)
-            if saved is not None and np.array_equal(saved["vectors"], asked):
-                return jax.vmap(self._domain.unravel)(jnp.asarray(saved["products"]))
-            found = products(vectors)
-            flat = np.asarray(jax.vmap(self._domain.ravel)(found))
-            self._store.write("product", number, {"vectors": asked, "products": flat})
-            return found
-
-        return remembered
-
-
-def _stepped(
-    solver: Solver, operator: Operator, memorised: Operator, rhs: Array, store: Store, report: Reporter
-) -> tuple[Array, SolveInfo]:
-    """Solves H x = b by the solver's steps, whose state is kept."""
-    iteration = solver.iteration
-    assert iteration is not None
-    assert solver.report is not None
-    # Loops around products then run in Python.
-    with jax.disable_jit():
-        state = solver.init(memorised)
-    watched = _Watched(operator)
-    operator = dataclasses.replace(operator, product=watched)
-    carry = iteration.start(operator, state, rhs, None)
-    number, saved = store.latest("solve") or (0, None)
-    if saved is not None:
-        leaves = [jnp.asarray(saved[str(place)]) for place in range(len(jax.tree.leaves(carry)))]
-        carry = jax.tree.unflatten(jax.tree.structure(carry), leaves)
-        watched.seen = {name: saved[name] for name in watched.seen}
-    while bool(iteration.running(carry)):
-        carry = iteration.step(operator, state, carry)
-        number += 1
-        leaves = jax.tree.leaves(carry)
-        kept = {str(place): np.asarray(leaf) for place, leaf in enumerate(leaves)}
-        store.replace("solve", number, kept | watched.seen)
-        report.solved(_relative_residual(carry, rhs), float(iteration.finish(carry).min_curvature))
-    outcome = iteration.finish(carry)
-    info = solver.report(operator, rhs, outcome)
-    return outcome.solution, info._replace(asymmetry=jnp.asarray(watched.seen["asymmetry"], rhs.dtype))
-
-
-class _Watched:
-    """Products, and the most by which two that follow each other are not those of a symmetric operator."""
-
-    def __init__(self, operator: Operator):
-        self._operator = operator
-        nothing = np.zeros(operator.size, operator.domain.dtype)
-        self.seen: dict[str, Any] = {"vector": nothing, "product": nothing, "asymmetry": np.zeros((), nothing.dtype)}
-
-    def __call__(self, vector: PyTree) -> PyTree:
-        product = self._operator.product(vector)
-        ravel, shift = self._operator.domain.ravel, self._operator.shift
-        now = ravel(vector), ravel(product) + shift * ravel(vector)
-        asymmetry = asymmetry_between(jnp.asarray(self.seen["vector"]), jnp.asarray(self.seen["product"]), *now)
-        asymmetry = jnp.maximum(self.seen["asymmetry"], asymmetry)
-        self.seen = {"vector": np.asarray(now[0]), "product": np.asarray(now[1]), "asymmetry": np.asarray(asymmetry)}
-        return product
-
-
-def _relative_residual(carry: Any, rhs: Array) -> float | None:
-    """What the solver's own recursion says, where it has one."""
-    residual = getattr(carry, "residual_norm", None)
-    if residual is None and hasattr(carry, "residual"):
-        residual = flat_norm(carry.residual)
-    scale = float(flat_norm(rhs))
-    return None if residual is None or scale == 0 else abs(float(residual)) / scale
 
 
 def _slope(passes: Passes, store: Store, skip: bool) -> Slope:

@@ -80,10 +80,11 @@ class Programs:
       problem: the problem.
       curvature: of the products.
       mesh: devices over which each batch is sharded; None for the default device.
+      lean: whether of linearisations only what is dear to compute is kept.
     """
 
-    def __init__(self, problem: Bilevel, curvature: Curvature, mesh: Mesh | None):
-        self.mesh = mesh
+    def __init__(self, problem: Bilevel, curvature: Curvature, mesh: Mesh | None, lean: bool = False):
+        self.mesh, self._lean = mesh, lean
         self._problem, self._curvature = problem, curvature
         self.renew()
 
@@ -126,10 +127,11 @@ class Programs:
             whole,
         )
         # A linearisation stays on the devices where its tasks are.
-        self.linearise = Program(lambda at, batch: batch_pull(problem, curvature, at, *batch), None)
+        self.linearise = Program(lambda at, batch: batch_pull(problem, curvature, at, *batch, lean=self._lean), None)
         self.apply = Program(_products, whole)
         self.scores = Program(scores, whole)
-        self.merge = jax.jit(merge, out_shardings=whole)
+        # A sum so far is of no more use once a batch is added to it.
+        self.merge = jax.jit(merge, out_shardings=whole, donate_argnums=0)
         self.regularizer = jax.jit(functools.partial(regularizer_gradient, problem), out_shardings=whole)
         self.regularizer_product = jax.jit(
             lambda at, vectors: _lanes(functools.partial(regularizer_product, problem, at), vectors),
@@ -177,6 +179,6 @@ def _lanes(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
 
 
 @functools.lru_cache(maxsize=4)
-def programs_of(problem: Bilevel, curvature: Curvature, mesh: Mesh | None) -> Programs:
+def programs_of(problem: Bilevel, curvature: Curvature, mesh: Mesh | None, lean: bool = False) -> Programs:
     """The programs of a problem, compiled once for all runs."""
-    return Programs(problem, curvature, mesh)
+    return Programs(problem, curvature, mesh, lean)

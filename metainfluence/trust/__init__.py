@@ -15,6 +15,8 @@ from metainfluence.trust._coupling import coupling as coupling
 from metainfluence.trust._preflight import FREE_SHARE as FREE_SHARE
 from metainfluence.trust._preflight import Plan as Plan
 from metainfluence.trust._preflight import free_memory as free_memory
+from metainfluence.trust._preflight import halving as halving
+from metainfluence.trust._preflight import in_words as in_words
 from metainfluence.trust._preflight import preflight as preflight
 from metainfluence.trust._smoothness import Smoothness as Smoothness
 from metainfluence.trust._smoothness import smoothness as smoothness

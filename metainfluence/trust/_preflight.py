@@ -70,9 +70,9 @@ class Plan(NamedTuple):
         lines = {
             "tasks": f"{self.num_tasks}",
             "meta-parameters": f"{self.num_meta_params}",
-            "memory that may be used": _bytes(self.memory),
-            "tasks per chunk": f"{self.batch_size}, {_bytes(self.chunk_bytes)}",
-            "tasks kept linearised": f"{self.kept_tasks}, {_bytes(self.linearised_bytes)} each",
+            "memory that may be used": in_words(self.memory),
+            "tasks per chunk": f"{self.batch_size}, {in_words(self.chunk_bytes)}",
+            "tasks kept linearised": f"{self.kept_tasks}, {in_words(self.linearised_bytes)} each",
             f"operations of {self.num_products} products and the scores": f"at least {self.flops:.2e}",
             "time": f"{seconds} without compiling",
         }
@@ -168,11 +168,11 @@ def preflight(
         fitting = int((room - vectors) / (_MARGIN * measured.bytes_per_task))
         if fitting < (1 if batch_size is None else wanted):
             least = vectors + _MARGIN * measured.bytes_per_task * (batch_size or 1)
-            remedy = _halving(meta_params, 1 if batch_size is None else wanted)
+            remedy = halving(meta_params, 1 if batch_size is None else wanted)
             raise MemoryError(
-                f"memory: expected at least {_bytes(least)} ({_bytes(measured.bytes_per_task)} per task by XLA's "
-                f"analysis, {_MARGIN:g} times for the largest program, and {_bytes(vectors)} for vectors like "
-                f"meta_params), got {_bytes(room)}: {_bytes(least - room)} are missing; {remedy}"
+                f"memory: expected at least {in_words(least)} ({in_words(measured.bytes_per_task)} per task by XLA's "
+                f"analysis, {_MARGIN:g} times for the largest program, and {in_words(vectors)} for vectors like "
+                f"meta_params), got {in_words(room)}: {in_words(least - room)} are missing; {remedy}"
             )
         most = wanted
         if batch_size is None:
@@ -210,7 +210,7 @@ def free_memory() -> float:
     return _memory.available()
 
 
-def _halving(meta_params: PyTree, batch_size: int) -> str:
+def halving(meta_params: PyTree, batch_size: int) -> str:
     """What takes half of the memory, or nearly."""
     if batch_size > 1:
         return f"batch_size={batch_size // 2} takes half"
@@ -284,7 +284,8 @@ def _size(tree: PyTree) -> float:
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_shapes(tree))))
 
 
-def _bytes(number: float) -> str:
+def in_words(number: float) -> str:
+    """Bytes, as people read them."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(number) < 1000 or unit == "GB":
             return f"{number:.3g} {unit}"
