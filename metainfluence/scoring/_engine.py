@@ -146,6 +146,7 @@ def score(
       SourceError: a task that cannot be read, or a source that has changed during the run.
       MemoryError: not one task fits, with what is missing and what takes half; or an allocation failed on the device,
         where what was finished is kept.
+      jax.errors.JaxRuntimeError: a device fails; what was finished is kept.
       BlockingIOError: another process is writing to `out`.
       OSError: `out` cannot be written to; what was finished is kept.
       ModuleNotFoundError: pyarrow is missing.
@@ -183,21 +184,22 @@ def score(
     check_meta_params(meta_params)
     ids_of(source)
     run = _Run(options, target, meta_params, source, target_args, memory, on_error, total_effect)
-    with options.traced(), reporter(progress) as report, _out_of_memory():
+    with options.traced(), reporter(progress) as report, _failing_device():
         result = run(Path(out), resume, report, metadata or {})
     warn_of_direct_effect(result)
     return result
 
 
 @contextlib.contextmanager
-def _out_of_memory() -> Iterator[None]:
-    """Says of an allocation that failed on the device what can be done."""
+def _failing_device() -> Iterator[None]:
+    """Says of an allocation that failed on the device, and of a device that is lost, what can be done."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        advice = "what was finished is kept, and the same call goes on with it"
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        advice = "what was finished is kept, and the same call goes on with it where more memory is free"
+            raise jax.errors.JaxRuntimeError(f"{error}; {advice}, in a new process where a device is lost") from error
+        advice += " where more memory is free"
         raise MemoryError(f"{error}; {advice}; resume=False starts anew, with a smaller batch_size") from error
 
 

@@ -115,3 +115,27 @@ def test_the_default_batch_needs_no_compiling(tmp_path, monkeypatch):
     monkeypatch.setattr(mi.trust._preflight, "_measure", refused)
     result = setting.score(setting.tasks(3), tmp_path / "scores.parquet", batch_size=None)
     assert len(result.task) == 3
+
+
+def test_a_device_that_is_lost_in_the_midst_of_a_run_keeps_what_is_done(tmp_path, monkeypatch):
+    """The seventh of eleven batches of scores fails; the call that goes on solves nothing and makes the rest."""
+    tasks, out, options = setting.tasks(11), tmp_path / "scores.parquet", {"memory": 1.0, "batch_size": 1}
+    wanted = setting.score(tasks, tmp_path / "whole.parquet", **options)
+    monkeypatch.setattr(_engine, "_ROWS_PER_SHARD", 1)
+    programs, calls, told = setting.programs(), iter(range(11)), []
+    prepare = programs.scores.prepare
+
+    def failing(*args):
+        if next(calls) < 6:
+            return prepare(*args)
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_engine, "programs_of", lambda *args: programs)
+        patch.setattr(programs.scores, "prepare", failing)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="the device is gone; what was finished is kept"):
+            setting.score(tasks, out, **options)
+    found = setting.score(tasks, out, progress=told.append, **options)
+    assert {now.phase for now in told} == {"scores"}
+    assert max(now.total for now in told) <= 11 - 3
+    np.testing.assert_array_equal(found.task, wanted.task)
