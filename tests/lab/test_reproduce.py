@@ -231,6 +231,15 @@ def test_the_page_begins_with_what_a_reader_asks(tmp_path):
     assert "Omniglot +0.3000 [+0.3000, +0.3000]" in gain
     assert "direct-IF -0.1000" in ahead
     assert "TRAK unknown" in ahead
+    folder = tmp_path / "editing_omniglot" / "small"
+    folder.mkdir(parents=True)
+    shared = {"removed": 1, "of": 20, "accuracy": 0.5, "reached": True}
+    seconds = {"edit": 2.0, "trained from scratch": 10.0, "trained on": 0.5}
+    rows = [{**shared, "how": how, "seconds": value} for how, value in seconds.items()]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "results.parquet")
+    editing = answers.lines(tmp_path, "small")[-1]
+    assert editing.startswith("5. ")
+    assert "1 of 20 tasks 5.0 × as fast, accuracy +0.0000; training on, to the same held-out loss, is 4.0 ×" in editing
     assert answers.lines(tmp_path, "full") == []
 
 

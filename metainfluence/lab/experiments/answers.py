@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metainfluence.lab.experiments import verdicts
-from metainfluence.lab.experiments.editing import AGAIN, EDIT
+from metainfluence.lab.experiments.editing import AGAIN, EDIT, ON
 from metainfluence.lab.experiments.removal_tables import NOTHING, RANDOM, TRUTH, kinds_in, paired
 
 Rows = list[dict[str, Any]]
@@ -73,8 +73,14 @@ def _editing(edits: dict[str, Rows]) -> str:
             edited, again = (verdicts.picked(rows, how=how, removed=count) for how in (EDIT, AGAIN))
             times = verdicts.mean(again, "seconds") / verdicts.mean(edited, "seconds")
             lost = verdicts.mean(edited, "accuracy") - verdicts.mean(again, "accuracy")
-            parts.append(f"{count} of {edited[0]['of']} tasks {times:.1f} × as fast, accuracy {lost:+.4f}")
-        return ", ".join(parts)
+            on = verdicts.picked(rows, how=ON, removed=count)
+            reached = verdicts.mean(edited, "seconds") / verdicts.mean(on, "seconds")
+            there = "to the same held-out loss" if all(row["reached"] for row in on) else "short of it in some seed"
+            parts.append(
+                f"{count} of {edited[0]['of']} tasks {times:.1f} × as fast, accuracy {lost:+.4f}; training on, "
+                f"{there}, is {reached:.1f} × as fast as the edit"
+            )
+        return "; ".join(parts)
 
     return f"**What is editing worth against training from scratch?** {_each(edits, one)}."
 
