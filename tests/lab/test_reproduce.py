@@ -13,7 +13,17 @@ from matplotlib.figure import Figure
 
 from metainfluence.lab.commands import cli, reproduce
 from metainfluence.lab.commands.config_files import ConfigError
-from metainfluence.lab.experiments import agreement, code, methods, removal, removal_tables, results, setting, verdicts
+from metainfluence.lab.experiments import (
+    agreement,
+    answers,
+    code,
+    methods,
+    removal,
+    removal_tables,
+    results,
+    setting,
+    verdicts,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -169,6 +179,68 @@ def test_differences_of_accuracy_are_taken_task_by_task():
     assert half == pytest.approx(1.96 * np.sqrt(sum(np.var(gap, ddof=1) / 20 for gap in gaps)) / 2)
     assert (above, seeds) == (sum(gap.mean() > 0 for gap in gaps), 2)
     assert removal_tables.paired(rows[:2], rows[:2], lambda row: "random") is None
+
+
+def test_each_kind_of_damage_is_judged_by_itself(finished):
+    rows = pq.read_table(finished[1] / "tiny" / "small" / "results.parquet").to_pylist()
+    again = {row["method"] for row in rows if row["how"] == "retrained"}
+    kinds = {f"{removal.TRUTH}, flipped labels", f"{removal.TRUTH}, shortcut"}
+    assert again >= kinds | {"random, as many: 1", "random, as many: 2"}
+    assert all(0 <= row["auc shortcut"] <= 1 for row in rows if row["how"] == "scored")
+    # Two kinds of different size have two random removals, so that neither is held against the other's.
+    assert removal_tables.harms(rows, "accuracy") == []
+
+
+@pytest.mark.parametrize(("gain", "does"), [(0.2, "shortcut does harm:"), (-0.01, "shortcut does no harm that")])
+def test_damage_does_harm_where_its_removal_gains_more_than_a_random_one(gain, does):
+    spread = np.linspace(-0.1, 0.1, 20)
+    shared = {"level": "task", "seed": 0, "how": "retrained"}
+    rows = [
+        {**shared, "method": f"{removal.TRUTH}, shortcut", "each": 0.5 + gain + spread, "auc shortcut": None},
+        {**shared, "method": f"{removal_tables.AS_MANY}4", "each": 0.5 + spread[::-1]},
+    ]
+    (line,) = removal_tables.harms(rows, "accuracy")
+    assert does in line
+    assert f"{gain:+.4f}" in line
+
+
+def test_kinds_are_told_apart_among_what_is_whole():
+    values, damaged = np.array([0.0, 3.0, 1.0, 2.0]), np.array([True, True, False, False])
+    first, second = np.array([True, False, False, False]), np.array([False, True, False, False])
+    assert removal._among_clean(values, damaged, first) == 1.0
+    assert removal._among_clean(values, damaged, second) == 0.0
+
+
+def test_the_page_begins_with_what_a_reader_asks(tmp_path):
+    folder = tmp_path / "table_omniglot" / "small"
+    folder.mkdir(parents=True)
+    shared = {"level": "task", "seed": 0, "picked": "segments", "chance": 0.2}
+    accuracies = {"segments": 0.8, "random": 0.5, "direct-IF": 0.9, removal.TRUTH: 0.7}
+    rows = [
+        {**shared, "method": name, "how": "retrained", "accuracy": value, "each": [value, value]}
+        for name, value in accuracies.items()
+    ]
+    rows += [{**shared, "method": removal.NOTHING, "how": "trained", "accuracy": 0.6}]
+    rows += [{**shared, "method": "segments", "how": "scored", "auc": 0.75, "auc noise": 0.625}]
+    pq.write_table(pa.Table.from_pylist(results.aligned(rows)), folder / "results.parquet")
+    learners, detection, gain, ahead = answers.lines(tmp_path, "small")
+    assert "Omniglot 60.0%" in learners
+    assert "70.0% (chance 20%)" in learners
+    assert "segments" in detection
+    assert "Omniglot 0.750 (noise 0.625)" in detection
+    assert "Omniglot +0.3000 [+0.3000, +0.3000]" in gain
+    assert "direct-IF -0.1000" in ahead
+    assert "TRAK unknown" in ahead
+    folder = tmp_path / "editing_omniglot" / "small"
+    folder.mkdir(parents=True)
+    shared = {"removed": 1, "of": 20, "accuracy": 0.5, "reached": True}
+    seconds = {"edit": 2.0, "trained from scratch": 10.0, "trained on": 0.5}
+    rows = [{**shared, "how": how, "seconds": value} for how, value in seconds.items()]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "results.parquet")
+    editing = answers.lines(tmp_path, "small")[-1]
+    assert editing.startswith("5. ")
+    assert "1 of 20 tasks 5.0 × as fast, accuracy +0.0000; training on, to the same held-out loss, is 4.0 ×" in editing
+    assert answers.lines(tmp_path, "full") == []
 
 
 def test_the_report_has_every_section_and_where_it_was_run(finished):

@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 
 from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, load_toml
-from metainfluence.lab.experiments import results, verdicts
+from metainfluence.lab.experiments import answers, results, verdicts
 from metainfluence.lab.experiments.code import UNKNOWN, code_of
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show.printing import say
@@ -186,6 +186,7 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
     lines = [
         "# Results",
         "",
+        *(f"{line}\n" for line in answers.lines(out, size)),
         f"Written by `metainfluence reproduce --all --size {size}`. Every section names the command that made it;",
         "that command also leaves the rows behind the tables, as a Parquet file beside the picture.",
         "",

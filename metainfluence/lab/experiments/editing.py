@@ -41,6 +41,8 @@ class EditingConfig:
     """Shares of the tasks that go, most harmful first; 0 for one task."""
     chosen_by: str = by.SEGMENTS
     """The method that calls them harmful."""
+    solves: by.SolvesConfig = dataclasses.field(default_factory=by.SolvesConfig)
+    """What choosing may cost."""
     newton_steps: Size = 0
     """Of the edit, after its first-order step."""
     tol: Positive = 0.1
@@ -86,9 +88,9 @@ def at_seed(config: EditingConfig, seed: int, kept: Kept) -> list[dict[str, Any]
     setting = make(dataclasses.replace(config.setting, seed=config.setting.seed + seed), kept)
     perform, tasks = performance(setting), setting.tasks.training
     held_out = Compiled(mi.query_loss(setting.problem))
-    rule = kept("damping", lambda: {"damping": by.chosen_damping(setting).value})
+    rule = kept("damping", lambda: {"damping": by.chosen_damping(setting, config.solves.damping_rank).value})
     damping = float(rule["damping"])
-    scores = kept(f"scored {config.chosen_by}", lambda: _scores(setting, config.chosen_by, damping))["scores"]
+    scores = kept(f"scored {config.chosen_by}", lambda: _scores(config, setting, damping))["scores"]
     edit = Compiled(
         mi.edit(
             setting.problem,
@@ -137,10 +139,12 @@ def at_seed(config: EditingConfig, seed: int, kept: Kept) -> list[dict[str, Any]
     return rows
 
 
-def _scores(setting: Setting, name: str, damping: float) -> dict[str, Any]:
-    found = by.score(setting, name, damping)
+def _scores(config: EditingConfig, setting: Setting, damping: float) -> dict[str, Any]:
+    found = by.score(setting, config.chosen_by, damping, config.solves)
     if found.scores is None:
-        raise ValueError(f"chosen_by: expected a method that applies to this learner, got {name!r}: {found.reason}")
+        raise ValueError(
+            f"chosen_by: expected a method that applies to this learner, got {config.chosen_by!r}: {found.reason}"
+        )
     return {"scores": by.level_scores(found.scores, LEVEL), "seconds": found.seconds}
 
 

@@ -1,5 +1,6 @@
 """The methods that experiments compare, each from a trained setting to scores, with its run time."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 
 import metainfluence as mi
+from metainfluence.lab.experiments.ranges import Count, Positive
 from metainfluence.lab.experiments.setting import Setting
 from metainfluence.lab.experiments.trainings import checkpoint_rates, checkpoints_of
 from metainfluence.lab.learn.timing import Compiled
@@ -16,6 +18,20 @@ from metainfluence.lab.learn.timing import Compiled
 INFLUENCE, SEGMENTS, TRAJECTORY, OWN = "optimum", "segments", "trajectory", "influence on F"
 ESTIMATORS = (INFLUENCE, SEGMENTS, TRAJECTORY)
 Score = Callable[..., mi.Scores]
+
+
+@dataclasses.dataclass(frozen=True)
+class SolvesConfig:
+    """What the estimators may cost; the defaults are the library's."""
+
+    tol: Positive = 1e-6
+    """Relative residual at which the solves of optimum and direct-IF stop."""
+    damping_rank: Count = 40
+    """Products by which the damping is chosen."""
+    segments_rank: Count = 12
+    """Products at most for each segment."""
+    ekfac_tasks: Count | None = None
+    """Tasks at a time for the factors of EKFAC-IF, whose memory this bounds; none for all."""
 
 
 class Scored(NamedTuple):
@@ -85,18 +101,22 @@ def check_names(field: str, names: Sequence[str]) -> None:
             raise ValueError(f"{field}: expected some of {', '.join(NAMES)}; got {name!r}")
 
 
-def chosen_damping(setting: Setting) -> mi.damping.Damping:
+def chosen_damping(setting: Setting, rank: int = SolvesConfig.damping_rank) -> mi.damping.Damping:
     """What damping="auto" takes at the trained λ."""
-    rule: mi.damping.Damping = Compiled(mi.damping.auto(setting.problem))(setting.trained, setting.tasks.training)
+    rule: mi.damping.Damping = Compiled(mi.damping.auto(setting.problem, rank=rank))(
+        setting.trained, setting.tasks.training
+    )
     return rule
 
 
-def score(setting: Setting, name: str, damping: Any) -> Scored:
+def score(setting: Setting, name: str, damping: Any, solves: SolvesConfig | None = None) -> Scored:
     """Scores of all tasks and examples for the held-out loss, by one method.
 
     Those of `trajectory` take the training again, and then the way back through it.
     """
     target, tasks, training = mi.query_loss(setting.problem), setting.tasks, setting.config.training
+    solves = SolvesConfig() if solves is None else solves
+    solver = mi.solvers.auto(tol=solves.tol)
     at = {
         TRACIN: lambda: setting.full.checkpoints,
         SEGMENTS: lambda: checkpoints_of(training, setting.full.states),
@@ -107,9 +127,15 @@ def score(setting: Setting, name: str, damping: Any) -> Scored:
         if name == TRACIN:
             return mi.baselines.tracin(setting.problem, target, checkpoint_rates(training))
         if name == SEGMENTS:
-            return _answering(mi.segments(setting.problem), target)
+            return _answering(mi.segments(setting.problem, rank=solves.segments_rank), target)
         if name == TRAJECTORY:
             return _answering(mi.trajectory(setting.run), target)
+        if name == INFLUENCE:
+            return mi.influence_scores(setting.problem, target, solver=solver, damping=damping)
+        if name == "direct-IF":
+            return mi.baselines.direct_if(setting.problem, target, solver=solver, damping=damping)
+        if name == "EKFAC-IF":
+            return mi.baselines.ekfac_if(setting.problem, target, damping=damping, batch_size=solves.ekfac_tasks)
         return METHODS[name](setting.problem, target, damping)
 
     # The damping is an argument, so that all seeds share a program. A method that solves nothing is not charged for the

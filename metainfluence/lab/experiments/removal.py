@@ -18,6 +18,7 @@ from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.kept import Kept
 from metainfluence.lab.experiments.ranges import Count, Share, Size
 from metainfluence.lab.experiments.removal_tables import (
+    AS_MANY,
     NOTHING,
     TRUTH,
     Outcome,
@@ -53,6 +54,8 @@ class LevelConfig:
     """Whether this level is run."""
     methods: tuple[str, ...] = ()
     """Methods at this level; none for those of all levels."""
+    retrained: tuple[str, ...] = ()
+    """Of these, those whose choice is removed by retraining; none for those of all levels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,8 @@ class RemovalConfig:
     """Of these, those whose choice is removed by retraining."""
     edited: tuple[str, ...] = (by.INFLUENCE,)
     """Of these, those whose choice is also removed by editing."""
+    solves: by.SolvesConfig = dataclasses.field(default_factory=by.SolvesConfig)
+    """What the estimators may cost."""
     newton_steps: Size = 3
     """Of the edit."""
     curve: tuple[Share, ...] = ()
@@ -104,7 +109,8 @@ def run(config: RemovalConfig, cache: Path | None = None) -> Result:
         by.check_names(field, getattr(config, field))
     levels = [level for level in LEVELS if getattr(config, level).run]
     for level in levels:
-        by.check_names(f"{level}.methods", getattr(config, level).methods)
+        for field in ("methods", "retrained"):
+            by.check_names(f"{level}.{field}", getattr(getattr(config, level), field))
     if not levels:
         raise ValueError("experiment: expected run = true for at least one of task, support and query, got none")
     rows: list[dict[str, Any]] = []
@@ -146,7 +152,7 @@ def at_level(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Outcom
     of_level, perform = getattr(config, level), performance(setting)
     damaged = by.level_harm(setting, level)
     count = round(of_level.removed * len(damaged))
-    rule = kept("rule", lambda: _rule(setting))
+    rule = kept("rule", lambda: _rule(config, setting))
     damping = float(rule["damping"])
     common = {"level": level, "seed": seed, "damping": damping, "removed": count, "of": len(damaged)}
     common |= {"damaged": int(damaged.sum()), "outer_gradient_norm": float(rule["outer_gradient_norm"])}
@@ -175,22 +181,30 @@ def at_level(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Outcom
 
     removal(NOTHING, "trained", lambda: (setting.trained, setting.full.seconds))
     removal(TRUTH, "retrained", lambda: retrained(np.flatnonzero(damaged)))
+    kinds = kinds_of(setting, level)
+    for kind, own in kinds.items():
+        removal(f"{TRUTH}, {kind}", "retrained", functools.partial(retrained, np.flatnonzero(own)))
+    for size in {int(own.sum()) for own in kinds.values()}:
+        drawn = np.random.default_rng([seed, size]).permutation(len(damaged))[:size]
+        removal(f"{AS_MANY}{size}", "retrained", functools.partial(retrained, drawn))
     scored: dict[str, np.ndarray] = {}
     reference: np.ndarray | None = None
     # Against which the others are held: the one that the rule names, where it is among them.
     names = of_level.methods or config.methods
     first = picked.estimator if picked.estimator in names else by.INFLUENCE
     for name in sorted(names, key=lambda name: name != first):
-        found = kept(f"scored {name}", functools.partial(_scored, setting, name, damping))
+        found = kept(f"scored {name}", functools.partial(_scored, config, setting, name, damping))
         if "reason" in found:
             rows.append({**common, "method": name, "how": "scored", "reason": str(found["reason"])})
             continue
         values = np.ravel(found[level])
         scored[name] = values
         reference = values if name == first else reference
-        rows.append({**common, "method": name, "how": "scored", **detection(config, found, values, damaged, reference)})
+        each = {f"auc {kind}": _among_clean(values, damaged, own) for kind, own in kinds.items()}
+        more = detection(config, found, values, damaged, reference)
+        rows.append({**common, "method": name, "how": "scored", **more, **each})
         worst = by.most_harmful(values, of_level.removed)
-        if name in config.retrained:
+        if name in (of_level.retrained or config.retrained):
             removal(name, "retrained", functools.partial(retrained, worst))
         if name in config.edited:
             for how, edit in editors(config, setting, damping).items():
@@ -205,8 +219,21 @@ def at_level(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Outcom
     return Outcome(rows, scored, damaged, curve)
 
 
-def _rule(setting: Setting) -> dict[str, Any]:
-    rule = by.chosen_damping(setting)
+def kinds_of(setting: Setting, level: str) -> dict[str, np.ndarray]:
+    """Which tasks were damaged in which way; nothing at the other levels, and where all were in one way."""
+    harm = setting.tasks.task_harm
+    kinds = sorted(set(harm[by.level_harm(setting, level)])) if level == "task" else []
+    return {str(kind): harm == kind for kind in kinds} if len(kinds) > 1 else {}
+
+
+def _among_clean(values: np.ndarray, damaged: np.ndarray, own: np.ndarray) -> float:
+    """ROC AUC of one kind of damage against what is whole."""
+    judged = own | ~damaged
+    return float(roc_auc(values[judged], own[judged]))
+
+
+def _rule(config: RemovalConfig, setting: Setting) -> dict[str, Any]:
+    rule = by.chosen_damping(setting, config.solves.damping_rank)
     return {
         "damping": rule.value,
         "outer_gradient_norm": rule.outer_gradient_norm,
@@ -214,9 +241,9 @@ def _rule(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _scored(setting: Setting, name: str, damping: float) -> dict[str, Any]:
+def _scored(config: RemovalConfig, setting: Setting, name: str, damping: float) -> dict[str, Any]:
     """One method's scores as arrays, or why there are none."""
-    found = by.score(setting, name, damping)
+    found = by.score(setting, name, damping, config.solves)
     if found.scores is None:
         return {"reason": found.reason}
     arrays = {level: getattr(found.scores, level) for level in LEVELS} | {"seconds": found.seconds}

@@ -13,6 +13,7 @@ from metainfluence.lab.show import plots
 TRUTH = "what was damaged"
 NOTHING = "nothing removed"
 RANDOM = "random"
+AS_MANY = "random, as many: "
 DETECTION_HEADERS = ("method", "ROC AUC", "the rule's estimator ahead by", "found at 20 %", "found at 40 %", "score s")
 GUESSING = "by a learner that may only guess"
 BETTER, MISLABELLED = "which make the learner worse", "which are mislabelled"
@@ -55,7 +56,10 @@ def tables(rows: Rows, measure: str, seeds: Sequence[int], published: Sequence[s
             what += f", {GUESSING}"
         over = f", means over {len(seeds)} seeds" if len(seeds) > 1 else ""
         asks = ("asks",) if level == "support" else ()
-        found[f"Detection: {what}{over}"] = ((*DETECTION_HEADERS, *asks), detection_rows(of_level))
+        found[f"Detection: {what}{over}"] = (
+            (*DETECTION_HEADERS, *(f"ROC AUC, {kind}" for kind in kinds_in(of_level)), *asks),
+            detection_rows(of_level),
+        )
         removed = f"{first['removed']} {plural(level)} removed"
         headers = ("chosen by", "how", measure, "± 95 %", "minus random's", "the rule's estimator ahead by", "s")
         found[f"{measure.capitalize()} on clean test tasks, {removed}{over}"] = (
@@ -71,21 +75,30 @@ def tables(rows: Rows, measure: str, seeds: Sequence[int], published: Sequence[s
     return found
 
 
+def kinds_in(rows: Rows) -> list[str]:
+    """The kinds of damage that were told apart."""
+    return [
+        key.removeprefix("auc ") for key in dict.fromkeys(key for row in rows for key in row) if key.startswith("auc ")
+    ]
+
+
 def detection_rows(rows: Rows) -> list[list[Any]]:
     """Cells of one level's detection."""
     cells: list[list[Any]] = []
     for name in dict.fromkeys(row["method"] for row in rows if row["how"] == "scored"):
         own = [row for row in rows if row["method"] == name and row["how"] == "scored"]
+        kinds = kinds_in(rows)
         asks = _asks(own[0])
         if not all("auc" in row for row in own):
-            cells.append([name, "not applicable", "", "", "", "", *asks])
+            cells.append([name, "not applicable", "", "", "", "", *("" for _ in kinds), *asks])
             continue
         area = interval(*(_mean(own, key) for key in ("auc", "auc_low", "auc_high")))
         ahead = ""
         if all("ahead" in row for row in own):
             ahead = interval(*(_mean(own, key) for key in ("ahead", "ahead_low", "ahead_high")))
         shares = [_mean(own, f"found_at_{share}") for share in ("20%", "40%")]
-        cells.append([name, area, ahead, *(f"{share:.0%}" for share in shares), _mean(own, "seconds"), *asks])
+        each = (f"{_mean(own, f'auc {kind}'):.3f}" for kind in kinds)
+        cells.append([name, area, ahead, *(f"{share:.0%}" for share in shares), _mean(own, "seconds"), *each, *asks])
     return cells
 
 
@@ -99,9 +112,9 @@ def removal_rows(rows: Rows) -> list[list[Any]]:
         above, behind = "", ""
         if name == NOTHING and any(map(guesses, own)):
             how = f"{how}, {GUESSING}"
-        if name != RANDOM:
+        if name != RANDOM and not name.startswith(AS_MANY):
             above = signed(paired(kept, own, lambda row: RANDOM))
-        if how == "retrained" and name not in (TRUTH, *picked.values()):
+        if how == "retrained" and not name.startswith((TRUTH, AS_MANY)) and name not in picked.values():
             behind = signed(paired(kept, own, lambda row: picked[row["seed"]], sign=-1))
         numbers = [_mean(own, key) for key in ("accuracy", "half_width")]
         cells.append([name, how, *numbers, above, behind, _mean(own, "seconds"), *_asks(own[0])])
@@ -149,6 +162,7 @@ def notes(rows: Rows, measure: str, seeds: Sequence[int]) -> list[str]:
         by_how = {(row["method"], row["how"], row["seed"]): row for row in own}
         reasons = dict.fromkeys(f"{row['picked']} ({row['picked_because']})" for row in own)
         lines.append(f"{level.capitalize()} level: the rule, `metainfluence.choose`, names {'; '.join(reasons)}.")
+        lines += harms(own, measure)
         gains = []
         for seed in seeds:
             before = by_how[NOTHING, "trained", seed]["accuracy"]
@@ -171,6 +185,23 @@ def notes(rows: Rows, measure: str, seeds: Sequence[int]) -> list[str]:
                 f"the {count} tasks in turn would take {training * count / seconds:.0f} times as long."
             )
     return [part for line in lines for part in (line, "")]
+
+
+def harms(rows: Rows, measure: str) -> list[str]:
+    """Whether each kind of damage does harm: retrained without exactly those tasks, against as many random ones."""
+    lines = []
+    for kind in kinds_in(rows):
+        own = [row for row in rows if row["method"] == f"{TRUTH}, {kind}"]
+        names = {row["method"] for row in rows if row["method"].startswith(AS_MANY)}
+        found = paired(rows, own, lambda row, names=names: min(names)) if len(names) == 1 else None
+        if found is None:
+            continue
+        does = "does harm" if found[0] - found[1] > 0 else "does no harm that could be seen"
+        lines.append(
+            f"Damage by {kind} {does}: {measure} after retraining without exactly those tasks, minus the same without "
+            f"as many random ones, is {signed(found)}."
+        )
+    return lines
 
 
 def picture(title: str, shares: Sequence[float], shown: Mapping[str, Outcome], measure: str) -> Figure:

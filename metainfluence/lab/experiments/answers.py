@@ -1,0 +1,102 @@
+"""What a reader asks first, answered from the rows of the tables in a sentence each."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from metainfluence.lab.experiments import verdicts
+from metainfluence.lab.experiments.editing import AGAIN, EDIT, ON
+from metainfluence.lab.experiments.removal_tables import NOTHING, RANDOM, TRUTH, kinds_in, paired
+
+Rows = list[dict[str, Any]]
+IMAGES = {data: name for data, name in verdicts.DETECTION.items() if name.startswith("table_")}
+
+
+def lines(out: Path, size: str) -> list[str]:
+    """Five sentences, of those experiments whose results are there; none where there are none.
+
+    Args:
+      out: folder with the folders of the experiments.
+      size: "small" or "full".
+    """
+    tables = {data: verdicts.rows_of(out, name, size) for data, name in IMAGES.items()}
+    tables = {data: rows for data, rows in tables.items() if any(row.get("picked") for row in rows)}
+    edits = {data: verdicts.rows_of(out, name, size) for data, name in verdicts.WORTH.items()}
+    edits = {data: rows for data, rows in edits.items() if rows}
+    found = []
+    if tables:
+        found += [_learners(tables), _detection(tables), _gain(tables), _baselines(tables)]
+    if edits:
+        found.append(_editing(edits))
+    return [f"{k}. {sentence}" for k, sentence in enumerate(found, start=1)]
+
+
+def _learners(tables: dict[str, Rows]) -> str:
+    def one(rows: Rows) -> str:
+        level = verdicts.picked(rows, level="task")
+        whole, clean = (verdicts.mean(verdicts.picked(level, method=name), "accuracy") for name in (NOTHING, TRUTH))
+        return f"{whole:.1%}, and without exactly what was damaged {clean:.1%} (chance {level[0]['chance']:.0%})"
+
+    return f"**How good are the learners?** Trained on all tasks, damaged ones included: {_each(tables, one)}."
+
+
+def _detection(tables: dict[str, Rows]) -> str:
+    def one(rows: Rows) -> str:
+        own = verdicts.by_rule(verdicts.picked(rows, level="task", how="scored"))
+        kinds = ", ".join(f"{kind} {verdicts.mean(own, f'auc {kind}'):.3f}" for kind in kinds_in(own))
+        return f"{verdicts.mean(own, 'auc'):.3f}{f' ({kinds})' if kinds else ''}"
+
+    return (
+        f"**Do the scores find damaged tasks?** ROC AUC of {_names(tables)}, which the rule names before any score is "
+        f"known: {_each(tables, one)}; which kinds of damage do harm at all is said below each table."
+    )
+
+
+def _gain(tables: dict[str, Rows]) -> str:
+    return (
+        "**Is a model better without what they call harmful?** Accuracy after retraining without it, minus the same "
+        f"for as many random tasks: {_each(tables, lambda rows: _against(rows, RANDOM))}."
+    )
+
+
+def _baselines(tables: dict[str, Rows]) -> str:
+    def one(rows: Rows) -> str:
+        return ", ".join(f"{name} {_against(rows, name)}" for name in verdicts.BASELINES)
+
+    return f"**Is it better than without what a baseline calls harmful?** The same against each: {_each(tables, one)}."
+
+
+def _editing(edits: dict[str, Rows]) -> str:
+    def one(rows: Rows) -> str:
+        parts = []
+        for count in dict.fromkeys(row["removed"] for row in rows if row["how"] == EDIT):
+            edited, again = (verdicts.picked(rows, how=how, removed=count) for how in (EDIT, AGAIN))
+            times = verdicts.mean(again, "seconds") / verdicts.mean(edited, "seconds")
+            lost = verdicts.mean(edited, "accuracy") - verdicts.mean(again, "accuracy")
+            on = verdicts.picked(rows, how=ON, removed=count)
+            reached = verdicts.mean(edited, "seconds") / verdicts.mean(on, "seconds")
+            there = "to the same held-out loss" if all(row["reached"] for row in on) else "short of it in some seed"
+            parts.append(
+                f"{count} of {edited[0]['of']} tasks {times:.1f} × as fast, accuracy {lost:+.4f}; training on, "
+                f"{there}, is {reached:.1f} × as fast as the edit"
+            )
+        return "; ".join(parts)
+
+    return f"**What is editing worth against training from scratch?** {_each(edits, one)}."
+
+
+def _against(rows: Rows, name: str) -> str:
+    """Retrained accuracy by the rule's estimator minus that by another method, with its 95 % interval."""
+    level = [row for row in verdicts.picked(rows, level="task", how="retrained") if row.get("each") is not None]
+    found = paired(level, [row for row in level if row["method"] == row["picked"]], lambda row: name)
+    return "unknown" if found is None else f"{found[0]:+.4f} [{found[0] - found[1]:+.4f}, {found[0] + found[1]:+.4f}]"
+
+
+def _names(tables: dict[str, Rows]) -> str:
+    picked = (row["picked"] for rows in tables.values() for row in verdicts.picked(rows, level="task"))
+    return " or ".join(dict.fromkeys(picked))
+
+
+def _each(tables: dict[str, Rows], say: Callable[[Rows], str]) -> str:
+    parts: Sequence[str] = [f"{data} {say(rows)}" for data, rows in tables.items()]
+    return "; ".join(parts)
