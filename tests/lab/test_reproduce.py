@@ -241,6 +241,14 @@ def test_the_page_begins_with_what_a_reader_asks(tmp_path):
     assert editing.startswith("5. ")
     assert "1 of 20 tasks 5.0 × as fast, accuracy +0.0000; training on, to the same held-out loss, is 4.0 ×" in editing
     assert answers.lines(tmp_path, "full") == []
+    # Where the tables are there and their rows are not, as in a clone, what was said stands.
+    said = answers.lines(tmp_path, "small")
+    for name in ("table_omniglot", "editing_omniglot"):
+        (tmp_path / name / "small" / "table.md").touch()
+    (tmp_path / "table_omniglot" / "small" / "results.parquet").unlink()
+    assert answers.lines(tmp_path, "small", "\n\n".join(said)) == said
+    (tmp_path / "editing_omniglot" / "small" / "results.parquet").unlink()
+    assert answers.lines(tmp_path, "small", "\n\n".join(said)) == said
 
 
 def test_the_report_has_every_section_and_where_it_was_run(finished):

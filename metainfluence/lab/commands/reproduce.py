@@ -183,14 +183,15 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
             older.append(path.stem if modules == [UNKNOWN] else f"{path.stem} ({results.shortened(modules)})")
         text = (folder / results.TABLE).read_text(encoding="utf-8")
         sections.append(text.replace(f"({results.PICTURE})", f"({path.stem}/{size}/{results.PICTURE})"))
+    earlier = (out / REPORT).read_text(encoding="utf-8") if (out / REPORT).exists() else ""
     lines = [
         "# Results",
         "",
-        *(f"{line}\n" for line in answers.lines(out, size)),
+        *(f"{line}\n" for line in answers.lines(out, size, earlier)),
         f"Written by `metainfluence reproduce --all --size {size}`. Every section names the command that made it;",
         "that command also leaves the rows behind the tables, as a Parquet file beside the picture.",
         "",
-        *verdicts.lines(out, size, (out / REPORT).read_text(encoding="utf-8") if (out / REPORT).exists() else ""),
+        *verdicts.lines(out, size, earlier),
     ]
     if older:
         known = "with what changed since where that is known"

@@ -7,28 +7,32 @@ from typing import Any
 from metainfluence.lab.experiments import verdicts
 from metainfluence.lab.experiments.editing import AGAIN, EDIT, ON
 from metainfluence.lab.experiments.removal_tables import NOTHING, RANDOM, TRUTH, kinds_in, paired
+from metainfluence.lab.experiments.results import TABLE
 
 Rows = list[dict[str, Any]]
 IMAGES = {data: name for data, name in verdicts.DETECTION.items() if name.startswith("table_")}
 
 
-def lines(out: Path, size: str) -> list[str]:
+def lines(out: Path, size: str, earlier: str = "") -> list[str]:
     """Five sentences, of those experiments whose results are there; none where there are none.
 
     Args:
       out: folder with the folders of the experiments.
       size: "small" or "full".
+      earlier: the report before, whose sentences are kept where rows of an experiment are no longer there, since rows
+        are not stored.
     """
-    tables = {data: verdicts.rows_of(out, name, size) for data, name in IMAGES.items()}
-    tables = {data: rows for data, rows in tables.items() if any(row.get("picked") for row in rows)}
-    edits = {data: verdicts.rows_of(out, name, size) for data, name in verdicts.WORTH.items()}
-    edits = {data: rows for data, rows in edits.items() if rows}
-    found = []
-    if tables:
-        found += [_learners(tables), _detection(tables), _gain(tables), _baselines(tables)]
-    if edits:
-        found.append(_editing(edits))
-    return [f"{k}. {sentence}" for k, sentence in enumerate(found, start=1)]
+    before = dict(line.split("** ", 1) for line in earlier.splitlines() if "?** " in line)
+    found: list[str] = []
+    for names, asked in ((IMAGES, OF_TABLES), (verdicts.WORTH, OF_EDITS)):
+        rows = {data: verdicts.rows_of(out, name, size) for data, name in names.items()}
+        known = {data: own for data, own in rows.items() if any(row.get("picked") or "reached" in row for row in own)}
+        ran = {data for data, name in names.items() if (out / name / size / TABLE).exists()}
+        for number, (question, answer) in enumerate(asked, start=len(found) + 1):
+            kept = None if ran <= set(known) else before.get(f"{number}. **{question}")
+            if kept or known:
+                found.append(f"{number}. **{question}** {kept or answer(known)}")
+    return found
 
 
 def _learners(tables: dict[str, Rows]) -> str:
@@ -37,7 +41,7 @@ def _learners(tables: dict[str, Rows]) -> str:
         whole, clean = (verdicts.mean(verdicts.picked(level, method=name), "accuracy") for name in (NOTHING, TRUTH))
         return f"{whole:.1%}, and without exactly what was damaged {clean:.1%} (chance {level[0]['chance']:.0%})"
 
-    return f"**How good are the learners?** Trained on all tasks, damaged ones included: {_each(tables, one)}."
+    return f"Trained on all tasks, damaged ones included: {_each(tables, one)}."
 
 
 def _detection(tables: dict[str, Rows]) -> str:
@@ -47,14 +51,14 @@ def _detection(tables: dict[str, Rows]) -> str:
         return f"{verdicts.mean(own, 'auc'):.3f}{f' ({kinds})' if kinds else ''}"
 
     return (
-        f"**Do the scores find damaged tasks?** ROC AUC of {_names(tables)}, which the rule names before any score is "
+        f"ROC AUC of {_names(tables)}, which the rule names before any score is "
         f"known: {_each(tables, one)}; which kinds of damage do harm at all is said below each table."
     )
 
 
 def _gain(tables: dict[str, Rows]) -> str:
     return (
-        "**Is a model better without what they call harmful?** Accuracy after retraining without it, minus the same "
+        "Accuracy after retraining without it, minus the same "
         f"for as many random tasks: {_each(tables, lambda rows: _against(rows, RANDOM))}."
     )
 
@@ -63,7 +67,7 @@ def _baselines(tables: dict[str, Rows]) -> str:
     def one(rows: Rows) -> str:
         return ", ".join(f"{name} {_against(rows, name)}" for name in verdicts.BASELINES)
 
-    return f"**Is it better than without what a baseline calls harmful?** The same against each: {_each(tables, one)}."
+    return f"The same against each: {_each(tables, one)}."
 
 
 def _editing(edits: dict[str, Rows]) -> str:
@@ -82,7 +86,7 @@ def _editing(edits: dict[str, Rows]) -> str:
             )
         return "; ".join(parts)
 
-    return f"**What is editing worth against training from scratch?** {_each(edits, one)}."
+    return f"{_each(edits, one)}."
 
 
 def _against(rows: Rows, name: str) -> str:
@@ -100,3 +104,12 @@ def _names(tables: dict[str, Rows]) -> str:
 def _each(tables: dict[str, Rows], say: Callable[[Rows], str]) -> str:
     parts: Sequence[str] = [f"{data} {say(rows)}" for data, rows in tables.items()]
     return "; ".join(parts)
+
+
+OF_TABLES = (
+    ("How good are the learners?", _learners),
+    ("Do the scores find damaged tasks?", _detection),
+    ("Is a model better without what they call harmful?", _gain),
+    ("Is it better than without what a baseline calls harmful?", _baselines),
+)
+OF_EDITS = (("What is editing worth against training from scratch?", _editing),)
