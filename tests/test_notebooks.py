@@ -39,7 +39,7 @@ def check_outputs(notebook):
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-LONG = {"beyond_images", "choose_a_solver"}
+LONG = {"beyond_images", "choose_a_solver", "stopped_early"}
 
 
 @pytest.mark.parametrize(

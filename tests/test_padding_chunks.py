@@ -155,10 +155,10 @@ OTHERS = ("query_loss", "group", "direct", "self", "edit")
 @pytest.mark.parametrize(
     ("problem_name", "batch_size", "kinds"),
     [
-        ("maml_sgd", 1, MAIN),
+        pytest.param("maml_sgd", 1, MAIN, marks=pytest.mark.slow),
         ("maml_sgd", 2, MAIN),
         ("maml_sgd", 5, ("objective", "scores")),
-        ("maml_sgd", 8, ("objective", "scores")),
+        pytest.param("maml_sgd", 8, ("objective", "scores"), marks=pytest.mark.slow),
         ("prototypes", 3, OTHERS),
         ("implicit_head", 3, ("product", "scores")),
     ],

@@ -51,8 +51,8 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path):
     assert finished.returncode == 0, finished.stderr
     rng = np.random.default_rng(5)
     kills, left, phases = 0, [], set()
-    while kills < 12 or left:
-        ended = run(killed, int(rng.integers(1, 120)) if kills < 12 else 0)
+    while kills < 8 or left:
+        ended = run(killed, int(rng.integers(1, 120)) if kills < 8 else 0)
         if ended.returncode == 0:
             assert same(whole, killed)
             assert not left or int(ended.stdout) < int(finished.stdout)
