@@ -73,7 +73,6 @@ QUICK = {
     ("implicit", 0.0, 6),
     ("closed_form", 0.0, 40),
     ("closed_form", "auto", 40),
-    ("unrolled", 5.0, 40),
     ("implicit", "auto", 40),
 }
 
