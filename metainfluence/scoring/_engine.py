@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -341,10 +342,9 @@ class _Run:
         if self.options.batch_size is not None:
             return self.rounded(self.options.batch_size)
         count = len(self.source)
-        return self.rounded(
-            batch_size_for(self.room(), count, self.usable_memory(), self.meta_params, self.options.mesh)
-        )
+        return self.rounded(batch_size_for(self.room, count, self.usable_memory(), self.meta_params, self.options.mesh))
 
+    @functools.cached_property
     def room(self) -> Room:
         """What one task takes."""
         template = Reader(self.source, 1, self.on_error).template()
@@ -361,7 +361,7 @@ class _Run:
                 f"mesh: expected a size that divides the run's batch_size {batch_size}, got {self.options.mesh.size}"
             )
         reader = reader_of(self.source, batch_size, self.on_error, self.options.mesh)
-        lean = keeps_lean(self.room(), len(self.source), manifest["kept_bytes"])
+        lean = keeps_lean(self.room, len(self.source), manifest["kept_bytes"])
         programs = programs_of(self.options.problem, self.options.curvature, self.options.mesh, lean)
         passes = Passes(
             programs,
