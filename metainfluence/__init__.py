@@ -10,6 +10,7 @@ from metainfluence import mixed as mixed
 from metainfluence import operators as operators
 from metainfluence import scoring as scoring
 from metainfluence import solvers as solvers
+from metainfluence._spoilt import SpoiltTaskWarning as SpoiltTaskWarning
 from metainfluence.data import PerTask as PerTask
 from metainfluence.data import Task as Task
 from metainfluence.data import Weights as Weights
@@ -43,7 +44,6 @@ from metainfluence.response import Response as Response
 from metainfluence.response import RunInfo as RunInfo
 from metainfluence.response import Segments as Segments
 from metainfluence.response import SegmentsInfo as SegmentsInfo
-from metainfluence.response import SpoiltTaskWarning as SpoiltTaskWarning
 from metainfluence.response import Streamed as Streamed
 from metainfluence.response import Trajectory as Trajectory
 from metainfluence.response import by_datum as by_datum

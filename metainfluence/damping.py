@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence import solvers, subspace
 from metainfluence._checks import check_positive, concrete, maker
+from metainfluence._spoilt import weighed
 from metainfluence.curvature import Curvature
 from metainfluence.data import Task, Weights
 from metainfluence.operators import flat_norm
@@ -27,7 +28,6 @@ from metainfluence.response import (
     shares_support,
     slopes_of,
     warn_of_direct_effect,
-    weighed,
 )
 from metainfluence.solvers import Preconditioner, SolveInfo, grown, reachable
 

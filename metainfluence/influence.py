@@ -21,6 +21,7 @@ from jaxtyping import Array, PyTree
 from metainfluence._checks import concrete, described, is_array, maker
 from metainfluence._chunks import reduce_tasks
 from metainfluence._edit import Edit, edited
+from metainfluence._spoilt import weighed, without_spoilt
 from metainfluence.curvature import Curvature
 from metainfluence.data import Task, Weights, resolve_weights, sizes
 from metainfluence.differentiation import REVERSE
@@ -37,8 +38,6 @@ from metainfluence.response import (
     slopes_of,
     solve_once,
     warn_of_direct_effect,
-    weighed,
-    without_spoilt,
 )
 from metainfluence.solvers import SolveInfo, Solver
 

@@ -26,11 +26,13 @@ from metainfluence._checks import (
     check_function,
     check_mesh,
     check_precision,
+    concrete,
     leaf_name,
     refuse_half,
     traced_at,
 )
-from metainfluence.data import Task, Weights, resolve_weights, sizes
+from metainfluence._spoilt import Rest, without_spoilt
+from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
 from metainfluence.differentiation import REVERSE
 from metainfluence.problem import Bilevel, check_derivatives, total_objective, with_hvp
 
@@ -127,13 +129,35 @@ class Run(abc.ABC):
     def __call__(
         self, start: PyTree, tasks: Task, weights: Weights | None = None, *, precision: str | None = "highest"
     ) -> PyTree:
-        """Trains at a precision of matrix products, JAX's if None, and returns λ."""
-        check_precision(precision)
-        with traced_at(precision):
-            return self._trained(start, tasks, weights)
+        """Trains at a precision of matrix products, JAX's if None, and returns λ.
 
-    def _trained(self, start: PyTree, tasks: Task, weights: Weights | None) -> PyTree:
+        Outside jit, a task whose program makes NaN at the start is taken for absent, as by `rest`.
+        """
+        check_precision(precision)
         weights = resolve_weights(weights, tasks)
+        with traced_at(precision):
+            end = self._trained(start, tasks, weights)
+            rest = self.rest(start, end, tasks, weights)
+            return end if rest is None else self._trained(start, rest.tasks, rest.weights(weights))
+
+    def rest(self, start: PyTree, end: PyTree, tasks: Task, weights: Weights) -> Rest | None:
+        """Data without the tasks by which a run has ended in NaN; None where it has not, or nothing can be told.
+
+        Warns:
+          SpoiltTaskWarning: tasks of other weights than 0 are left out.
+
+        Raises:
+          ValueError: data that are not finite, named.
+        """
+        if not concrete(start, end, tasks, weights):
+            return None
+        size = optax.tree.norm(end)
+        if self.problem is None:
+            name_not_finite(size, tasks, "tasks")
+            return None
+        return without_spoilt(self.problem, size, self.meta_params(self.begin(start)), tasks, weights)
+
+    def _trained(self, start: PyTree, tasks: Task, weights: Weights) -> PyTree:
         table = self.batches(sizes(tasks).lead[0])
 
         def step(state: PyTree, each: tuple[Array, Array | None]) -> tuple[PyTree, None]:

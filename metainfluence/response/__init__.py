@@ -4,10 +4,6 @@ Every influence is one derivative of one map, w ↦ λ(w). A response offers its
 in w to the change of λ, and `vjp`, from the slope of a target to dφ/dw of every datum together.
 """
 
-from metainfluence.response._blame import SpoiltTaskWarning as SpoiltTaskWarning
-from metainfluence.response._blame import finite_gradients as finite_gradients
-from metainfluence.response._blame import weighed as weighed
-from metainfluence.response._blame import without_spoilt as without_spoilt
 from metainfluence.response._by_datum import DatumScores as DatumScores
 from metainfluence.response._by_datum import by_datum as by_datum
 from metainfluence.response._checkpoints import Checkpoint as Checkpoint

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from metainfluence._checks import check_finite_floats, leaf_name, maker
+from metainfluence._spoilt import Spoilt, solutions_of
 from metainfluence.curvature import Curvature
 from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.operators import Domain, Operator, flat_norm
 from metainfluence.problem import Bilevel, check_meta_params
-from metainfluence.response._blame import solutions_of
 from metainfluence.response._damping import RANK, rule, rule_of
 from metainfluence.response._options import Options
 from metainfluence.response._response import Influence, leading_axis
@@ -76,6 +76,11 @@ class Optimum:
     def tasks(self) -> Task:
         """The tasks."""
         return self.expansion.tasks
+
+    @property
+    def spoilt(self) -> Spoilt | None:
+        """What has no derivative; None for nothing."""
+        return self.expansion.spoilt
 
     @property
     def operator(self) -> Operator:

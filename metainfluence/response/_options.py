@@ -13,11 +13,11 @@ from metainfluence import solvers
 from metainfluence._checks import check_batch_size, check_damping, check_mesh, check_precision, traced_at
 from metainfluence._chunks import Chunks
 from metainfluence._outline import refuse_differentiated
+from metainfluence._spoilt import without_spoilt
 from metainfluence.curvature import Curvature, check_curvature, exact
 from metainfluence.data import Task, Weights
 from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel, with_hvp
-from metainfluence.response._blame import Spoilt, without_spoilt
 from metainfluence.response._choice import fitting_chunks
 from metainfluence.response._sums import Expansion, Sums
 from metainfluence.solvers import Solver
@@ -102,4 +102,4 @@ class Options(NamedTuple):
         if rest is None:
             return found
         found = expand(meta_params, rest.tasks, rest.weights(weights))
-        return dataclasses.replace(found, spoilt=Spoilt(weights, rest.undefined))
+        return dataclasses.replace(found, spoilt=rest.left_out(weights))

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from metainfluence._checks import check_finite
+from metainfluence._checks import check_finite, concrete
 from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.operators import Domain
+from metainfluence.response._run_info import RunInfo, problems_of_run
 
 
 def direction_of(direction: Weights, tasks: Task, weights: Weights) -> tuple[bool, Weights]:
@@ -21,8 +22,8 @@ def direction_of(direction: Weights, tasks: Task, weights: Weights) -> tuple[boo
     return many, jax.tree.map(lambda d, w: jnp.asarray(d, w.dtype), direction, weights)
 
 
-def slope_of(slope: PyTree, meta_params: PyTree) -> tuple[bool, PyTree]:
-    """Whether there are many slopes at λ, and these, checked."""
+def slope_of(slope: PyTree, meta_params: PyTree, info: RunInfo) -> tuple[bool, PyTree]:
+    """Whether there are many slopes at the end λ of a run, and these, checked."""
     domain = Domain.of(meta_params)
     leaves = jax.tree.leaves(slope)
     ranks = [len(like.shape) for like in domain.leaves]
@@ -30,7 +31,12 @@ def slope_of(slope: PyTree, meta_params: PyTree) -> tuple[bool, PyTree]:
     if many:
         _check_lead("slope", slope)
     domain.check("slope", _first(slope) if many else slope)
-    check_finite("slope", slope)
+    try:
+        check_finite("slope", slope)
+    except ValueError as error:
+        # A target at a λ that is NaN has no slope, which is no fault of the target's.
+        known = problems_of_run(info._replace(replay_difference=None)) if concrete(info) else []
+        raise ValueError(f"{error}{f': {known[0]}' if known else ''}") from error
     return many, jax.tree.map(lambda s, like: jnp.asarray(s, like.dtype), slope, meta_params)
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence._checks import check_precision, maker, traced_at
+from metainfluence._spoilt import Spoilt, weighed
 from metainfluence.data import Weights
-from metainfluence.response._blame import Spoilt, weighed
 from metainfluence.response._direct import check_total_effect, shares_support, warn_of_direct_effect
 from metainfluence.response._target import slopes_of
 from metainfluence.solvers import SolveInfo
@@ -120,7 +120,7 @@ def scores(
         with traced_at(precision):
             slope, direct = slopes_of(target, at.meta_params, target_args, at.weights, total_effect)
         sensitivity, info = at.vjp(slope)
-        spoilt = getattr(getattr(at, "expansion", None), "spoilt", None)
+        spoilt = getattr(at, "spoilt", None)
         if direct is not None:
             return removal_scores(at.weights, jax.tree.map(jnp.add, sensitivity, direct), info, spoilt)
         tasks: Any = getattr(at, "tasks", None)

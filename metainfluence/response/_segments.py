@@ -28,8 +28,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from metainfluence._checks import concrete, maker
 from metainfluence._chunks import Chunks
+from metainfluence._spoilt import Spoilt, change_along, sensitivity_of, without_spoilt
 from metainfluence.curvature import Curvature, exact
-from metainfluence.data import Task, Weights, name_not_finite, resolve_weights
+from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.operators import Domain, Operator, from_matvec
 from metainfluence.problem import Bilevel, check_meta_params
 from metainfluence.response._checkpoints import Checkpoint, check_checkpoints
@@ -97,8 +98,14 @@ class Segments:
     outer_gradient_norm: Float[Array, " K"]
     run: _Run
     tasks: Task
-    weights: Weights
+    used_weights: Weights
+    spoilt: Spoilt | None
     method: _Method = dataclasses.field(metadata={"static": True})
+
+    @property
+    def weights(self) -> Weights:
+        """The weights w of the run."""
+        return self.used_weights if self.spoilt is None else self.spoilt.weights
 
     @property
     def info(self) -> SegmentsInfo:
@@ -137,7 +144,7 @@ class Segments:
         zero = jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), self.weights)
         with self.method.options.traced():
             (_, total), found = jax.lax.scan(step, (slope, zero), self.run, reverse=True)
-        return total, self._report(found)
+        return sensitivity_of(self.spoilt, total, many), self._report(found)
 
     def jvp(self, direction: Weights) -> Influence:
         """The change of λ along a direction in the data weights; along several, on a leading axis, in step.
@@ -177,10 +184,10 @@ class Segments:
         with self.method.options.traced():
             change, found = jax.lax.scan(step, zero, self.run)
         info: Any = self._report(found)
-        return Influence(change, info)
+        return Influence(change_along(self.spoilt, direction, change, many), info)
 
     def _expansion(self, run: _Run) -> Expansion:
-        return self.method.options.expanded(run.meta_params, self.tasks, self.weights, self.method.chunks)
+        return self.method.options.expanded(run.meta_params, self.tasks, self.used_weights, self.method.chunks)
 
     def _report(self, found: Decay) -> SegmentsInfo:
         error, smallest, products = (
@@ -271,14 +278,22 @@ def segments(
         stacked = _stacked(known)
         gradient = gradient_map(options.problem, chunks, mesh)
 
-        def norm(meta_params: PyTree) -> Array:
-            return optax.tree.norm(gradient(exact(), meta_params, tasks, meta_params, weights)[0])
+        def norms_of(tasks: Task, weights: Weights) -> Array:
+            def norm(meta_params: PyTree) -> Array:
+                return optax.tree.norm(gradient(exact(), meta_params, tasks, meta_params, weights)[0])
+
+            return jax.lax.map(norm, stacked.meta_params)
 
         with options.traced():
-            norms = jax.lax.map(norm, stacked.meta_params)
-        name_not_finite(norms, tasks, "tasks")
+            norms = norms_of(tasks, weights)
+            first = known[int(np.argmin(np.isfinite(np.asarray(norms))))] if concrete(norms) else known[0]
+            rest = without_spoilt(options.problem, jnp.sum(norms), first.meta_params, tasks, weights)
+            used, spoilt = weights, None
+            if rest is not None:
+                tasks, used, spoilt = rest.tasks, rest.weights(weights), rest.left_out(weights)
+                norms = norms_of(tasks, used)
         method = _Method(options, chunks, rank, float(tol))
-        return Segments(meta_params, norms, stacked, tasks, weights, method)
+        return Segments(meta_params, norms, stacked, tasks, used, spoilt, method)
 
     return run
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from metainfluence import _disk
 from metainfluence._checks import concrete
 from metainfluence._progress import Progress, Reporter, reporter
 from metainfluence._source import Batch, Reader, Source, Widths, stack
+from metainfluence._spoilt import finite_gradients, told_of_source
 from metainfluence.data import Task, Weights, leaves_by_kind, name_not_finite, resolve_weights, sizes
 from metainfluence.response import _stored
 from metainfluence.response._programs import Programs, growth
@@ -30,7 +32,7 @@ from metainfluence.response._response import Influence
 from metainfluence.response._run_info import RunInfo
 from metainfluence.response._sums import mean, regularizer_gradient
 from metainfluence.response._sweeps import Passed, Returned, Steps
-from metainfluence.training import floats_of
+from metainfluence.training import Run, floats_of
 
 __all__ = ["Streamed"]
 
@@ -101,13 +103,21 @@ class Stream:
         """Of all tasks."""
         return np.asarray(self.reader.ids)
 
-    def name_not_finite(self, meta_params: PyTree) -> None:
-        """Raises, naming the task, where λ is not finite for its data."""
-        if all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(meta_params)):
+    def name_not_finite(self, run: Run, start: PyTree, end: PyTree) -> None:
+        """Raises, naming the tasks, where λ at the end is not finite because of their data, or of their program."""
+        if all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(end)):
             return
+        problem, spoilt = run.problem, []
+        finite = None if problem is None else jax.jit(functools.partial(finite_gradients, problem))
         for index, name in enumerate(self.reader.ids):
             alone = stack([self.reader.task(index)], self.reader.template(), self._widths)
-            name_not_finite(meta_params, alone.tasks, f"source[{name!r}]")
+            name_not_finite(end, alone.tasks, f"source[{name!r}]")
+            if finite is not None and not np.all(np.asarray(finite(start, *alone))):
+                spoilt.append(index)
+        if problem is not None and spoilt:
+            ids, first = [self.reader.ids[index] for index in spoilt], cast(Task, self.reader.task(spoilt[0]))
+            told = told_of_source(problem, start, ids, first)
+            raise ValueError(f"source: {told}; mend it there, or leave these tasks out of the source")
 
     def _stacked(self, row: Any) -> Batch:
         return stack([self.reader.task(int(index)) for index in row], self.reader.template(), self._widths)
@@ -156,7 +166,7 @@ class Streamed:
 
     def vjp(self, slope: PyTree) -> tuple[Weights, RunInfo]:
         """As `Trajectory.vjp`; taken up again where the states are on disk."""
-        many, slope = slope_of(slope, self.meta_params)
+        many, slope = slope_of(slope, self.meta_params, self.info)
         with reporter(self.progress) as report, contextlib.ExitStack() as stack:
             folder = None if self.place is None else stack.enter_context(self.place.opened())
             scores, norms, grown = self._pulled(many, slope, folder, report)
@@ -229,7 +239,7 @@ def streamed(
             states = stack.enter_context(place.opened(resume, new=True))
         passed = _trained(programs, state, steps, stream, weights, states, report)
         last, nonfinite = jax.tree.map(jnp.asarray, passed.state), jnp.asarray(passed.nonfinite)
-        stream.name_not_finite(run.meta_params(last))
+        stream.name_not_finite(run, run.meta_params(state), run.meta_params(last))
         norm = _gradient_norm(programs, last, stream, weights)
     kept = None if folder is not None else states.each()
     info = RunInfo(run.num_steps, norm, None, nonfinite)

@@ -21,12 +21,12 @@ from jaxtyping import Array, Float, PyTree
 from metainfluence._checks import at_own_precision
 from metainfluence._chunks import Chunks, reduce_tasks
 from metainfluence._outline import closes_over_traced
+from metainfluence._spoilt import Spoilt
 from metainfluence.curvature import Curvature, exact
 from metainfluence.data import Task, Weights, coefficients, weighted_sum
 from metainfluence.differentiation import REVERSE
 from metainfluence.operators import Domain, FlatProduct, Losses, Operator, from_matvec
 from metainfluence.problem import Bilevel, check_derivatives, knows_inner, meta_regularization, weighted_losses
-from metainfluence.response._blame import Spoilt
 from metainfluence.response._lean import dear
 
 

@@ -26,7 +26,8 @@ from jaxtyping import Array, PyTree
 from metainfluence._checks import check_mesh, check_precision, concrete, maker
 from metainfluence._progress import Progress, reporter
 from metainfluence._source import Source, is_source
-from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
+from metainfluence._spoilt import Spoilt, change_along, sensitivity_of
+from metainfluence.data import Task, Weights, resolve_weights, sizes
 from metainfluence.operators import Domain
 from metainfluence.response import _stored
 from metainfluence.response._programs import Programs
@@ -52,8 +53,9 @@ class Trajectory:
       end: the state after the last.
       kept: the states before each segment, or all of them and their gradients; None where they are on disk.
       steps: the steps' numbers and tasks, by segment.
-      tasks: the tasks.
-      weights: their weights.
+      tasks: the tasks, in which others stand for those that are left out.
+      used_weights: the weights that the run had.
+      spoilt: what has no derivative; None for nothing.
       programs: what computes the rest.
       place: the folder of the states; None where they are in memory.
       progress: as in `trajectory`.
@@ -66,10 +68,16 @@ class Trajectory:
     kept: PyTree
     steps: Steps
     tasks: Task
-    weights: Weights
+    used_weights: Weights
+    spoilt: Spoilt | None
     programs: Programs = dataclasses.field(metadata={"static": True})
     place: _stored.Place | None = dataclasses.field(default=None, metadata={"static": True})
     progress: bool | Callable[[Progress], None] = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def weights(self) -> Weights:
+        """The data weights w, as they were given."""
+        return self.used_weights if self.spoilt is None else self.spoilt.weights
 
     def jvp(self, direction: Weights) -> Influence:
         """(dλ_N/dw) · direction, by one forward sweep, which needs no kept states.
@@ -85,8 +93,8 @@ class Trajectory:
           ValueError: a wrong shape, or values that are not finite.
         """
         many, direction = direction_of(direction, self.tasks, self.weights)
-        delta = self.programs.push(many, direction, self.start, self.steps, self.tasks, self.weights)
-        return Influence(delta, cast(Any, self.info))
+        delta = self.programs.push(many, direction, self.start, self.steps, self.tasks, self.used_weights)
+        return Influence(change_along(self.spoilt, direction, delta, many), cast(Any, self.info))
 
     def vjp(self, slope: PyTree) -> tuple[Weights, RunInfo]:
         """dφ/dw of every task, support example and query example, by one reverse sweep.
@@ -102,20 +110,20 @@ class Trajectory:
           ValueError: another structure or shape, or values that are not finite.
           TypeError: states on disk, and a call that is traced.
         """
-        many, slope = slope_of(slope, self.meta_params)
+        many, slope = slope_of(slope, self.meta_params, self.info)
         scores, norms, growth = self._pulled(many, slope)
-        return scores, self.info._replace(cotangent_norms=norms, growth=growth)
+        return sensitivity_of(self.spoilt, scores, many), self.info._replace(cotangent_norms=norms, growth=growth)
 
     def _pulled(self, many: bool, slope: PyTree) -> tuple[Weights, Array, Array]:
-        rest = (self.end, self.kept, self.steps, self.tasks, self.weights)
-        untraced = concrete(slope, self.end, self.tasks, self.weights)
+        rest = (self.end, self.kept, self.steps, self.tasks, self.used_weights)
+        untraced = concrete(slope, self.end, self.tasks, self.used_weights)
         if self.programs.store == "device" or (self.place is None and not untraced):
             return self.programs.pull(many, slope, *rest)
         if not untraced:
             raise TypeError("store: a run whose states are on disk is gone back through outside jit, vmap and grad")
         with reporter(self.progress) as report, contextlib.ExitStack() as stack:
             folder = None if self.place is None else stack.enter_context(self.place.opened())
-            data = (self.end, self.steps, self.tasks, self.weights)
+            data = (self.end, self.steps, self.tasks, self.used_weights)
             return _stored.pull(self.programs, many, slope, *data, self.kept, folder, report)
 
 
@@ -177,6 +185,10 @@ def trajectory(
       source of single ones, and of their `Weights`; `end` is the λ that was recorded when the run was made, to which
       `info.replay_difference` is measured.
 
+    Warns:
+      SpoiltTaskWarning: at the call, outside jit, a run that ends in NaN because of tasks whose gradients at its start
+        are NaN, although their data are not: it is gone through without them, and their scores are NaN.
+
     Raises:
       TypeError: no run; a λ without floating-point numbers; a mesh for a `training_loop`; at the call, a store other
         than the device and values that are traced.
@@ -220,7 +232,11 @@ def trajectory(
         run.check(state, *taken(None if table is None else table[0], tasks, weights))
         steps = programs.sweeps(state).steps(table)
         at = _through(programs, state, steps, tasks, weights, folder, resume, progress)
-        name_not_finite(at.meta_params, tasks, "tasks")
+        rest = run.rest(start, at.meta_params, tasks, weights)
+        if rest is not None:
+            apart = None if folder is None else folder / "rest"
+            at = _through(programs, state, steps, rest.tasks, rest.weights(weights), apart, resume, progress)
+            at = dataclasses.replace(at, spoilt=rest.left_out(weights))
         return at if end is None else dataclasses.replace(at, info=_compared(at, end))
 
     return cast(TrajectoryOf, make)
@@ -263,7 +279,7 @@ def _through(
         norm = programs.gradient_norm(last, steps, tasks, weights)
     info = RunInfo(run.num_steps, norm, None, jnp.asarray(nonfinite))
     reached = run.meta_params(last)
-    return Trajectory(reached, info, state, last, kept, steps, tasks, weights, programs, place, progress)
+    return Trajectory(reached, info, state, last, kept, steps, tasks, weights, None, programs, place, progress)
 
 
 def _folder_of(store: Any) -> Path | None:

@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,9 @@ from metainfluence._checks import check_floating, check_positive
 from metainfluence._disk import Store
 from metainfluence._progress import Progress, Reporter, reporter
 from metainfluence._source import Reader, Source, ids_of, stack, widened
+from metainfluence._spoilt import told_of_source
 from metainfluence.curvature import Curvature, exact
-from metainfluence.data import Sizes, Weights, sizes
+from metainfluence.data import Sizes, Task, Weights, sizes
 from metainfluence.operators import Domain, Operator, flat_norm
 from metainfluence.problem import Bilevel, check_derivatives, check_meta_params, knows_inner, meta_regularization
 from metainfluence.response import (
@@ -371,7 +372,7 @@ class _Run:
             on_batch=report.batch,
             of_one_size="total_effect" if self.total_effect else None,
         )
-        slope = _slope(passes, store, self.on_error == "skip")
+        slope = _slope(self.options.problem, self.meta_params, passes, store, self.on_error == "skip")
         memo = Memo(Domain.of(self.meta_params), store)
         direction, info = self.solution(
             passes.operator(slope), passes.operator(slope, memo.around), slope, store, report, manifest["working_eps"]
@@ -455,7 +456,7 @@ class _Run:
         return flat, info._replace(num_matvecs=info.num_matvecs + matvecs, damping=jnp.asarray(damping, rhs.dtype))
 
 
-def _slope(passes: Passes, store: Store, skip: bool) -> Slope:
+def _slope(problem: Bilevel, meta_params: PyTree, passes: Passes, store: Store, skip: bool) -> Slope:
     """The gradient pass, or what an earlier run made of it; what it read is what must be found from then on."""
     domain = passes.domain
     saved = store.arrays("gradient", 0)
@@ -465,13 +466,13 @@ def _slope(passes: Passes, store: Store, skip: bool) -> Slope:
         return slope._replace(gradient=domain.unravel(slope.gradient))
     slope = passes.slope()
     if holds_nan(slope.gradient) and (spoilt := passes.spoilt()):
-        ids = [passes.reader.ids[row] for row in spoilt]
-        named = ", ".join(map(repr, ids[:8])) + (" …" if len(ids) > 8 else "")
-        told = (
-            f"expected finite gradients, got NaN or infinity from tasks {named}: of their data, or of a norm, root, "
-            "log or quotient at 0 in the problem's functions"
-        )
         if not skip or jax.process_count() > 1 or len(spoilt) == len(passes.reader.ids) - len(passes.reader.skipped):
+            told = told_of_source(
+                problem,
+                meta_params,
+                [passes.reader.ids[row] for row in spoilt],
+                cast(Task, passes.reader.task(spoilt[0])),
+            )
             raise ValueError(f'source: {told}; mend it there, or leave these tasks out, as on_error="skip" does')
         passes.leave_out({row: f"task {passes.reader.ids[row]!r} has a gradient of NaN or infinity" for row in spoilt})
         slope = passes.slope()

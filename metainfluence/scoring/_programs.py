@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from metainfluence._chunks import task_sharding
 from metainfluence._source import Batch
+from metainfluence._spoilt import finite_gradients
 from metainfluence.curvature import Curvature, exact
 from metainfluence.problem import Bilevel
 from metainfluence.response import (
@@ -22,7 +23,6 @@ from metainfluence.response import (
     batch_pull,
     batch_sensitivities,
     batch_shift,
-    finite_gradients,
     regularizer_gradient,
     regularizer_product,
 )

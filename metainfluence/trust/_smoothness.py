@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from metainfluence._checks import calling, maker
-from metainfluence.data import Task, Weights, name_not_finite, resolve_weights, sizes
+from metainfluence.data import Task, Weights, resolve_weights, sizes
 from metainfluence.differentiation import REVERSE
 from metainfluence.problem import task_loss
 from metainfluence.response import trajectory
@@ -141,6 +141,8 @@ def smoothness(
 
     def measure(start: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Smoothness:
         weights = resolve_weights(weights, tasks)
+        at = trajectory(run)(start, tasks, weights)
+        tasks, weights = at.tasks, at.used_weights
         directions = _directions(tasks, weights, num_directions, share, seed)
         values = _values(run, target, tasks, target_args)
 
@@ -153,8 +155,6 @@ def smoothness(
             found = jax.lax.map(lambda w: run(start, tasks, w), moved, batch_size=runs_at_once or len(moved.task))
             return jax.tree.map(lambda leaf: leaf.reshape(len(steps), -1, *leaf.shape[1:]), found)
 
-        at = trajectory(run)(start, tasks, weights)
-        name_not_finite(at.meta_params, tasks, "tasks")
         rates = at.jvp(directions).delta
         steps = jnp.asarray(np.concatenate([heights, -heights]))
         moved = jax.jit(ends)(start, tasks, weights, steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from metainfluence._checks import concrete
-from metainfluence.data import Task, Weights, map_examples, name_not_finite
+from metainfluence.data import Task, Weights, map_examples, name_not_finite, not_finite, unit_weights
 from metainfluence.operators import flat_norm
 from metainfluence.problem import Bilevel, evaluate
 
@@ -51,9 +52,13 @@ class Rest(NamedTuple):
         support, query = (jnp.asarray(leaf)[self.rows] for leaf in (weights.support, weights.query))
         return Weights(jnp.where(self.lost, 0, weights.task), support, query)
 
+    def left_out(self, weights: Weights) -> Spoilt:
+        """What is missing from sums over these tasks."""
+        return Spoilt(weights, self.undefined)
+
 
 class Spoilt(NamedTuple):
-    """What an expansion has left out.
+    """What a sum over tasks has left out.
 
     Attributes:
       weights: as they were given.
@@ -72,6 +77,20 @@ class Spoilt(NamedTuple):
         asked = jax.tree.map(lambda none, d: jnp.any(none & (d != 0)), self.undefined, direction)
         none = jnp.any(jnp.stack(jax.tree.leaves(asked)))
         return jax.tree.map(lambda leaf: jnp.where(none, jnp.nan, leaf), found)
+
+
+def sensitivity_of(spoilt: Spoilt | None, found: Weights, many: bool = False) -> Weights:
+    """dφ/dw of a target, or of several on a leading axis, NaN where there is none."""
+    if spoilt is None:
+        return found
+    return jax.vmap(spoilt.sensitivity)(found) if many else spoilt.sensitivity(found)
+
+
+def change_along(spoilt: Spoilt | None, direction: Weights, found: PyTree, many: bool = False) -> PyTree:
+    """The change along a direction, or along several on a leading axis, NaN where one asks for what is undefined."""
+    if spoilt is None:
+        return found
+    return jax.vmap(spoilt.along)(direction, found) if many else spoilt.along(direction, found)
 
 
 def solutions_of(spoilt: Spoilt | None, rhs: PyTree, solutions: PyTree, many: bool) -> PyTree:
@@ -156,6 +175,29 @@ def told_of_spoilt(problem: Bilevel, meta_params: PyTree, tasks: Task, weights: 
         f"tasks: expected finite gradients, got NaN or infinity from the program of {named}, whose data are finite: "
         f"{where}; taken for absent, with scores of NaN, and the others keep theirs. Add a small number inside it, or "
         f"say so (weights=mi.drop(weights, {remedy}))"
+    )
+
+
+def told_of_source(problem: Bilevel, meta_params: PyTree, ids: Sequence[Any], first: Task) -> str:
+    """Which tasks of a source make gradients NaN, and of the first of them, why.
+
+    Args:
+      problem: the problem.
+      meta_params: λ.
+      ids: of these tasks.
+      first: the first of them, single.
+    """
+    named = ", ".join(map(repr, ids[:8])) + (" …" if len(ids) > 8 else "")
+    data = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], first)
+    cause = not_finite(data, f"source[{ids[0]!r}]")
+    if cause is None:
+        weights = jax.tree.map(lambda leaf: leaf[0], unit_weights(data))
+        where = _place(problem, meta_params, jax.tree.map(jnp.asarray, first), weights)[0]
+        cause = f"the data of {ids[0]!r} are finite; {where}"
+    else:
+        cause = cause.removesuffix(" in task 0")
+    return (
+        f"expected finite gradients, got NaN or infinity from {'task' if len(ids) == 1 else 'tasks'} {named}: {cause}"
     )
 
 

@@ -175,3 +175,90 @@ def test_an_edit_does_not_take_other_data_for_what_it_brings_back():
     with pytest.warns(mi.SpoiltTaskWarning, match="query example 1"):
         found = edit(LAMBDA, tasks, weights, without)
     np.testing.assert_allclose(found.meta_params, LAMBDA, rtol=1e-12)
+
+
+RUN_STEPS = 3
+
+
+def responses(problem, tmp_path):
+    """Makers of (tasks, weights) -> response for a run and for what is left of one."""
+    run = mi.training(problem, optax.sgd(0.05, momentum=0.9), RUN_STEPS)
+    quiet = {"progress": False}
+    points = [mi.Checkpoint(LAMBDA + 0.1, 0.5), mi.Checkpoint(LAMBDA, 1.0)]
+    return {
+        "device": lambda *data: mi.trajectory(run)(LAMBDA, *data),
+        "folder": lambda *data: mi.trajectory(run, store=tmp_path / "states", **quiet)(LAMBDA, *data),
+        "the folder again": lambda *data: mi.trajectory(run, store=tmp_path / "states", **quiet)(LAMBDA, *data),
+        "segments": lambda *data: mi.segments(problem)(points, *data),
+    }
+
+
+@pytest.mark.parametrize(
+    ("weight", "names"), [(1.0, ("device", "segments")), (0.0, ("device", "folder", "the folder again"))]
+)
+def test_a_run_goes_on_without_a_task_that_has_no_derivative(weight, names, tmp_path):
+    problem, tasks, given = with_norm(coinciding)
+    given = given._replace(task=given.task.at[2].set(weight))
+    others, absent = spared(tasks, 2), mi.drop(spared(given, 2), tasks=[2])
+    one = jax.tree.map(jnp.zeros_like, given)
+    first, third = (one._replace(task=one.task.at[k].set(1.0)) for k in (0, 2))
+    for name in names:
+        told = pytest.warns(mi.SpoiltTaskWarning, match="program of task 2, .* query example 1")
+        with told if weight else warnings.catch_warnings():
+            if not weight:
+                warnings.simplefilter("error")
+            at = responses(problem, tmp_path)[name](tasks, given)
+        expected = responses(problem, tmp_path / "others")[name](others, absent)
+        np.testing.assert_allclose(at.meta_params, expected.meta_params, rtol=1e-12)
+        np.testing.assert_array_equal(at.weights.task, given.task)
+        slopes = jnp.stack([2 * LAMBDA, jnp.ones(2)])
+        ours, theirs = (response.vjp(slopes)[0] for response in (at, expected))
+        np.testing.assert_array_equal(np.isnan(ours.task), [[False, False, True, False]] * 2)
+        rest = np.asarray([0, 1, 3])
+        for side in ("task", "support", "query"):
+            mine, wanted = (np.asarray(getattr(each, side))[:, rest] for each in (ours, theirs))
+            np.testing.assert_allclose(mine, wanted, rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(at.jvp(first).delta, expected.jvp(first).delta, rtol=1e-9)
+        both = at.jvp(jax.tree.map(lambda *leaves: jnp.stack(leaves), first, third)).delta
+        np.testing.assert_array_equal(np.isnan(both).any(-1), [False, True])
+        found = mi.scores(at, lambda m: jnp.sum(m**2))()
+        assert np.isnan(found.task[2]) if weight else found.task[2] == 0
+        assert np.all(np.asarray(found.task)[rest] != 0)
+
+
+def test_training_itself_goes_on_without_it():
+    problem, tasks, given = with_norm(coinciding)
+    run = mi.training(problem, optax.sgd(0.1), RUN_STEPS)
+    expected = run(LAMBDA, spared(tasks, 2), mi.drop(given, tasks=[2]))
+    np.testing.assert_allclose(run(LAMBDA, tasks, mi.drop(given, tasks=[2])), expected, rtol=1e-12)
+    with pytest.warns(mi.SpoiltTaskWarning, match="program of task 2"):
+        np.testing.assert_allclose(run(LAMBDA, tasks), expected, rtol=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mi.SpoiltTaskWarning)
+        assert mi.smoothness(run, parts=False, num_directions=2)(LAMBDA, tasks).verdict == "smooth"
+
+
+def test_a_stream_names_the_task_and_the_place(tmp_path):
+    problem, tasks, _ = with_norm(coinciding)
+    source = [jax.tree.map(lambda leaf, k=k: np.asarray(leaf[k]), tasks) for k in range(4)]
+    told = r"from task 2: the data of 2 are finite; a norm, .* query example 1; .* leave these tasks out"
+    run = mi.training(problem, optax.sgd(0.1), RUN_STEPS, tasks_per_step=2)
+    with pytest.raises(ValueError, match=told):
+        mi.trajectory(run, progress=False)(LAMBDA, source)
+    broken = mi.Task(np.full(3, np.nan), source[3].query)
+    spoiled = [*source[:3], broken]
+    options = {"solver": mi.solvers.cg(), "damping": 5.0, "progress": False}
+    with pytest.raises(ValueError, match=told):
+        mi.scoring.score(problem, jnp.sum, LAMBDA, source, out=tmp_path / "s.parquet", **options)
+    with pytest.raises(ValueError, match=r"from tasks 2, 3: the data of 2 are finite"):
+        mi.scoring.score(problem, jnp.sum, LAMBDA, spoiled, out=tmp_path / "t.parquet", **options)
+    alone = [*source[:2], broken, source[2]]
+    with pytest.raises(ValueError, match=r"from tasks 2, 3: source\[2\].support: expected finite numbers"):
+        mi.scoring.score(problem, jnp.sum, LAMBDA, alone, out=tmp_path / "u.parquet", **options)
+
+
+def test_a_run_that_diverges_says_so_and_not_that_the_target_is_wrong():
+    problem, tasks, _ = with_norm(clipped)
+    at = mi.trajectory(mi.training(problem, optax.sgd(1e200), RUN_STEPS))(LAMBDA, tasks)
+    with pytest.raises(ValueError, match=r"slope: .* λ is not finite after step \d of 3: lower the learning rate"):
+        mi.scores(at, lambda m: jnp.sum(m**2))()
