@@ -174,16 +174,23 @@ def check_scalar(value: Any, name: str) -> Array:
     return value
 
 
-def check_floating(tree: PyTree, name: str) -> None:
-    """Raises, naming the leaf, unless there are leaves and all of them are floating-point arrays."""
-    if not jax.tree.leaves(tree):
-        raise ValueError(f"{name}: expected at least one array, got a pytree without leaves")
+def check_arrays(tree: PyTree, name: str) -> None:
+    """Raises TypeError, naming the leaf, unless all leaves are arrays or numbers; random keys are arrays too."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not is_array(leaf):
             raise TypeError(
                 f"{leaf_name(name, path)}: expected an array, got {type(leaf).__name__} {reprlib.repr(leaf)}; leave "
-                "what is not differentiated out of this pytree"
+                "what is not differentiated out of this pytree, as equinox.partition(model, equinox.is_inexact_array) "
+                "and flax.nnx.split(model, nnx.Param, ...) do"
             )
+
+
+def check_floating(tree: PyTree, name: str) -> None:
+    """Raises, naming the leaf, unless there are leaves and all of them are floating-point arrays."""
+    if not jax.tree.leaves(tree):
+        raise ValueError(f"{name}: expected at least one array, got a pytree without leaves")
+    check_arrays(tree, name)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
                 f"{leaf_name(name, path)}: expected floating-point numbers, got {jnp.result_type(leaf)}; leave what is "

@@ -19,7 +19,7 @@ from metainfluence._checks import check_positive, concrete
 from metainfluence._rounded import rounded
 from metainfluence.data import PIECE, Task, sizes, stack_tasks
 from metainfluence.influence import Scores, influence_scores
-from metainfluence.problem import Bilevel
+from metainfluence.problem import Bilevel, check_meta_params
 
 __all__ = ["PrecisionError", "Probe", "compute_in", "probe"]
 
@@ -142,6 +142,7 @@ def probe(
         raise TypeError(f"target: expected a function (meta_params, *target_args) -> scalar, got {target!r}")
 
     def run(meta_params: PyTree, tasks: Any, *target_args: Any) -> Probe:
+        check_meta_params(meta_params)
         if not concrete(meta_params, target_args, tasks if isinstance(tasks, Task) else ()):
             raise TypeError("meta_params: expected arrays with values, got traced ones; call the probe outside of jit")
         few = _some(tasks, num_tasks)

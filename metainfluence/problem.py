@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from metainfluence._checks import (
     calling,
+    check_arrays,
     check_batch_size,
     check_floating,
     check_function,
@@ -310,6 +311,7 @@ def l2(delta: float) -> Callable[[PyTree], Array]:
         raise ValueError(f"delta: expected a non-negative number, got {delta!r}")
 
     def regularizer(meta_params: PyTree) -> Array:
+        check_arrays(meta_params, "meta_params")
         squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(meta_params)]
         return delta / 2 * sum(squares[1:], squares[0])
 

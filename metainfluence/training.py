@@ -21,6 +21,7 @@ from jaxtyping import Array, Int, PyTree
 
 from metainfluence._checks import (
     calling,
+    check_arrays,
     check_finite,
     check_floating,
     check_function,
@@ -312,6 +313,7 @@ class _Loop(Run):
     batch: Callable[[int], Any] | None
 
     def begin(self, start: PyTree) -> PyTree:
+        check_arrays(start, "start")
         state = jax.tree.map(_strong, start)
         found = self.meta_params(state)
         check_finite("meta_params(start)", found)

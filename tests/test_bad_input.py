@@ -1,5 +1,7 @@
 """Bad data and losses are refused with an error that names the argument, what was expected and what came."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -233,3 +235,26 @@ def test_what_is_no_source_no_problem_or_no_array_is_told_with_what_to_do():
     with pytest.raises(TypeError) as raised:
         mi.total_objective(problem)({"a": [1.0, 2.0]}, TASKS)
     assert any("make it one by jnp.asarray" in note for note in raised.value.__notes__)
+
+
+def _steps(state, tasks, weights, key):
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    {
+        "meta_params": lambda m: mi.influence_scores(PROBLEM, target)(m, TASKS),
+        "checkpoints[0].meta_params": lambda m: mi.segments(PROBLEM)([mi.Checkpoint(m, 1.0)], TASKS),
+        "start": lambda m: mi.trajectory(mi.training(PROBLEM, optax.sgd(0.1), 2))(m, TASKS),
+        "start of a loop": lambda m: mi.training_loop(_steps, 2, meta_params=lambda m: m, batch=None)(m, TASKS),
+        "meta_params of a regularizer": mi.l2(0.1),
+        "meta_params of a probe": lambda m: mi.mixed.probe(PROBLEM, PROBLEM, target)(m, TASKS),
+        "meta_params of a stream": lambda m: mi.scoring.score(PROBLEM, target, m, [TASK], out="unwritten.parquet"),
+    }.items(),
+)
+def test_a_module_with_functions_is_no_meta_params_and_its_part_is_named(name, call):
+    module = {**LAMBDA, "activation": jax.nn.relu}
+    place = re.escape(name.partition(" of ")[0])
+    with pytest.raises(TypeError, match=rf"^{place}\['activation'\]: expected an array, got .* equinox\.partition"):
+        call(module)

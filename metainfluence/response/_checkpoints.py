@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from metainfluence._checks import concrete, described, is_array, leaf_name
+from metainfluence._checks import check_floating, concrete, described, is_array, leaf_name
 from metainfluence.operators import Domain
 from metainfluence.problem import check_meta_params
 
@@ -132,6 +132,7 @@ def check_checkpoints(checkpoints: Any) -> list[Checkpoint]:
         name = f"checkpoints[{index}]"
         if not isinstance(each, Checkpoint):
             raise TypeError(f"{name}: expected a metainfluence.Checkpoint, got {type(each).__name__}")
+        check_floating(each.meta_params, f"{name}.meta_params")
         _check_leaves(f"{name}.meta_params", each.meta_params, checkpoints[0].meta_params)
         _check_number(f"{name}.time", each.time, "a positive number", lambda value: value > 0)
         _check_number(f"{name}.weight_decay", each.weight_decay, "a number from 0 on", lambda value: value >= 0)
