@@ -296,6 +296,23 @@ def test_images_that_are_none():
         placed(np.zeros((3, 2)), images=lambda side: side)(1)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.float32, jnp.bfloat16, bool])
+def test_pictures_have_the_brightness_of_the_images(kind):
+    levels = np.array([0, 255], np.uint8) if kind is bool else np.array([0, 64, 255], np.uint8)
+    images = np.tile(levels, (3, 2, 1))
+    given = images if kind is np.uint8 else np.asarray(images / 255).astype(kind)
+    np.testing.assert_allclose(pixels(placed(given, images=lambda side: side)(1).picture), images[1], atol=1)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (-2.1, 2.6), (0, 1.5)])
+def test_images_of_another_range_are_refused(low, high):
+    images = np.linspace(low, high, 12).reshape(3, 2, 2)
+    with pytest.raises(
+        ValueError, match=f"images: expected values from 0 to 1, or uint8, got some from {low} to {high}"
+    ):
+        placed(images, images=lambda side: side)(1)
+
+
 def written(folder, table, **changes):
     worst = [str(table.task[row]) for row in ranked(table, "task")[:2]]
     change = {"removed": worst, "role": "task", "target before": 1.0, "target after": 0.75}
