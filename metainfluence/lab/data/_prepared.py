@@ -81,9 +81,8 @@ def columns(
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         if images[-1].shape != images[0].shape:
-            raise ValueError(
-                f"{place}: expected an image of shape {images[0].shape} as the first, got {images[-1].shape}; give a size"
-            )
+            first, got = images[0].shape, images[-1].shape
+            raise ValueError(f"{place}: expected an image of shape {first} as the first has, got {got}; give a size")
         rows.append([int(example[key]) for key in keys])
     table = np.array(rows, np.int64).reshape(len(rows), len(keys))
     return np.stack(images), {key: table[:, column] for column, key in enumerate(keys)}
