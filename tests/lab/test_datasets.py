@@ -3,6 +3,7 @@ import json
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -181,6 +182,20 @@ def test_mnist_takes_the_splits_that_are_prepared(tmp_path):
     np.testing.assert_allclose(read.images[:, 0, 0], np.arange(0, 200, 10) / 255, rtol=1e-6)
     np.testing.assert_array_equal(np.sort(np.concatenate(list(read.pools.values()))), np.arange(20))
     np.testing.assert_array_equal(np.sort(read.labels[read.pools["train"]]), np.arange(10))
+
+
+def test_a_prepared_image_that_cannot_be_read_is_named(tmp_path):
+    features = {"image": tfds.features.Image(shape=(None, None, 1)), "label": np.int64}
+    pictures = {
+        "dull": (Image.new("LA", (4, 4), (9, 9)), "without transparency"),
+        "tall": (Image.new("L", (4, 6)), "4, 4"),
+    }
+    for name, (picture, said) in pictures.items():
+        rows = [{"image": png(each), "label": 0} for each in (Image.new("L", (4, 4)), picture)]
+        prepare(tmp_path, name, "1.0.0", features, {"train": rows})
+        source = prepared.builder(name, tmp_path)
+        with pytest.raises(ValueError, match=f"{name}, split train, example 1: expected .*{said}"):
+            prepared.columns(source, "train", ("label",), size=None, mode="L")
 
 
 def test_the_newest_version_is_read_and_an_unknown_split_named(drawings, tmp_path):
@@ -382,6 +397,17 @@ def class_in_two_splits(folder):
     return "pools: expected 'test' and 'train' to share no classes, got 1 in both: cow"
 
 
+def class_spelt_in_two_ways(folder):
+    (folder / "train" / "ant").rename(folder / "train" / "caf\u00e9")
+    (folder / "test" / "cow").rename(folder / "test" / "cafe\u0301")
+    return "pools: expected 'test' and 'train' to share no classes, got 1 in both: caf\u00e9"
+
+
+def image_in_two_splits(folder):
+    (folder / "train" / "bee" / "9.png").symlink_to(folder / "test" / "cow" / "0.png")
+    return r"pools: expected 'test' and 'train' to share no files, got 1 in both: .*cow/0\.png"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -394,6 +420,8 @@ def class_in_two_splits(folder):
         empty_class,
         file_for_a_split,
         class_in_two_splits,
+        class_spelt_in_two_ways,
+        image_in_two_splits,
     ],
 )
 def test_a_folder_that_is_not_what_it_should_be(folder, damage):
@@ -473,20 +501,72 @@ def test_16_bits_of_grey_keep_their_range(tmp_path):
         np.testing.assert_allclose(read[..., 0] if color else read, ramp / 65535, atol=0.5 / 255 + 1e-6)
 
 
+def packed_png(row, width, bits, colour, *further):
+    """A PNG of one row as its bytes are given, for what Pillow reads and does not write."""
+    header = struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), *further, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_few_bits_of_grey_fill_the_range(bits):
-    # Packed by hand, since Pillow writes a palette.
     levels = 2**bits
     row = sum(value << bits * (levels - 1 - value) for value in range(levels)).to_bytes(max(bits * levels // 8, 1))
     if bits == 1:
         row = bytes([0b01000000])
-    header = struct.pack(">IIBBBBB", levels, 1, bits, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
-    content = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
-    got = images.decode(content, size=None, mode="L")
+    got = images.decode(packed_png(row, levels, bits, 0), size=None, mode="L")
     np.testing.assert_allclose(got[0], np.arange(levels) / (levels - 1), atol=1 / 255)
+
+
+# The kinds of PNG by their standard: channels of each colour type.
+CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("colour", CHANNELS)
+def test_every_kind_of_png_is_read_or_refused_for_its_transparency(colour, bits, rng):
+    most = 2**bits - 1
+    pixels = np.round(rng.uniform(size=(5, CHANNELS[colour])) * most)
+    pixels[0], pixels[1] = 0, most
+    if colour in (4, 6):
+        pixels[:, -1] = most
+    weights = [0.299, 0.587, 0.114] if colour in (2, 6) else [1.0]
+    kind = np.dtype(f">u{bits // 8}")
+    got = images.decode(packed_png(pixels.astype(kind).tobytes(), 5, bits, colour), size=None, mode="L")
+    np.testing.assert_allclose(got[0], pixels[:, : len(weights)] @ weights / most, atol=1.5 / 255)
+    further = ()
+    if colour in (4, 6):
+        pixels[2, -1] = most // 2
+    else:
+        # One colour that means nothing is there.
+        further = ((b"tRNS", np.full(CHANNELS[colour], most, ">u2").tobytes()),)
+    content = packed_png(pixels.astype(kind).tobytes(), 5, bits, colour, *further)
+    with pytest.raises(ValueError, match="expected an image without transparency, got 20% of its pixels transparent"):
+        images.decode(content, size=None, mode="L")
+
+
+def test_pixels_of_no_colour_are_refused():
+    palette = (b"PLTE", bytes([255, 0, 0, 0, 255, 0]))
+    opaque = (b"tRNS", bytes([255, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = images.decode(packed_png(bytes([0, 1, 1]), 3, 8, 3, palette, opaque), size=None, mode="RGB")
+    np.testing.assert_array_equal(got[0], [[1, 0, 0], [0, 1, 0], [0, 1, 0]])
+    with pytest.raises(ValueError, match="expected pixels of the palette's 2 colours, got number 2"):
+        images.decode(packed_png(bytes([0, 1, 2]), 3, 8, 3, palette), size=None, mode="RGB")
+
+
+def test_an_animation_is_refused_by_name_and_a_photograph_with_a_preview_is_not(tmp_path):
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    path = tmp_path / "moving.png"
+    path.write_bytes(encoded(first, save_all=True, append_images=[second]))
+    with pytest.raises(ValueError, match=r"moving\.png: expected a single picture, got an animation of 2"):
+        images.decode_file(path, size=4, mode="RGB")
+    photograph = encoded(first, "MPO", save_all=True, append_images=[second])
+    got = images.decode(photograph, size=4, mode="RGB")
+    np.testing.assert_allclose(got, np.tile([1.0, 0, 0], (4, 4, 1)), atol=0.02)
 
 
 def test_palettes_are_looked_up():

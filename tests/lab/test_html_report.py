@@ -207,6 +207,32 @@ def test_the_verdict_is_one_sentence_that_says_what_to_believe(changes, said, ju
     assert html_report.signed(harmful.sum()) in line
 
 
+def test_cures_are_options_where_a_command_made_the_file():
+    damped = {**SOLVE, "status": "MAX_STEPS", "relative_residual": 0.5}
+    assert "raise --max-steps, --damping or --tol" in html_report.page(table_of(solve=damped, run={"score": {}}))
+    assert "allow more steps, raise the damping, loosen tol" in html_report.page(table_of(solve=damped))
+    unmoving = html_report.page(table_of(run={"training": {}}))
+    assert "more --training.num-steps of metainfluence train" in unmoving
+    assert "num_newton_steps" not in unmoving
+
+
+def test_the_scores_are_there_where_no_script_runs():
+    table = table_of(num_tasks=60, labels={"harm": np.array(["flipped", "x", "x", "x"] * 60, object)})
+    page = html_report.page(table)
+    shown = page.partition("<noscript>")[2].partition("</noscript>")[0]
+    ranks = ranked(table, "task")
+    scores = table.score[ranks]
+    rows = [row.partition("</td>")[0] for row in shown.split("<tr><td>")[2:]]
+    assert rows == [str(table.task[row]) for row in (*ranks[:10], *ranks[-10:])]
+    assert f"{html_report.signed(scores[0])}</td><td>flipped" in shown
+    role = data_of(page)["roles"][0]
+    (drawn,) = (word for word in html.unescape(shown).split() if "█" in word)
+    heights = ["·▁▂▃▄▅▆▇█".index(bar) for bar in drawn.removesuffix("</p><div")]
+    assert [height > 0 for height in heights] == [count > 0 for count in role["counts"]]
+    assert heights[int(np.argmax(role["counts"]))] == 8
+    assert "60 tasks from" in shown
+
+
 def test_a_run_that_is_not_smooth_is_no_good_news():
     advice = "take a smaller learning rate. " * 6
     measured = {"score": 0.6, "verdict": "between", "advice": advice}
@@ -296,6 +322,23 @@ def test_images_that_are_none():
         placed(np.zeros((3, 2)), images=lambda side: side)(1)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.float32, jnp.bfloat16, bool])
+def test_pictures_have_the_brightness_of_the_images(kind):
+    levels = np.array([0, 255], np.uint8) if kind is bool else np.array([0, 64, 255], np.uint8)
+    images = np.tile(levels, (3, 2, 1))
+    given = images if kind is np.uint8 else np.asarray(images / 255).astype(kind)
+    np.testing.assert_allclose(pixels(placed(given, images=lambda side: side)(1).picture), images[1], atol=1)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (-2.1, 2.6), (0, 1.5)])
+def test_images_of_another_range_are_refused(low, high):
+    images = np.linspace(low, high, 12).reshape(3, 2, 2)
+    with pytest.raises(
+        ValueError, match=f"images: expected values from 0 to 1, or uint8, got some from {low} to {high}"
+    ):
+        placed(images, images=lambda side: side)(1)
+
+
 def written(folder, table, **changes):
     worst = [str(table.task[row]) for row in ranked(table, "task")[:2]]
     change = {"removed": worst, "role": "task", "target before": 1.0, "target after": 0.75}
@@ -339,9 +382,10 @@ def driven():
     driven.quit()
 
 
-@pytest.fixture(params=[1280, 400])
+@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desk", "phone"])
 def browser(driven, request):
-    screen = {"width": request.param, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    width, height = request.param
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driven.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     driven.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     return driven
@@ -420,21 +464,99 @@ def test_a_click_leads_from_a_task_to_its_examples(browser, pictures, table, tmp
     assert f"Task {table.task[ranked(table, 'task')[-1]]}" in detail.text
 
 
-def test_support_and_query_stand_side_by_side_on_the_first_screen(browser, pictures, tmp_path):
-    opened(browser, pictures, tmp_path)
-    card = browser.find_element("css selector", "#harmful .card")
-    support, query = (side.rect for side in card.find_elements("css selector", ".side"))
-    assert support["y"] == query["y"] < 900
-    assert support["x"] + support["width"] <= query["x"]
-    images = card.find_elements("css selector", "img")
+# The elements' left, top, right and bottom edges, by one call; those that are not displayed have none.
+EDGES = """return [...document.querySelectorAll(arguments[0])].filter((each) => each.offsetParent).map((each) => {
+  const box = each.getBoundingClientRect(); return [box.left, box.top, box.right, box.bottom]; })"""
+
+
+def edges(browser, selector):
+    return np.array(browser.execute_script(EDGES, selector), float).reshape(-1, 4)
+
+
+@pytest.fixture(scope="module")
+def wordy():
+    """Labels and columns that are long, as those of real data."""
+    classes = [f"n{k:08}" for k in range(5)]
+    labels = {
+        "label": np.array([", ".join(classes), classes[0], classes[1], "a class of a long name"] * 200, object),
+        "harm": np.array(["flipped labels"] * 400 + ["clean"] * 400, object),
+        "label_flipped": np.ma.MaskedArray([False, True, False, False] * 200, [True, False, False, False] * 200),
+        "where_it_was_taken": np.array(["a place of a long name"] * 800, object),
+    }
+    return table_of(num_tasks=200, labels=labels, run={"training": {"data": {"dataset": "pets"}}})
+
+
+@pytest.fixture(scope="module")
+def wordy_page(wordy):
+    images = np.zeros((1, 8, 8))
+    example = gallery([mi.Task(images, images)], lambda row: Place(0, "query", 0), images=lambda side: side)
+    measured = Measured("task", 1, -0.125, "Accuracy on 200 test tasks: 0.5000 → 0.5125 (+0.0125 ± 0.0025).")
+    return html_report.page(wordy, example=example, measured=measured)
+
+
+def test_support_and_query_stand_side_by_side_on_the_first_screen(browser, wordy_page, tmp_path):
+    opened(browser, wordy_page, tmp_path)
+    width, height = browser.execute_script("return [innerWidth, innerHeight]")
+    card = "#harmful .card:first-child"
+    support, query = edges(browser, f"{card} .side")
+    assert support[1] == query[1]
+    assert support[2] <= query[0]
+    assert len(edges(browser, f"{card} img")) == 3
+    # Each picture with its label below, and the harm that the task does above.
+    for selector, count in ((".item", 3), (".item b", 3), (".head .score.bad", 1)):
+        found = edges(browser, f"{card} {selector}")
+        assert len(found) == count
+        assert np.all((found >= 0) & (found <= [width, height, width, height]))
+    histogram = browser.find_element("id", "histogram").rect
+    assert histogram["y"] + histogram["height"] < height / 2
+    # The slider is below on a phone, and beside the histogram on a desk.
+    assert (browser.find_element("id", "worst").rect["y"] > support[3]) == (width < 500)
+
+
+def test_no_column_is_off_the_screen(browser, wordy_page, tmp_path):
+    opened(browser, wordy_page, tmp_path)
     width = browser.execute_script("return innerWidth")
-    assert len(images) == 3
-    assert all(image.rect["x"] >= 0 and image.rect["x"] + image.rect["width"] <= width for image in images)
-    assert all(image.rect["y"] < 900 for image in images)
-    # Nothing is off the screen to the right.
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    harm = browser.find_elements("css selector", "#ranking tbody tr td:last-child")[0].rect
-    assert harm["x"] + harm["width"] <= width
+    for role in ("task", "support", "query"):
+        choose(browser, role)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert edges(browser, "#ranking td, #ranking th")[:, 2].max() <= width
+        rows = browser.execute_script("return document.querySelector('#ranking tbody').innerText")
+        assert "flipped labels" in rows
+        assert "a place of a long name" in rows
+
+
+def test_a_label_beside_a_long_text_is_whole(browser, tmp_path):
+    text = "a sentence that goes on for longer than the narrow place that it has on a phone, and on"
+    table = table_of(num_tasks=2, labels={"label": np.array(["x 0.31"] * 8, object)})
+    opened(browser, html_report.page(table, example=lambda row: Shown(text=text)), tmp_path)
+    found = edges(browser, ".card .item b")
+    assert len(found) == 6
+    assert np.all(found[:, 3] - found[:, 1] < 20)
+
+
+def test_few_rows_come_first_and_then_the_reasons_of_the_verdict(browser, wordy_page, tmp_path):
+    opened(browser, wordy_page, tmp_path)
+    titles = browser.execute_script("return [...document.querySelectorAll('section h2')].map((each) => each.innerText)")
+    places = edges(browser, "section h2")[:, 1]
+    assert titles == ["Most harmful tasks", "Most helpful tasks", "All tasks", "Can it be believed"]
+    assert list(places) == sorted(places)
+    assert len(column(browser, 0)) == 10
+    assert places[-1] - places[-2] < 2 * browser.execute_script("return innerHeight")
+
+
+def test_the_histogram_has_a_scale(browser, wordy_page, tmp_path):
+    opened(browser, wordy_page, tmp_path)
+    counts = data_of(wordy_page)["roles"][0]["counts"]
+    bars, heights, (most, middle) = browser.execute_script(
+        "const bars = [...document.querySelectorAll('.bar')], most = document.querySelector('.most');"
+        "const place = (each) => each.getBoundingClientRect();"
+        "return [bars.map((each) => each.textContent), bars.map((each) => [place(each).left, place(each).height]),"
+        "[most.textContent, place(most).left + place(most).width / 2]]"
+    )
+    assert [int(bar.split()[0]) for bar in bars] == [count for count in counts if count]
+    assert most == str(max(counts))
+    left = max(heights, key=lambda each: each[1])[0]
+    assert abs(middle - left) < 20
 
 
 def test_the_slider_takes_the_worst_away(browser, pictures, table, tmp_path):
@@ -513,10 +635,9 @@ def test_rows_are_filtered_by_text_and_made_as_they_are_asked_for(browser, tmp_p
     opened(browser, html_report.page(table_of(num_tasks=200), title="t"), tmp_path)
     count, more = browser.find_element("id", "rows"), browser.find_element("css selector", "#more button")
     assert count.text == "200 of 200 rows"
-    first = len(column(browser, 0))
-    assert first < 100
+    assert len(column(browser, 0)) == 10
     more.click()
-    assert len(column(browser, 0)) == 2 * first
+    assert len(column(browser, 0)) == 70
     browser.find_element("id", "filter").send_keys("199")
     assert "199" in column(browser, 1)
     assert count.text == f"{len(column(browser, 0))} of 200 rows"

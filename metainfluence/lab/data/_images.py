@@ -50,7 +50,10 @@ def _inside(folder: Path, home: Path, *, folders: bool = True) -> list[Path]:
         if folders and not entry.is_dir():
             raise ValueError(f"{entry}: expected a folder, since images are laid out as split/class/image.jpg")
         if not folders and (entry.suffix.lower() not in SUFFIXES or not entry.is_file()):
-            raise ValueError(f"{entry}: expected an image, a file that ends in {', '.join(SUFFIXES)}")
+            raise ValueError(
+                f"{entry}: expected an image, a file that ends in {', '.join(SUFFIXES)}; save it as one of these, or "
+                "move what is no image out of the folder"
+            )
     return entries
 
 
@@ -81,8 +84,8 @@ def decode(encoded: bytes, *, size: int | None, mode: str) -> np.ndarray:
       mode: Pillow's "L" for grey or "RGB" for colour.
 
     Raises:
-      ValueError: no readable image; one that is transparent somewhere, since what lies behind is not known; or one of
-        so many pixels that Pillow takes it for an attack.
+      ValueError: no readable image; one that is transparent somewhere, since what lies behind is not known; an
+        animation; or one of so many pixels that Pillow takes it for an attack.
     """
     try:
         with warnings.catch_warnings():
@@ -107,22 +110,35 @@ def _plain(opened: Image.Image) -> Image.Image:
     """The image upright, in a mode that Pillow converts to grey and colour without loss of meaning.
 
     Raises:
-      ValueError: a transparent image, or a mode of which nothing is known.
+      ValueError: a transparent or animated image, a colour that the palette lacks, or a mode of which nothing is known.
     """
+    # A JPEG's further pictures are previews, depths or the other eye's.
+    frames = getattr(opened, "n_frames", 1) if opened.format == "PNG" else 1
+    if frames > 1:
+        raise ValueError(f"expected a single picture, got an animation of {frames}; save the one that is meant")
     turned: Image.Image = ImageOps.exif_transpose(opened)
     if turned.mode.startswith("I"):
         # Pillow would cut all above 255 off.
         values = np.asarray(turned)
         if values.min() < 0 or values.max() > _MOST_16_BITS:
             raise ValueError(f"expected grey values of at most 16 bits, got up to {values.max()}")
+        _check_opaque(values != opened.info.get("transparency", -1))
         return Image.fromarray(np.round(values / (_MOST_16_BITS // 255)).astype(np.uint8))
+    if turned.mode == "P":
+        there, highest = len(turned.getpalette() or ()) // 3, int(np.asarray(turned).max())
+        if highest >= there:
+            raise ValueError(f"expected pixels of the palette's {there} colours, got number {highest}")
     if turned.has_transparency_data:
-        alpha = np.asarray(turned.convert("RGBA"))[..., 3]
-        if alpha.min() < 255:
-            raise ValueError(
-                f"expected an image without transparency, got {np.mean(alpha < 255):.0%} of its pixels transparent; "
-                "put it on a background first"
-            )
+        turned = turned.convert("RGBA")
+        _check_opaque(np.asarray(turned)[..., 3] == 255)
     if turned.mode not in _MODES:
         raise ValueError(f"expected an image of one of Pillow's modes {', '.join(_MODES)}, got {turned.mode}")
     return turned if turned.mode in ("1", "L") else turned.convert("RGB")
+
+
+def _check_opaque(opaque: np.ndarray) -> None:
+    if not opaque.all():
+        raise ValueError(
+            f"expected an image without transparency, got {np.mean(~opaque):.0%} of its pixels transparent; put it on "
+            'a background first, as Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture) does'
+        )

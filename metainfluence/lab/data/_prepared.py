@@ -67,10 +67,22 @@ def columns(
     Returns:
       images: float32 [N, size, size] or [N, size, size, 3] in [0, 1].
       features: key -> int64 [N].
+
+    Raises:
+      ValueError: a split that is not prepared, or an image that cannot be read, or not as the first; it is named by its
+        place.
     """
-    images, rows = [], []
-    for example in examples(source, split):
-        images.append(decode(example["image"], size=size, mode=mode))
+    images: list[np.ndarray] = []
+    rows = []
+    for k, example in enumerate(examples(source, split)):
+        place = f"{source.info.name}, split {split}, example {k}"
+        try:
+            images.append(decode(example["image"], size=size, mode=mode))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if images[-1].shape != images[0].shape:
+            first, got = images[0].shape, images[-1].shape
+            raise ValueError(f"{place}: expected an image of shape {first} as the first has, got {got}; give a size")
         rows.append([int(example[key]) for key in keys])
     table = np.array(rows, np.int64).reshape(len(rows), len(keys))
     return np.stack(images), {key: table[:, column] for column, key in enumerate(keys)}

@@ -7,6 +7,7 @@ split by example: all pools hold all classes, and share no example.
 import difflib
 import importlib
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -299,8 +300,9 @@ def image_folder(path: str | os.PathLike[str], *, size: int, color: bool = True,
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: a file that is no readable image; a link that leads out of the folder; a class in two splits; a folder
-        without splits, classes or images; images that would not fit into this machine's memory.
+      ValueError: a file that is no readable image, or a transparent or animated one; a link that leads out of the
+        folder; a class or a file in two splits; a folder without splits, classes or images; images that would not fit
+        into this machine's memory.
     """
     check_size(size)
     root = Path(path)
@@ -312,6 +314,11 @@ def image_folder(path: str | os.PathLike[str], *, size: int, color: bool = True,
     labels = np.array([index[file.parent.name] for file in files])
     pools = {split: np.flatnonzero(np.array([file.parent.parent.name == split for file in files])) for split in splits}
     check_pools(labels, pools, class_names)
+    # An accent is one character or two, by the system that named the folder.
+    spelt, groups = np.unique([unicodedata.normalize("NFC", name) for name in class_names], return_inverse=True)
+    check_pools(groups[labels], pools, spelt.tolist())
+    targets, groups = np.unique([os.path.realpath(file) for file in files], return_inverse=True)
+    check_pools(groups, pools, targets.tolist(), "files")
     images = np.empty(shape, np.float32)
     for k, file in enumerate(files):
         images[k] = decode_file(file, size=size, mode="RGB" if color else "L")

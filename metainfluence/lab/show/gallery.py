@@ -15,6 +15,7 @@ from metainfluence.scoring import Source
 
 LARGEST = 64  # pixels of a picture's longer side
 FEW = 4  # numbers of a leaf that are written out
+SLACK = 0.01  # above 1 and below 0, as rounding and interpolation leave it
 QUALITY = 80  # of photographs, which as PNG take ten times the bytes
 
 
@@ -71,14 +72,22 @@ def gallery(
 
 
 def checked(images: Any) -> np.ndarray:
-    """Images as an array.
+    """Images as an array of values from 0 to 1.
 
     Raises:
-      ValueError: they have a shape that no picture has.
+      ValueError: they have a shape that no picture has, or values that no brightness is.
     """
     found = np.asarray(images)
     if found.ndim not in (3, 4) or (found.ndim == 4 and found.shape[-1] not in (1, 3)):
         raise ValueError(f"images: expected [n, H, W] or [n, H, W, 3], got shape {found.shape}")
+    if found.dtype == np.uint8:
+        return found / np.float32(255)
+    low, high = (float(end(found, initial=0.0, where=np.isfinite(found))) for end in (np.min, np.max))
+    if low < -SLACK or high > 1 + SLACK:
+        raise ValueError(
+            f"images: expected values from 0 to 1, or uint8, got some from {low:.3g} to {high:.3g}; scale them back to "
+            "what they were before they were normalised"
+        )
     return found
 
 

@@ -18,11 +18,13 @@ import numpy as np
 
 import metainfluence as mi
 from metainfluence.lab.show.gallery import Shown
-from metainfluence.lab.show.page_data import Measured, cell, packed
-from metainfluence.lab.show.printing import facts
+from metainfluence.lab.show.page_data import FEW, Measured, cell, packed, ranked
+from metainfluence.lab.show.printing import OF_LAB, OF_SCORE, facts, in_options
 from metainfluence.response import RunInfo, problems_of_run
 from metainfluence.scoring import info_of
 from metainfluence.trust import remedy
+
+BARS = "·▁▂▃▄▅▆▇█"  # no task, and few to many
 
 
 def page(
@@ -52,6 +54,7 @@ def page(
     script, style = ((folder / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     template = string.Template((folder / "page.html").read_text(encoding="utf-8"))
     info, budget = told(table.metadata, meta_params)
+    data = packed(table, most, example, measured)
     return template.substitute(
         title=_text(subject(table) if title is None else title),
         script=script,
@@ -63,7 +66,8 @@ def page(
         estimator=html.escape(estimator(table.metadata, info)),
         diagnostics=diagnostics(table.metadata, info, budget, meta_params is not None),
         ran=ran(table.metadata),
-        data=html.escape(json.dumps(packed(table, most, example, measured), ensure_ascii=False), quote=False),
+        plain=plain(table, data["roles"][0]),
+        data=html.escape(json.dumps(data, ensure_ascii=False), quote=False),
     )
 
 
@@ -74,6 +78,25 @@ def _hash(content: str) -> str:
 def _text(value: Any) -> str:
     """Anything as text that cannot be markup."""
     return html.escape(cell(value))
+
+
+def plain(table: mi.scoring.ScoreTable, bins: Mapping[str, Any]) -> str:
+    """What there is to see where no script runs: the histogram in characters, and the ends of the ranking."""
+    edges, counts = bins["edges"], np.asarray(bins["counts"])
+    if not counts.sum():
+        return ""
+    heights = np.ceil((len(BARS) - 1) * np.log1p(counts) / np.log1p(counts.max())).astype(int)
+    drawn = "".join(BARS[height] for height in heights)
+    ranks = ranked(table, "task")
+    rows = ranks if len(ranks) <= 2 * FEW else np.concatenate([ranks[:FEW], ranks[-FEW:]])
+    told = {name: values for name, values in table.labels.items() if any(cell(values[row]) != "–" for row in rows)}
+    lines = [
+        [table.task[row], signed(float(table.score[row])), *(values[row] for values in told.values())]
+        for row in rows.tolist()
+    ]
+    ends = f"{signed(edges[0])} to {signed(edges[-1])}"
+    shown = _table([["task", "score", *told], *lines])
+    return f'<p>{len(ranks)} tasks from {ends}: {drawn}</p><div class="wide">{shown}</div>'
 
 
 def told(metadata: Mapping[str, Any], meta_params: Any) -> tuple[Any, mi.ErrorBudget]:
@@ -194,6 +217,7 @@ def estimator(metadata: Mapping[str, Any], info: Any) -> str:
 
 def diagnostics(metadata: Mapping[str, Any], info: Any, budget: mi.ErrorBudget, relative: bool) -> str:
     """What the solve says of itself, and which error dominates."""
+    budget = budget._replace(advice=_worded(metadata, budget.advice))
     if not presumes_minimum(info):
         return diagnostics_of_run(info, budget)
     terms = [
@@ -207,7 +231,7 @@ def diagnostics(metadata: Mapping[str, Any], info: Any, budget: mi.ErrorBudget, 
         ),
     ]
     good = int(info.status) == mi.SolveStatus.CONVERGED
-    line = "The solve converged." if good else f"The solve failed: {remedy(info)}."
+    line = "The solve converged." if good else f"The solve failed: {_worded(metadata, remedy(info))}."
     if budget.asymmetry > 0:
         terms.append(("derivatives", budget.asymmetry, "bound by what they lack of symmetry, as inexact ones do"))
     errors = [(name, "unknown" if np.isnan(value) else f"{value:.1e}", meaning) for name, value, meaning in terms]
@@ -215,6 +239,14 @@ def diagnostics(metadata: Mapping[str, Any], info: Any, budget: mi.ErrorBudget, 
     left_out = "".join(f"<li>{_text(each)}</li>" for each in skipped) if isinstance(skipped, list) else ""
     found = _diagnosis(good, line, info, budget, errors)
     return f"{found}<h3>Tasks left out</h3><ul>{left_out}</ul>" if left_out else found
+
+
+def _worded(metadata: Mapping[str, Any], cure: str) -> str:
+    """A cure as whoever made the file can follow it: in options where a command did."""
+    run: Any = metadata.get("run")
+    if not isinstance(run, Mapping):
+        return cure
+    return in_options(cure, (*OF_SCORE, *OF_LAB) if "training" in run else OF_SCORE)
 
 
 def diagnostics_of_run(info: Any, budget: mi.ErrorBudget) -> str:

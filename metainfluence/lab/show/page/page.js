@@ -2,10 +2,11 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const roles = Object.fromEntries(data.roles.map((role) => [role.name, { ...role, worst: floats(role.worst) }]));
 const PLURAL = { task: "tasks", support: "support examples", query: "query examples" };
-const PAGE = 60, CARDS = 6, FEW = 10; // FEW as in page_data.py
+const FIRST = 10, PAGE = 60, FEW = 10; // FEW as in page_data.py
+const CARDS = matchMedia("(max-width: 44rem)").matches ? 3 : 6;
 const lists = { task: asList(data.tasks), support: asList(data.examples.support), query: asList(data.examples.query) };
 const shown = new Set(data.shown);
-let role = "task", sorted = [], sortedBy = { column: 0, direction: 1 }, visible = PAGE;
+let role = "task", sorted = [], sortedBy = { column: 0, direction: 1 }, visible = FIRST;
 
 const byId = (id) => document.getElementById(id);
 
@@ -69,16 +70,18 @@ function histogram(count) {
   const { svg, width, height } = box("histogram");
   const { edges, counts, worst } = roles[role];
   if (!counts.length) return;
-  const low = edges[0], span = edges.at(-1) - low, top = Math.log1p(Math.max(...counts));
+  const low = edges[0], span = edges.at(-1) - low, most = Math.max(...counts), top = Math.log1p(most);
   const left = 4, bottom = height - 18, x = (value) => left + ((value - low) / span) * (width - 2 * left);
   const limit = count > 0 ? worst[count - 1] : -Infinity;
   counts.forEach((each, k) => {
     if (!each) return;
-    const tall = Math.max((Math.log1p(each) / top) * (bottom - 4), 2);
+    const tall = Math.max((Math.log1p(each) / top) * (bottom - 14), 2);
     const kind = edges[k + 1] <= limit || (edges[k] <= limit && limit < edges[k + 1]) ? "bar taken" : edges[k + 1] <= 0 ? "bar harm" : "bar";
     const bar = draw(svg, "rect", { class: kind, x: x(edges[k]) + 0.5, width: Math.max(x(edges[k + 1]) - x(edges[k]) - 1, 1), y: bottom - tall, height: tall });
     draw(bar, "title", {}, `${each} between ${signed(edges[k])} and ${signed(edges[k + 1])}`);
   });
+  const tallest = counts.indexOf(most), middle = x((edges[tallest] + edges[tallest + 1]) / 2);
+  draw(svg, "text", { class: "most", x: Math.min(Math.max(middle, 12), width - 12), y: 10, "text-anchor": "middle" }, most);
   draw(svg, "line", { class: "axis", x1: 0, x2: width, y1: bottom, y2: bottom });
   draw(svg, "text", { x: left, y: height - 4 }, signed(low));
   draw(svg, "text", { x: width - left, y: height - 4, "text-anchor": "end" }, signed(edges.at(-1)));
@@ -133,7 +136,7 @@ function remove(count) {
   const { count: all } = roles[role], found = measuredHere();
   byId("count").textContent = `${count} of ${all} ${PLURAL[role]}`;
   byId("flagged").replaceChildren(
-    make("span", "bad", `${roles[role].harmful} harm`), `, ${all - roles[role].harmful} help; dark: the worst ${count}; heights are logarithms`,
+    make("span", "bad", `${roles[role].harmful} harm`), `, ${all - roles[role].harmful} help; dark: the worst ${count}; log heights`,
   );
   byId("predicted").textContent = `Target predicted to change by ${signed(sumsOf(role)[count])}`;
   byId("measured").textContent = found ? `Measured without the worst ${found.removed}: ${signed(found.target)}. ${found.after}` : "";
@@ -225,7 +228,7 @@ function open(task) {
 // ---- all of a role
 
 function columnsOf() {
-  const list = lists[role], own = list.columns.map((column) => ({ name: column.name.replaceAll("_", " "), at: (k) => column.values[column.codes[k]] }));
+  const list = lists[role], own = list.columns.map((column) => ({ name: column.name.replaceAll("_", " "), at: (k) => column.values[column.codes[k]], own: true }));
   const score = { name: "score", at: (k) => list.scores[k], number: true };
   if (role === "task") return [{ name: "rank", at: (k) => k + 1 }, { name: "task", at: (k) => list.ids[k] }, score, ...own];
   const of = { name: "task", at: (k) => (list.task[k] < 0 ? "–" : lists.task.ids[list.task[k]]) };
@@ -263,7 +266,7 @@ function refresh() {
   if (needle) sorted = sorted.filter((k) => columns.some((each) => String(each.number ? signed(each.at(k)) : each.at(k)).toLowerCase().includes(needle)));
   const keys = new Map(sorted.map((k) => [k, columns[column].at(k)]));
   sorted.sort((a, b) => compare(keys.get(a), keys.get(b), direction));
-  visible = PAGE;
+  visible = total <= 2 * FIRST ? total : FIRST;
   headings();
   byId("ranking").tBodies[0].replaceChildren();
   const all = roles[role].count;
@@ -271,16 +274,23 @@ function refresh() {
   rows(0);
 }
 
+function field(column, k, task) {
+  const value = column.at(k), { picture, text } = lists[role], seen = picture && (picture[k] >= 0 || text[k]);
+  const found = make("td", column.number ? `number ${value < 0 ? "bad" : "good"}` : typeof value === "number" ? "number" : "");
+  if (column.name === "task" && task >= 0) found.append(Object.assign(make("button", "go", String(value)), { type: "button" }));
+  else found.append(column.shows && seen ? item(role, k) : column.number ? signed(value) : String(value));
+  // For narrow screens, where no heading stands above.
+  if (column.own || column.name === "task") found.dataset.name = column.name;
+  found.dataset.value = value;
+  if (column.name === "label" && seen) found.className = "again";
+  return found;
+}
+
 function rows(start) {
   const columns = columnsOf();
   byId("ranking").tBodies[0].append(...sorted.slice(start, visible).map((k) => {
     const task = role === "task" ? k : lists[role].task[k];
-    const row = make("tr", "", ...columns.map((column) => {
-      if (column.name === "task" && task >= 0) return make("td", "", Object.assign(make("button", "go", String(column.at(k))), { type: "button" }));
-      if (column.number) return make("td", `number ${column.at(k) < 0 ? "bad" : "good"}`, signed(column.at(k)));
-      if (column.shows && (lists[role].picture[k] >= 0 || lists[role].text[k])) return make("td", "", item(role, k));
-      return make("td", typeof column.at(k) === "number" ? "number" : "", String(column.at(k)));
-    }));
+    const row = make("tr", "", ...columns.map((column) => field(column, k, task)));
     if (task >= 0) row.addEventListener("click", () => open(task));
     return row;
   }));
