@@ -1,7 +1,5 @@
 """Every function eagerly, under jit and under vmap gives the same."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import optax
 import pytest
 
 import metainfluence as mi
-import tiny
 from oracles.reference import relative_error, row
 
 # Which data the target sees is not what is tested here.
@@ -163,14 +160,6 @@ def test_constants_of_a_compiled_function_are_checked_like_arguments(data):
         jax.jit(lambda m: mi.instance_if(problem("closed_form"), "query")(m, tasks, 3))(meta_params)
     with pytest.raises(ValueError, match=r"tasks.*expected.*got.*7"):
         jax.jit(lambda w: mi.drop(w, tasks=[7]))(weights)
-
-
-def test_tasks_of_numpy_are_asked_by_a_traced_index():
-    tasks = jax.tree.map(np.asarray, tiny.TASKS)
-    influence = mi.instance_if(tiny.PROBLEM, "query", solver=mi.solvers.cg(), damping=1.0)
-    traced = jax.jit(lambda index: influence(tiny.LAMBDA, tasks, index).delta)(1)
-    expected = influence(tiny.LAMBDA, tiny.TASKS, 1).delta
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), traced, expected)
 
 
 def test_data_are_arguments_and_not_constants_of_the_compiled_function(data):
