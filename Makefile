@@ -16,7 +16,7 @@ QUICK := tests/reliability/test_golden.py tests/reliability/test_properties.py t
 	tests/test_edit.py
 OLDEST_STAMP := .venv-oldest/.installed
 
-.PHONY: setup demo bench test test-slow test-oldest test-matrix lint docs clean
+.PHONY: setup setup-oldest demo bench test test-slow test-oldest test-matrix lint docs clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,8 @@ $(OLDEST_STAMP): pyproject.toml tests/oldest.txt
 	"$$python" -m venv --clear .venv-oldest
 	.venv-oldest/bin/pip install $(if $(CI),--quiet) -e . -c tests/oldest.txt chex hypothesis lineax pytest pytest-xdist scipy
 	@touch $@
+
+setup-oldest: $(OLDEST_STAMP)
 
 test-oldest: $(OLDEST_STAMP)
 	.venv-oldest/bin/pytest -n $(WORKERS) --dist worksteal $(QUICK) $(ARGS)
