@@ -97,10 +97,10 @@ def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = 
     return arguments
 
 
-def check_ranges(config: Any) -> None:
-    """Raises ConfigError, naming the option, where a number of a configuration is out of its range."""
+def check_ranges(config: Any, *, places: bool = True) -> None:
+    """Raises ConfigError, naming the option, where a number is out of its range or, of `places`, a path cannot be."""
     try:
-        ranges.check(config)
+        ranges.check(config, places=places)
     except ranges.RangeError as error:
         raise ConfigError(str(error)) from error
 

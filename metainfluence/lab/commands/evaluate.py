@@ -20,7 +20,7 @@ from metainfluence.lab.commands.job import Job, widened
 from metainfluence.lab.commands.score import SCORES
 from metainfluence.lab.data.fewshot import CLEAN
 from metainfluence.lab.experiments.named import ConfigError
-from metainfluence.lab.experiments.ranges import Count
+from metainfluence.lab.experiments.ranges import Count, OutFile
 from metainfluence.lab.learn.learners import mean_interval
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.printing import say, say_table
@@ -43,7 +43,7 @@ class EvaluateConfig:
     folder, if it is there."""
     batch_size: Count = 50
     """Test tasks at a time."""
-    out: Path | None = None
+    out: OutFile | None = None
     """File to write; none for evaluation.json beside the edited meta-parameters."""
 
 

@@ -15,7 +15,7 @@ from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands.job import Job, tolerance
 from metainfluence.lab.experiments import results
 from metainfluence.lab.experiments.named import ConfigError
-from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive
+from metainfluence.lab.experiments.ranges import Count, NotNegative, OutFile, Positive
 from metainfluence.lab.show.printing import OF_SCORE, check_solve, facts, say, say_budget, say_table
 from metainfluence.scoring import ids_of
 
@@ -33,7 +33,7 @@ class ScoreConfig:
     problem: str | None = None
     """Instead of a run: MODULE:FUNCTION of your own, which returns a dict with problem, meta_params, source,
     target_args, and, where there are, target, test, metric, metric_name, images."""
-    out: Path | None = None
+    out: OutFile | None = None
     """Score file; none for scores.parquet in the run's folder, or, for a problem, here."""
     by: Literal["auto", "trajectory", "segments", "optimum"] = "auto"
     """Which estimator: the derivative of the training run, its checkpoints, or the optimum's; auto for the rule of

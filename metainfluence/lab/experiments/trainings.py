@@ -12,6 +12,7 @@ import metainfluence as mi
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Size
 from metainfluence.lab.learn.timing import Compiled
+from metainfluence.lab.learn.train import TrainingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,18 @@ def fitting(config: TrainingConfig, problem: mi.Bilevel, seed: int) -> Callable[
 def end_of(states: Any) -> Any:
     """λ at the end of a run, of its states."""
     return jax.tree.map(lambda leaf: leaf[-1], states[0])
+
+
+def check_end(end: Any, run: Any, start: Any, tasks: mi.Task) -> None:
+    """Raises TrainingError, naming the step, where λ at the end of a run is not finite."""
+    if all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(end)):
+        return
+    step = int(mi.trajectory(run)(start, tasks).info.first_nonfinite_step)
+    raise TrainingError(
+        f"training: the meta-parameters are not finite after step {step} of {run.num_steps}: the learning rate is too "
+        "large, or a loss has no finite value or gradient there",
+        grew=True,
+    )
 
 
 def timed(fit: Callable[[mi.Weights, Any, mi.Task], Any], tasks: mi.Task) -> Callable[..., Run]:
