@@ -393,7 +393,13 @@ class _Run:
         slope = _slope(passes, store, self.on_error == "skip")
         memo = Memo(Domain.of(self.meta_params), store)
         direction, info = self.solution(
-            passes.operator(slope), passes.operator(slope, memo.around), slope, store, report, manifest["working_eps"], rhs
+            passes.operator(slope),
+            passes.operator(slope, memo.around),
+            slope,
+            store,
+            report,
+            manifest["working_eps"],
+            rhs,
         )
         report.phase("scores")
         shards = _Shards(reader)

@@ -13,7 +13,7 @@ import metainfluence as mi
 from metainfluence._disk import difference, library, of_arrays, of_function
 from metainfluence.lab.commands.job import Job
 from metainfluence.lab.experiments.named import ConfigError
-from metainfluence.lab.show.printing import say
+from metainfluence.lab.show.printing import OF_SCORE, in_options, say
 
 AUTO, TRAJECTORY, SEGMENTS, OPTIMUM = "auto", "trajectory", "segments", "optimum"
 # A quarter and all of a group removed, two groups, to and fro: eight runs.
@@ -66,8 +66,7 @@ def chosen(job: Job, by: str, asked: str, smooth: bool) -> Choice:
     known = job.checkpoints is not None
     found = mi.choose(gradient_norm=norm, run=job.run is not None, checkpoints=known)
     if found.estimator != TRAJECTORY or not smooth:
-        # The command takes the automatic damping by itself, and prints the budget.
-        return Choice(found.estimator, found.reason.replace(': take damping="auto", and mind the budget', ""))
+        return Choice(found.estimator, in_options(found.reason, OF_SCORE))
     say("Which estimator: training eight times, to measure how smoothly the run answers the data")
     measured: Any = mi.smoothness(
         job.run, step_sizes=STEP_SIZES, num_directions=DIRECTIONS, parts=False, runs_at_once=4
@@ -76,7 +75,7 @@ def chosen(job: Job, by: str, asked: str, smooth: bool) -> Choice:
     found = mi.choose(gradient_norm=norm, smoothness=measured, run=True, checkpoints=known)
     if found.estimator == SEGMENTS and not known:
         return Choice(TRAJECTORY, f"{found.reason}, but no checkpoints are left for segments", facts)
-    return Choice(found.estimator, found.reason, facts)
+    return Choice(found.estimator, in_options(found.reason, OF_SCORE), facts)
 
 
 def check(job: Job, by: str, asked: str) -> None:

@@ -19,7 +19,7 @@ from metainfluence._disk import of_arrays, write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
-from metainfluence.lab.commands.job import Job, tolerance
+from metainfluence.lab.commands.job import Job, aimed, tolerance
 from metainfluence.lab.data.places import Place, example_ids, locator, named, without
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Number, OutFolder, Size
@@ -84,7 +84,7 @@ def run(config: EditConfig) -> None:
     if config.scores is not None:
         table = tables.read(config.scores)
     folder = located(config.scores, config.run, config.problem)
-    job = runs.load(folder, config.problem)
+    job = aimed(runs.load(folder, config.problem))
     phi = job.phi()
     predicted: float | None = None
     damping: Any = config.damping

@@ -12,7 +12,7 @@ import metainfluence as mi
 from metainfluence._disk import of_arrays
 from metainfluence.lab.commands import _estimators as estimators
 from metainfluence.lab.commands import _runs as runs
-from metainfluence.lab.commands.job import Job, tolerance
+from metainfluence.lab.commands.job import Job, aimed, tolerance
 from metainfluence.lab.experiments import results
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count, NotNegative, OutFile, Positive
@@ -64,11 +64,10 @@ def run(config: ScoreConfig) -> None:
     """Scores, writes the file and prints the most harmful tasks.
 
     Raises:
-      ConfigError: a problem without a target and without tasks for the default one.
       SolveError: the solve failed; the file is there and says so.
       PrecisionError: half precision turns the scores of a few tasks into another ranking.
     """
-    job = runs.load(config.run, config.problem)
+    job = aimed(runs.load(config.run, config.problem))
     target = job.phi()
     out = config.out or (config.run or Path()) / SCORES
     there = out.exists() and config.resume
@@ -148,8 +147,14 @@ def tell(
     own = ["--problem", str(config.problem)] if config.run is None else ["--run", str(config.run)]
     own = [] if config.run is not None and config.run == out.parent else own
     following = shlex.join(["metainfluence", "edit", str(out), *own, "--most-harmful", "K"])
-    say(f"{'Already in' if there else 'Wrote'} {out}; next: {following}")
-    check_solve(scores, OF_SCORE)
+    told = f"{'Already in' if there else 'Wrote'} {out}"
+    try:
+        check_solve(scores, OF_SCORE)
+    except mi.SolveError:
+        # What comes next is the cure, which the error names.
+        say(told)
+        raise
+    say(f"{told}; next: {following}")
 
 
 def order(scores: np.ndarray) -> np.ndarray:
