@@ -287,7 +287,7 @@ def _warn(
     *where: Any,
     **more: Any,
 ) -> None:
-    """Shows a warning of the library once, on a line of its own and in options of the command; others as Python does."""
+    """Shows a warning of the library once, on its own line and in options of the command; others as Python does."""
     if category.__module__.partition(".")[0] != "metainfluence":
         otherwise(message, category, *where, **more)
     elif str(message) not in told:

@@ -15,6 +15,7 @@ Options = Sequence[tuple[str, str]]
 
 # What the library's messages call a cure, and which options of a command are it; longer phrases first.
 OF_SCORE: Options = (
+    ("lower the solver's tol, or raise the damping", "lower --tol, or raise --damping"),
     ("lower the solver's tol, allow more steps, or raise the damping", "lower --tol, raise --max-steps or --damping"),
     (
         "allow more steps, raise the damping, loosen tol, precondition, or compute in float64",
@@ -40,6 +41,7 @@ OF_SCORE: Options = (
     (': take damping="auto", and mind the budget', ""),
 )
 OF_EDIT: Options = (
+    ("lower the solver's tol, or raise the damping", "raise --damping, or remove less"),
     ("lower the solver's tol, allow more steps, or raise the damping", "raise --damping, or remove less"),
     (
         "allow more steps, raise the damping, loosen tol, precondition, or compute in float64",
@@ -51,6 +53,7 @@ OF_EDIT: Options = (
     ('in float32 try solver=metainfluence.solvers.auto(tol=1e-3) with damping="auto" first; ', ""),
 )
 OF_DEMO: Options = (
+    ("lower the solver's tol, or raise the damping", "raise --damping"),
     ("lower the solver's tol, allow more steps, or raise the damping", "raise --damping"),
     ("with a falling learning rate, until outer_gradient_norm is small", "with more --num-steps"),
     (", or solve with |H| (solvers.auto does where it must)", ""),
