@@ -470,6 +470,7 @@ def test_a_metric_that_is_not_finite_is_told(module):
     assert not (module / "evaluation.json").exists()
 
 
+@pytest.mark.filterwarnings("always::metainfluence.response.DirectEffectWarning")
 def test_without_target_args_the_training_tasks_are_the_target(module):
     printed = done("score", "--problem", "theirs:no_target", "--damping", "1")
     assert printed.startswith("Target: the mean query loss of the training tasks themselves")
@@ -491,6 +492,7 @@ def test_a_failed_solve_is_not_told_what_comes_next(module):
     assert printed.endswith("Wrote scores.parquet\n")
 
 
+@pytest.mark.filterwarnings("always::metainfluence.response.DirectEffectWarning")
 def test_warnings_are_lines_in_options(module):
     status, _, err = called("score", "--problem", "theirs:no_target", "--damping", "1")
     told = [line for line in err.splitlines() if line.startswith("WARNING: ")]
