@@ -52,6 +52,7 @@ def test_numbers_out_of_range_are_named(option, value, expected, tmp_path):
         ("--data.dataset", "nonsense"),
         ("--data.queries", "1000"),
         ("--learner.kind", "nonsense"),
+        ("--learner.activation", "nonsense"),
         ("--learner.model", "conv4", "--learner.pooling", "nonsense"),
     ],
 )
@@ -59,6 +60,9 @@ def test_a_refused_training_leaves_nothing(wrong, tmp_path):
     status, _, err = called("train", *TRAIN, *wrong, "--out", tmp_path / "new" / "run")
     assert status in (1, 2), err
     assert not list(tmp_path.iterdir())
+    # The option is named where one alone is wrong.
+    if len(wrong) == 2 and wrong[0] != "--data.queries":
+        assert f"metainfluence train: {wrong[0]}: expected " in err
 
 
 def test_what_other_commands_refuse_leaves_nothing(tmp_path, monkeypatch):

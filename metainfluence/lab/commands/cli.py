@@ -17,7 +17,7 @@ import tyro
 
 from metainfluence.__main__ import LAB_MODULES
 from metainfluence.lab.commands._compiling import compile_quickly, keep_programs
-from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, read_config
+from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, options_of, read_config
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show.streams import lenient
 
@@ -184,7 +184,7 @@ def entry(args: Sequence[str] | None = None) -> None:
         if traceback or missing:
             raise
         told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        message = _worded(name, told) or type(error).__name__
+        message = _worded(name, naming_options(name, told)) or type(error).__name__
         _complain(f"metainfluence {name}: {message} (--traceback shows where)")
         raise SystemExit(1) from error
 
@@ -269,6 +269,18 @@ def show(module: Any, config: Any) -> None:
     plan = getattr(module, "plan", None)
     if plan is not None:
         sys.stdout.write(f"\n{plan(config)}\n")
+
+
+def naming_options(command: str, message: str) -> str:
+    """An error about an argument of the library, "tasks_per_step: expected …", about the option that sets it."""
+    argument, colon, told = message.partition(": ")
+    suites = COMMANDS[command].suites if command in COMMANDS else {}
+    if not colon or len(suites) != 1:
+        return message
+    ((where, kind),) = suites.values()
+    field = "dataset" if argument == "name" else argument
+    options = [option for name, option in options_of(getattr(importlib.import_module(where), kind)) if name == field]
+    return f"{options[0]}: {told}" if len(options) == 1 else message
 
 
 def _worded(name: str, text: str) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -95,6 +95,16 @@ def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = 
                     raise ConfigError(f"{path}: {prefix + key}: expected no string that starts with '-', got {item!r}")
             arguments += [f"--{option}", *map(str, items)]
     return arguments
+
+
+def options_of(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names of a configuration's fields and the options that set them, those of nested configurations included."""
+    types = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from options_of(types[field.name], f"{prefix}{field.name}.")
+        else:
+            yield field.name, f"--{prefix}{field.name}".replace("_", "-")
 
 
 def check_ranges(config: Any, *, places: bool = True) -> None:
