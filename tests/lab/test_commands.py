@@ -35,6 +35,7 @@ MODULE = """
 import os, time
 import jax, jax.numpy as jnp, numpy as np
 import metainfluence as mi
+import optax
 
 jax.config.update("jax_enable_x64", True)
 
@@ -107,6 +108,10 @@ def wrong_target():
 
 def endless_target():
     return {**no_target(), "target": lambda meta_params: jnp.sqrt(jnp.sum(meta_params) - 1e9)}
+
+def endless_target_of_a_run():
+    run = mi.training(make()["problem"], optax.sgd(0.01), 2)
+    return {**endless_target(), "run": run, "start": jnp.ones((3, 2))}
 
 def endless_metric():
     return {**make(), "metric": lambda meta_params, tasks: jnp.full(len(tasks.query["y"]), jnp.nan)}
@@ -253,6 +258,9 @@ def test_a_finished_score_is_not_repeated(folder, printed):
     status, _, err = called("score", folder, "--damping", "0.2")
     assert status == 1
     assert "differs in damping" in err
+    status, _, err = called("score", folder, "--by", "segments")
+    assert (status, "one by segments, got" in err) == (1, True), err
+    assert "which is by optimum; --no-resume starts anew" in err
 
 
 def test_the_edit_removes_the_most_harmful(folder, job, scores, printed, edit_of):
@@ -457,9 +465,13 @@ def test_errors_name_options_of_the_command(module):
 
 def test_a_target_that_is_not_finite_leaves_nothing(module):
     out = module / "new" / "scores.parquet"
-    status, _, err = called("score", "--problem", "theirs:endless_target", "--damping", "1", "--out", out)
-    assert (status, "target: expected a finite gradient at meta_params" in err) == (1, True), err
-    assert not out.parent.exists()
+    for given in (
+        ("theirs:endless_target", "--damping", "1"),
+        ("theirs:endless_target_of_a_run", "--by", "trajectory"),
+    ):
+        status, _, err = called("score", "--out", out, "--problem", *given)
+        assert (status, "target: expected a finite gradient at meta_params" in err) == (1, True), err
+        assert not out.parent.exists()
 
 
 def test_a_metric_that_is_not_finite_is_told(module):

@@ -171,6 +171,7 @@ def test_every_phrase_is_one_of_the_librarys():
     told += [remedy(info(status=int(kind))) for kind in mi.SolveStatus if kind != mi.SolveStatus.CONVERGED]
     told += [mi.error_budget(state).advice for state in (*STATES.values(), *RUNS.values())]
     told += [mi.choose(run=run).reason for run in (False, True)]
+    told += [mi.error_budget(run_info()).advice]
     told += [words.ONE_CALL + "; ", direct.ADVICE, _smoothness._silent(np.ones(1)).advice]
     every = (printing.OF_SCORE, printing.OF_EDIT, printing.OF_DEMO, printing.OF_LAB, printing.OF_OWN)
     for options in (*every, printing.EVERYWHERE):

@@ -139,7 +139,7 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
       The scores, and whether they were there.
 
     Raises:
-      ValueError: a file of other scores.
+      ValueError: a file of other scores; a target without a finite gradient.
     """
     about = manifest(job, choice)
     if out.exists() and resume:
@@ -152,6 +152,8 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
             )
         return from_file(out), True
     tasks, phi = job.stacked(), job.phi()
+    # Before the run is run, and its states are kept.
+    check_target(job)
     folder = out.with_name(f"{out.name}.run")
     if choice.name == TRAJECTORY:
         at: Any = mi.trajectory(job.run, store=folder.resolve(), resume=resume)(job.start, tasks, end=job.meta_params)
@@ -170,6 +172,16 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
     mi.scoring.write_scores(out, scores, tasks, source=job.source, metadata={**metadata, **own})
     shutil.rmtree(folder, ignore_errors=True)
     return scores, False
+
+
+def check_target(job: Job) -> None:
+    """Raises ValueError where the target has no finite gradient at λ."""
+    slope = jax.jit(jax.grad(job.phi()))(job.meta_params, *job.target_args)
+    if not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(slope)):
+        raise ValueError(
+            "target: expected a finite gradient at meta_params, got NaN or infinity: of a norm, root, log or quotient "
+            "at 0, or of a number too large"
+        )
 
 
 def from_file(path: Path) -> mi.Scores:

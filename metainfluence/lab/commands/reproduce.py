@@ -207,11 +207,12 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
     if older:
         known = "with what changed since where that is known"
         lines += ["", f"**Older than the code that they speak of**, {known}: {'; '.join(older)}."]
-        say(f"Older than the code: {'; '.join(older)}")
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).write_text("\n".join(lines) + "\n\n" + "\n".join(sections), encoding="utf-8")
+    if older:
+        say(f"Older than the code: {'; '.join(older)}")
 
 
 def main(args: Sequence[str]) -> None:
@@ -253,6 +254,7 @@ def main(args: Sequence[str]) -> None:
         parser.error("expected one of --config FILE, --all and --report; only --config takes further options")
     try:
         if known.report:
+            check_out(known.out)
             report(experiment_files(known.configs), known.size, known.out)
         elif known.dry_run:
             for path in experiment_files(known.configs) if known.all else [known.config]:

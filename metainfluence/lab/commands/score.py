@@ -74,6 +74,8 @@ def run(config: ScoreConfig) -> None:
     if not there:
         probe(config, job, target)
     choice = chosen(config, job, out)
+    if there:
+        refuse_others(out, choice)
     say(f"By {choice.told}")
     told = {"run": origin(config, job)}
     if choice.name != estimators.OPTIMUM:
@@ -116,14 +118,28 @@ def probe(config: ScoreConfig, job: Job, target: Any) -> None:
     )
 
 
+def refuse_others(out: Path, choice: estimators.Choice) -> None:
+    """Raises ValueError where the file that is there is by another estimator."""
+    by = written_by(out).name
+    if by != choice.name:
+        raise ValueError(
+            f"out: expected a new file or one by {choice.name}, got {out}, which is by {by}; --no-resume starts anew"
+        )
+
+
+def written_by(out: Path) -> estimators.Choice:
+    """The estimator of a score file, and why it was taken."""
+    said = mi.read_scores(out).metadata.get("estimator")
+    name, _, reason = (said if isinstance(said, str) else "optimum: as in the file that is there").partition(": ")
+    return estimators.Choice(name, reason)
+
+
 def chosen(config: ScoreConfig, job: Job, out: Path) -> estimators.Choice:
     """The estimator: the one asked for, that of the file which is there, or the rule's."""
     asked = [name for name in OF_OPTIMUM if getattr(config, name) != getattr(ScoreConfig(), name)]
     option = f"--{asked[0].replace('_', '-')}" if asked else ""
     if config.by == estimators.AUTO and not option and config.resume and out.exists():
-        said = mi.read_scores(out).metadata.get("estimator")
-        name, _, reason = (said if isinstance(said, str) else "optimum: as in the file that is there").partition(": ")
-        return estimators.Choice(name, reason)
+        return written_by(out)
     return estimators.chosen(job, config.by, option, config.smoothness)
 
 

@@ -36,6 +36,7 @@ OF_SCORE: Options = (
     ),
     ("raise rank, or tol", "take --by trajectory, or --by optimum"),
     ("or ask metainfluence.optimum", "or take --by optimum"),
+    ("whether it predicts a removal, smoothness tells", "whether it predicts a removal, --smoothness tells"),
     ("was not measured: metainfluence.smoothness", "was not measured, as --no-smoothness asks for"),
     # The command takes the automatic damping by itself, and prints the budget.
     (': take damping="auto", and mind the budget', ""),
