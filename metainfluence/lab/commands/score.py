@@ -123,7 +123,8 @@ def refuse_others(out: Path, choice: estimators.Choice) -> None:
     by = written_by(out).name
     if by != choice.name:
         raise ValueError(
-            f"out: expected a new file or one by {choice.name}, got {out}, which is by {by}; --no-resume starts anew"
+            f"out: expected a new file or one of this run, got {out}, which differs in estimator: this run has "
+            f"{choice.name!r}, that one {by!r}; --no-resume starts anew"
         )
 
 
