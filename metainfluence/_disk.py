@@ -49,6 +49,22 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def missing(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there yet, the lowest first."""
+    found = []
+    while not folder.exists():
+        found.append(folder)
+        folder = folder.parent
+    return found
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes folders one after the other, up to the first that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 def write_manifest(path: Path, parts: Mapping[str, Any]) -> None:
     """Writes what a run is about."""
     write_atomically(path, json.dumps(dict(parts), indent=1).encode())
@@ -101,6 +117,7 @@ class Store:
           OSError: the folder cannot be made or written to.
           BlockingIOError: another process holds it.
         """
+        made = missing(folder)
         while True:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -120,6 +137,7 @@ class Store:
                     # A run that ends before it has anything to go on with leaves nothing, so that it may be mended.
                     if {path.name for path in folder.iterdir()} <= {"lock", _MANIFEST}:
                         shutil.rmtree(folder)
+                        remove_empty(made[1:])
                     raise
                 return
             finally:

@@ -318,6 +318,23 @@ class _Run:
         found = compiled(self.meta_params, *self.target_args)
         return Domain.of(self.meta_params).ravel(found[0] if self.total_effect else found)
 
+    def rhs(self) -> Array:
+        """∇φ, flat.
+
+        Raises:
+          ValueError: it is not finite.
+        """
+        found = self.compiled_slope_of_target()
+        if holds_nan(found):
+            found = self.compiled_slope_of_target()
+        name_target_not_finite(found, self.target_args)
+        if not np.all(np.isfinite(np.asarray(found))):
+            raise ValueError(
+                "target: expected a finite gradient at meta_params, got NaN or infinity: of a norm, root, log or "
+                "quotient at 0, or of a number too large"
+            )
+        return found
+
     def direct_effect(self) -> Weights | None:
         """∂_wφ in host memory; None without the total effect."""
         if not self.total_effect:
@@ -361,6 +378,8 @@ class _Run:
             raise ValueError(
                 f"mesh: expected a size that divides the run's batch_size {batch_size}, got {self.options.mesh.size}"
             )
+        # What can be refused is refused before anything is kept.
+        rhs = None if store.numbers("solution") else self.rhs()
         reader = reader_of(self.source, batch_size, self.on_error, self.options.mesh)
         lean = keeps_lean(self.room, len(self.source), manifest["kept_bytes"])
         programs = programs_of(self.options.problem, self.options.curvature, self.options.mesh, lean)
@@ -375,7 +394,13 @@ class _Run:
         slope = _slope(self.options.problem, self.meta_params, passes, store, self.on_error == "skip")
         memo = Memo(Domain.of(self.meta_params), store)
         direction, info = self.solution(
-            passes.operator(slope), passes.operator(slope, memo.around), slope, store, report, manifest["working_eps"]
+            passes.operator(slope),
+            passes.operator(slope, memo.around),
+            slope,
+            store,
+            report,
+            manifest["working_eps"],
+            rhs,
         )
         report.phase("scores")
         shards = _Shards(reader)
@@ -408,7 +433,14 @@ class _Run:
             _table.write_tables(out, lambda: _tables(store, shards.numbers), {**metadata, **own})
 
     def solution(
-        self, operator: Operator, memorised: Operator, slope: Slope, store: Store, report: Reporter, working_eps: float
+        self,
+        operator: Operator,
+        memorised: Operator,
+        slope: Slope,
+        store: Store,
+        report: Reporter,
+        working_eps: float,
+        rhs: Array | None,
     ) -> tuple[PyTree, SolveInfo]:
         """The solution of (H + δI) s = ∇φ; the second operator is the first one with its products kept."""
         domain = operator.domain
@@ -416,11 +448,7 @@ class _Run:
         if saved is not None:
             known = {name: jnp.asarray(value) for name, value in _unpacked(saved, "info").items()}
             return domain.unravel(jnp.asarray(saved["solution"])), SolveInfo(**known)
-        rhs = self.compiled_slope_of_target()
-        if holds_nan(rhs):
-            rhs = self.compiled_slope_of_target()
-        name_target_not_finite(rhs, self.target_args)
-        solution, info = self.solved(operator, memorised, slope, rhs, store, report)
+        solution, info = self.solved(operator, memorised, slope, self.rhs() if rhs is None else rhs, store, report)
         info = info._replace(
             outer_gradient_norm=flat_norm(slope.gradient),
             inner_gradient_norm=slope.inner_gradient_norm if knows_inner(self.options.problem) else None,

@@ -33,6 +33,11 @@ ADVICE = {
     "kinks": "kinks dominate: second derivatives leave out what ReLU, |x|, max or clipping do between the smooth "
     "pieces; take softplus, tanh or GELU, or trust the order of the scores rather than their size",
 }
+# Of a solve that ended with a small residual: what is left is the curvature's doing.
+FINISHED = (
+    "the solve is finished, to {residual:.0e}, which along the smallest curvature may still be {largest:.0e} of the "
+    "answer: lower the solver's tol, or raise the damping"
+)
 _NOTHING_LARGE = (
     "all is well: no error is large, and a lower tol or more training would bring little; the largest is this"
 )
@@ -118,7 +123,7 @@ def _cause(info: SolveInfo, budget: Any, small: float) -> str:
     if not largest > small:
         return f"{_NOTHING_LARGE} ({budget.dominant} {largest:.1e})"
     hint = _nearly_flat(info, budget) if budget.dominant == "outer_stationarity" else ""
-    return f"{_of_term(info, budget.dominant)}{hint} ({budget.dominant} {largest:.1e})"
+    return f"{_of_term(info, budget.dominant, largest, small)}{hint} ({budget.dominant} {largest:.1e})"
 
 
 def _nearly_flat(info: SolveInfo, budget: Any) -> str:
@@ -139,18 +144,27 @@ def _nearly_flat(info: SolveInfo, budget: Any) -> str:
     return _NEARLY_FLAT.format(curvature=budget.min_curvature, least=least)
 
 
-def _of_term(info: SolveInfo, dominant: str) -> str:
+def _of_term(info: SolveInfo, dominant: str, largest: float, small: float) -> str:
     """What to do about a term."""
     eps = _eps(info)
     if dominant == "precision":
         if told := _coarse(info):
             return told
         return ADVICE["precision"] if eps > _EPS64 else "rounding dominates, in float64: raise the damping"
-    if dominant == "outer_residual" and eps > _EPS64:
-        return f"{ADVICE[dominant]}; where more steps do not lower the residual, {FLOAT64}"
+    if dominant == "outer_residual":
+        told = _unsolved(info, largest, small)
+        return told if eps <= _EPS64 else f"{told}; where more steps do not lower the residual, {FLOAT64}"
     if dominant == "asymmetry":
         return inexact(info)
     return ADVICE[dominant]
+
+
+def _unsolved(info: SolveInfo, largest: float, small: float) -> str:
+    """What to tell of a residual that dominates."""
+    residual = float(np.max(np.asarray(info.relative_residual)))
+    if np.all(np.asarray(info.status) == SolveStatus.CONVERGED) and residual <= small:
+        return FINISHED.format(residual=residual, largest=largest)
+    return ADVICE["outer_residual"]
 
 
 def _coarse(info: SolveInfo) -> str:

@@ -22,6 +22,7 @@ from metainfluence._disk import of_arrays
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import cli, edit, evaluate, score
+from metainfluence.lab.commands import job as job_module
 from metainfluence.lab.commands.job import tolerance
 from metainfluence.lab.data import fewshot
 from metainfluence.lab.data.places import Place, locator
@@ -34,6 +35,7 @@ MODULE = """
 import os, time
 import jax, jax.numpy as jnp, numpy as np
 import metainfluence as mi
+import optax
 
 jax.config.update("jax_enable_x64", True)
 
@@ -103,6 +105,16 @@ def own_target():
 
 def wrong_target():
     return {**make(), "target": lambda meta_params: jnp.sum(meta_params)}
+
+def endless_target():
+    return {**no_target(), "target": lambda meta_params: jnp.sqrt(jnp.sum(meta_params) - 1e9)}
+
+def endless_target_of_a_run():
+    run = mi.training(make()["problem"], optax.sgd(0.01), 2)
+    return {**endless_target(), "run": run, "start": jnp.ones((3, 2))}
+
+def endless_metric():
+    return {**make(), "metric": lambda meta_params, tasks: jnp.full(len(tasks.query["y"]), jnp.nan)}
 
 def spoilt():
     kink = lambda m, t, w: jnp.sum(w.query * t.query["y"] ** 2) * jnp.sum(m) + jnp.linalg.norm(m * t.query["y"][0])
@@ -246,6 +258,9 @@ def test_a_finished_score_is_not_repeated(folder, printed):
     status, _, err = called("score", folder, "--damping", "0.2")
     assert status == 1
     assert "differs in damping" in err
+    status, _, err = called("score", folder, "--by", "segments")
+    told = "differs in estimator: this run has 'segments', that one 'optimum'; --no-resume starts anew"
+    assert (status, told in err) == (1, True), err
 
 
 def test_the_edit_removes_the_most_harmful(folder, job, scores, printed, edit_of):
@@ -408,10 +423,8 @@ def test_what_a_dry_run_shows_is_a_configuration(tmp_path):
         (["score", "--problem", "theirs:misspelt"], 1, "with 'metrik'; nearest is 'metric'"),
         (["score", "--problem", "theirs:no_problem"], 1, "problem: expected one made by metainfluence.bilevel"),
         (["score", "--problem", "theirs:no_tuple"], 1, "target_args: expected a tuple"),
-        (["score", "--problem", "theirs:no_target"], 2, "target_args: expected (held_out,), stacked tasks"),
         (["score", "--problem", "theirs:wrong_target"], 1, "target: expected a function (meta_params, *target_args)"),
         (["score", "--problem", "theirs:with_functions"], 1, "['activation']: expected an array, got an object"),
-        (["edit", "--problem", "theirs:no_target", "--remove", "task 1"], 2, "target_args: expected (held_out,)"),
         (["edit", "a.parquet"], 2, "expected one of --most-harmful, --harm-above, --remove, got none"),
         (["edit", "a.parquet", "--most-harmful", "2", "--harm-above", "0"], 2, "--most-harmful and --harm-above"),
         (["edit", "a.parquet", "--most-harmful", "0"], 2, "--most-harmful: expected a positive number"),
@@ -448,6 +461,56 @@ def test_errors_name_options_of_the_command(module):
     )
     status, _, err = called("score", "--problem", "theirs:make", "--damping", "1")
     assert (status, "; --no-resume starts anew" in err) == (1, True), err
+
+
+def test_a_target_that_is_not_finite_leaves_nothing(module):
+    out = module / "new" / "scores.parquet"
+    for given in (
+        ("theirs:endless_target", "--damping", "1"),
+        ("theirs:endless_target_of_a_run", "--by", "trajectory"),
+    ):
+        status, _, err = called("score", "--out", out, "--problem", *given)
+        assert (status, "target: expected a finite gradient at meta_params" in err) == (1, True), err
+        assert not out.parent.exists()
+
+
+def test_a_metric_that_is_not_finite_is_told(module):
+    parameters.save(module / "edited.npz", runs.load(None, "theirs:make").meta_params)
+    status, printed, err = called("evaluate", "--problem", "theirs:endless_metric")
+    assert (status, "metric: expected finite numbers, got nan for test task 0 before the edit" in err) == (1, True), err
+    assert "nan" not in printed
+    assert not (module / "evaluation.json").exists()
+
+
+@pytest.mark.filterwarnings("always::metainfluence.response.DirectEffectWarning")
+def test_without_target_args_the_training_tasks_are_the_target(module):
+    printed = done("score", "--problem", "theirs:no_target", "--damping", "1")
+    assert printed.startswith("Target: the mean query loss of the training tasks themselves")
+    job = runs.load(None, "theirs:make")
+    score = mi.influence_scores(job.problem, mi.query_loss(job.problem), solver=mi.solvers.dense(), damping=1.0)
+    expected = jax.jit(score)(job.meta_params, job.stacked(), job.stacked())
+    found = mi.read_scores(module / "scores.parquet")
+    np.testing.assert_allclose(found.score[found.role == "task"], expected.task, rtol=1e-4, atol=1e-9)
+    assert "Removed 1 (task): task 1" in done("edit", "--problem", "theirs:no_target", "--remove", "task 1")
+    # Of many tasks some.
+    few = job_module.aimed(job._replace(target_args=(), source=[job.source[k % 8] for k in range(201)]))
+    np.testing.assert_array_equal(few.target_args[0].query["y"][1], job.source[2].query["y"])
+    assert len(few.target_args[0].query["y"]) == job_module.MOST_AIMED
+
+
+def test_a_failed_solve_is_not_told_what_comes_next(module):
+    status, printed, err = called("score", "--problem", "theirs:make", "--max-steps", "1", "--damping", "0.1")
+    assert (status, "MAX_STEPS" in err) == (1, True), err
+    assert printed.endswith("Wrote scores.parquet\n")
+
+
+@pytest.mark.filterwarnings("always::metainfluence.response.DirectEffectWarning")
+def test_warnings_are_lines_in_options(module):
+    status, _, err = called("score", "--problem", "theirs:no_target", "--damping", "1")
+    told = [line for line in err.splitlines() if line.startswith("WARNING: ")]
+    assert (status, len(told)) == (0, 1), err
+    assert "total_effect of metainfluence.scoring.score, in Python" in told[0]
+    assert ".py" not in err
 
 
 def test_an_error_can_be_traced(module):

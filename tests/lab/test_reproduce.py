@@ -137,7 +137,7 @@ def test_results_of_other_code_are_refused_and_told(finished, monkeypatch, capsy
     with pytest.raises(SystemExit) as caught:
         cli.main(["reproduce", "--config", str(path), "--out", str(out)])
     assert caught.value.code == 2
-    assert "written by other code (influence.py changed since); name another out" in capsys.readouterr().err
+    assert "written by other code (influence.py changed since); name another --out" in capsys.readouterr().err
     with pytest.raises(results.OtherConfigError, match=r"cache: written by other code \(influence\.py"):
         results.claim(out / "tiny" / "small", reproduce.configured(path, "small", [])[1], now)
     reproduce.report([path], "small", out)

@@ -84,9 +84,12 @@ def test_closed_streams_of_a_process_are_no_failure(shell, folder):
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_a_terminal_that_lacks_characters_gets_others(encoding, folder):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+# The last is what Python makes of the C locale.
+@pytest.mark.parametrize(
+    ("encoding", "errors"), [("latin-1", "strict"), ("ascii", "strict"), ("ascii", "surrogateescape")]
+)
+def test_a_terminal_that_lacks_characters_gets_others(encoding, errors, folder):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding, errors)
     assert through(stream, "score", folder, "--damping", "1") == 0
     stream.flush()
     text = stream.buffer.getvalue()

@@ -17,7 +17,7 @@ from rich.console import Console
 from metainfluence._disk import write_atomically, write_manifest
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.experiments.named import ConfigError
-from metainfluence.lab.experiments.ranges import Count, Positive, Ways
+from metainfluence.lab.experiments.ranges import Count, OutFolder, Positive, Ways
 
 # part -> its share of the time, by what was expected of one H100.
 SHARES = {
@@ -73,7 +73,7 @@ class AcceleratorBenchConfig:
     seconds: Positive = 300.0
     """For all parts together. One that takes its share is stopped, and the next begins; what a part leaves is not given
     to others."""
-    out: Path = Path("bench-output")
+    out: OutFolder = Path("bench-output")
     """Folder for accelerator.md and accelerator.json."""
 
 

@@ -5,6 +5,7 @@ What a step costs is told beside it: floating-point operations, and what they ar
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from metainfluence._disk import write_atomically
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.data import fewshot
 from metainfluence.lab.experiments import results
-from metainfluence.lab.experiments.ranges import Count, Positive, Size, Ways
+from metainfluence.lab.experiments.ranges import Count, OutFolder, Positive, Size, Ways
 from metainfluence.lab.experiments.setting import (
     SINUSOID,
     DataConfig,
@@ -35,7 +36,7 @@ from metainfluence.lab.experiments.trainings import TrainingConfig, optimizer_of
 from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.learners import Interval
 from metainfluence.lab.learn.timing import Compiled
-from metainfluence.lab.learn.train import meta_train
+from metainfluence.lab.learn.train import TrainingError, meta_train
 from metainfluence.lab.show.printing import progress_console, say
 
 CHECKPOINTS, CURVE, RESULT = "checkpoints", "curve.json", "accuracy"
@@ -69,7 +70,7 @@ class AccuracyConfig:
     """Compute in float64."""
     seed: Size = 0
     """Of the tasks, their order and the initial parameters."""
-    out: Path = Path("accuracy-output")
+    out: OutFolder = Path("accuracy-output")
     """Folder for the checkpoints, the learning curve and accuracy.json."""
 
 
@@ -126,7 +127,12 @@ def run(config: AccuracyConfig) -> dict[str, Any]:
     untrained = measure(ready.initial, ready.test)
     cost = _cost(config, ready)
     wall, cpu = time.perf_counter(), time.process_time()
-    trained = train(ready.initial, ready.tasks, None, *ready.data)
+    try:
+        trained = train(ready.initial, ready.tasks, None, *ready.data)
+    except TrainingError as error:
+        # It would fail again, and another configuration may use the folder.
+        curve.forget()
+        raise error.by("--training.learning-rate", steps.learning_rate) from error
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     found = measure(trained.meta_params, ready.test)
     also = [measure(trained.meta_params, tasks) for tasks in ready.also]
@@ -216,6 +222,11 @@ class _Curve:
                     "name another --out, or remove that folder"
                 )
             self.points = found["points"]
+
+    def forget(self) -> None:
+        """Removes what is kept of the run."""
+        self._path.unlink(missing_ok=True)
+        shutil.rmtree(self._path.with_name(CHECKPOINTS), ignore_errors=True)
 
     def add(self, step: int, measured: Interval) -> None:
         """Keeps a point, and shows it."""

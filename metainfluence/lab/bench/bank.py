@@ -10,7 +10,7 @@ import numpy as np
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.experiments import bank, estimators, judging
 from metainfluence.lab.experiments.named import named_function
-from metainfluence.lab.experiments.ranges import Count
+from metainfluence.lab.experiments.ranges import Count, OutFolder
 from metainfluence.lab.experiments.results import markdown
 from metainfluence.lab.experiments.run_methods import Scored
 from metainfluence.lab.experiments.run_tables import agreement_table, column_name, entry, overall_table, result_of
@@ -28,7 +28,7 @@ class BankBenchConfig:
     [J, T], the predicted change of each of the J targets when a task is removed."""
     draws: Count = 200
     """Of each bootstrap."""
-    out: Path = Path("bank-output")
+    out: OutFolder = Path("bank-output")
     """Folder for bank.md and bank.json."""
 
 

@@ -15,7 +15,7 @@ from metainfluence.lab.bench import _convolution, import_time, networks, program
 from metainfluence.lab.bench._convolution import ConvolutionRatio, convolution_ratio, layer_costs
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.data import fewshot, omniglot
-from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Ways
+from metainfluence.lab.experiments.ranges import Count, NotNegative, OutFolder, Positive, Ways
 from metainfluence.lab.learn.models import MLP, logistic_head_problem
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.response import expand
@@ -45,7 +45,7 @@ class BenchConfig:
     """Timed runs of each; the median is reported."""
     num_separate: Count = 4
     """Right-hand sides solved one by one, to extrapolate to one for every task."""
-    out: Path = Path("bench-output")
+    out: OutFolder = Path("bench-output")
     """Folder for bench.md and bench.json."""
 
 

@@ -16,7 +16,7 @@ import metainfluence as mi
 from metainfluence.curvature import exact
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.bench.peers.problem import features, losses
-from metainfluence.lab.experiments.ranges import Count, Ways
+from metainfluence.lab.experiments.ranges import Count, NotNegative, OutFolder, Positive, Ways
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.response import expand
 
@@ -58,11 +58,11 @@ class GrowthBenchConfig:
     """Hidden units while something else grows."""
     repeats: Count = 7
     """Timed runs of each; the shortest is taken, since other load only ever adds time."""
-    most_exponent: float = 1.05
+    most_exponent: Positive = 1.05
     """Target: of time in the number of tasks."""
-    most_excess: float = 0.05
+    most_excess: NotNegative = 0.05
     """Target: of scores over forward in the number of examples."""
-    out: Path = Path("bench-output")
+    out: OutFolder = Path("bench-output")
     """Folder for growth.md and growth.json."""
 
 

@@ -14,7 +14,7 @@ import optax
 import metainfluence as mi
 from metainfluence.lab.bench import growth
 from metainfluence.lab.bench._output import publish
-from metainfluence.lab.experiments.ranges import Count
+from metainfluence.lab.experiments.ranges import Count, OutFolder
 
 TRAINING, ALL_KEPT, ROOT_KEPT, TOGETHER = (
     "training",
@@ -44,7 +44,7 @@ class RunsBenchConfig:
     """Together."""
     repeats: Count = 2
     """Timed runs of each in turn; the shortest counts, in processor time, which other load does not add to."""
-    out: Path = Path("bench-output")
+    out: OutFolder = Path("bench-output")
     """Folder for runs.md and runs.json."""
 
 

@@ -17,7 +17,7 @@ import metainfluence as mi
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.data import digits, fewshot
 from metainfluence.lab.data.sources import FewShotSource
-from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Ways
+from metainfluence.lab.experiments.ranges import Count, NotNegative, OutFolder, Positive, Ways
 from metainfluence.lab.learn.models import MLP, logistic_head_problem
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.learn.train import meta_train
@@ -53,11 +53,11 @@ class ScoringBenchConfig:
     """Of the solves."""
     memory: Positive = 1.2e9
     """Bytes that the engine may use."""
-    most_gigabytes: float = 3.0
+    most_gigabytes: Positive = 3.0
     """Target: the process's peak memory."""
-    least_ratio: float = 0.6
+    least_ratio: NotNegative = 0.6
     """Target: tasks per second, as a share of the path in memory's."""
-    out: Path = Path("bench-output")
+    out: OutFolder = Path("bench-output")
     """Folder for scoring.md, scoring.json and, while it runs, the score file."""
 
 

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import metainfluence as mi
 from metainfluence._disk import difference, library, of_arrays, of_function
 from metainfluence.lab.commands.job import Job
 from metainfluence.lab.experiments.named import ConfigError
-from metainfluence.lab.show.printing import say
+from metainfluence.lab.show.printing import OF_SCORE, in_options, say
 
 AUTO, TRAJECTORY, SEGMENTS, OPTIMUM = "auto", "trajectory", "segments", "optimum"
 # A quarter and all of a group removed, two groups, to and fro: eight runs.
@@ -66,8 +67,7 @@ def chosen(job: Job, by: str, asked: str, smooth: bool) -> Choice:
     known = job.checkpoints is not None
     found = mi.choose(gradient_norm=norm, run=job.run is not None, checkpoints=known)
     if found.estimator != TRAJECTORY or not smooth:
-        # The command takes the automatic damping by itself, and prints the budget.
-        return Choice(found.estimator, found.reason.replace(': take damping="auto", and mind the budget', ""))
+        return Choice(found.estimator, in_options(found.reason, OF_SCORE))
     say("Which estimator: training eight times, to measure how smoothly the run answers the data")
     measured: Any = mi.smoothness(
         job.run, step_sizes=STEP_SIZES, num_directions=DIRECTIONS, parts=False, runs_at_once=4
@@ -76,7 +76,7 @@ def chosen(job: Job, by: str, asked: str, smooth: bool) -> Choice:
     found = mi.choose(gradient_norm=norm, smoothness=measured, run=True, checkpoints=known)
     if found.estimator == SEGMENTS and not known:
         return Choice(TRAJECTORY, f"{found.reason}, but no checkpoints are left for segments", facts)
-    return Choice(found.estimator, found.reason, facts)
+    return Choice(found.estimator, in_options(found.reason, OF_SCORE), facts)
 
 
 def check(job: Job, by: str, asked: str) -> None:
@@ -140,7 +140,7 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
       The scores, and whether they were there.
 
     Raises:
-      ValueError: a file of other scores.
+      ValueError: a file of other scores; a target without a finite gradient.
     """
     about = manifest(job, choice)
     if out.exists() and resume:
@@ -153,6 +153,8 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
             )
         return from_file(out), True
     tasks, phi = job.stacked(), job.phi()
+    # Before the run is run, and its states are kept.
+    check_target(job)
     folder = out.with_name(f"{out.name}.run")
     if choice.name == TRAJECTORY:
         at: Any = mi.trajectory(job.run, store=folder.resolve(), resume=resume)(job.start, tasks, end=job.meta_params)
@@ -171,6 +173,16 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
     mi.scoring.write_scores(out, scores, tasks, source=job.source, metadata={**metadata, **own})
     shutil.rmtree(folder, ignore_errors=True)
     return scores, False
+
+
+def check_target(job: Job) -> None:
+    """Raises ValueError where the target has no finite gradient at λ."""
+    slope = jax.jit(jax.grad(job.phi()))(job.meta_params, *job.target_args)
+    if not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(slope)):
+        raise ValueError(
+            "target: expected a finite gradient at meta_params, got NaN or infinity: of a norm, root, log or quotient "
+            "at 0, or of a number too large"
+        )
 
 
 def from_file(path: Path) -> mi.Scores:

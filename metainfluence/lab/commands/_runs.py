@@ -17,7 +17,7 @@ from metainfluence.lab.data import datasets, fewshot
 from metainfluence.lab.data.sources import FewShotSource
 from metainfluence.lab.experiments import setting, trainings
 from metainfluence.lab.experiments.named import ConfigError
-from metainfluence.lab.experiments.ranges import Count, Size, Ways
+from metainfluence.lab.experiments.ranges import Count, OutFolder, Size, Ways
 from metainfluence.lab.experiments.setting import Lists
 from metainfluence.lab.experiments.trainings import optimizer_of, schedule_of
 from metainfluence.lab.learn import learners
@@ -64,7 +64,7 @@ class TrainConfig:
     """Compute in float64."""
     seed: Size = 0
     """Of the tasks, the damage and the initial parameters."""
-    out: Path = Path("train-output")
+    out: OutFolder = Path("train-output")
     """Folder to write."""
 
 
@@ -81,7 +81,8 @@ def read(folder: Path) -> TrainConfig:
     arguments = as_arguments(load_toml(path), TrainConfig, path)
     found = dataclasses.replace(tyro.cli(TrainConfig, prog=str(path), args=arguments), out=folder)
     try:
-        check_ranges(found)
+        # It was written before, and is only read.
+        check_ranges(found, places=False)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return found

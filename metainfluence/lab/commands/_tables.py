@@ -29,4 +29,7 @@ def is_about(table: mi.scoring.ScoreTable, meta_params: Any) -> bool:
 def refuse_others(table: mi.scoring.ScoreTable, path: Path, meta_params: Any) -> None:
     """Raises ValueError where the file is about other meta-parameters."""
     if not is_about(table, meta_params):
-        raise ValueError(f"scores: expected a file about these meta-parameters, got {path}, which is about others")
+        raise ValueError(
+            f"scores: expected a file about these meta-parameters, got {path}, which is about others; name those "
+            "by --run or --problem, or score these anew"
+        )

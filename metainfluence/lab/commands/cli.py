@@ -4,10 +4,12 @@
 """
 
 import difflib
+import functools
 import importlib
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import tyro
 
 from metainfluence.__main__ import LAB_MODULES
 from metainfluence.lab.commands._compiling import compile_quickly, keep_programs
-from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, read_config
+from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, options_of, read_config
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show.streams import lenient
 
@@ -168,8 +170,11 @@ def entry(args: Sequence[str] | None = None) -> None:
     compile_quickly()
     if cached:
         keep_programs()
+    name = args[0] if args else ""
     try:
-        main(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_warn, name, set(), warnings.showwarning)
+            main(args)
     except KeyboardInterrupt:
         _complain(stopped(args))
         raise SystemExit(130) from None
@@ -179,10 +184,8 @@ def entry(args: Sequence[str] | None = None) -> None:
         if traceback or missing:
             raise
         told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        # Here, since with it comes JAX.
-        printing = importlib.import_module("metainfluence.lab.show.printing")
-        message = printing.in_options(" ".join(told.split()), printing.IN_ERRORS)
-        _complain(f"metainfluence {args[0]}: {message or type(error).__name__} (--traceback shows where)")
+        message = _worded(name, naming_options(name, told)) or type(error).__name__
+        _complain(f"metainfluence {name}: {message} (--traceback shows where)")
         raise SystemExit(1) from error
 
 
@@ -266,6 +269,42 @@ def show(module: Any, config: Any) -> None:
     plan = getattr(module, "plan", None)
     if plan is not None:
         sys.stdout.write(f"\n{plan(config)}\n")
+
+
+def naming_options(command: str, message: str) -> str:
+    """An error about an argument of the library, "tasks_per_step: expected …", about the option that sets it."""
+    argument, colon, told = message.partition(": ")
+    suites = COMMANDS[command].suites if command in COMMANDS else {}
+    if not colon or len(suites) != 1:
+        return message
+    ((where, kind),) = suites.values()
+    field = "dataset" if argument == "name" else argument
+    options = [option for name, option in options_of(getattr(importlib.import_module(where), kind)) if name == field]
+    return f"{options[0]}: {told}" if len(options) == 1 else message
+
+
+def _worded(name: str, text: str) -> str:
+    # Here, since with it comes JAX.
+    printing = importlib.import_module("metainfluence.lab.show.printing")
+    worded: str = printing.in_options_of(name, text)
+    return worded
+
+
+def _warn(
+    name: str,
+    told: set[str],
+    otherwise: Callable[..., None],
+    message: Warning | str,
+    category: type[Warning],
+    *where: Any,
+    **more: Any,
+) -> None:
+    """Shows a warning of the library once, on its own line and in options of the command; others as Python does."""
+    if category.__module__.partition(".")[0] != "metainfluence":
+        otherwise(message, category, *where, **more)
+    elif str(message) not in told:
+        told.add(str(message))
+        _complain(f"WARNING: {_worded(name, str(message))}")
 
 
 def _complain(text: str) -> None:

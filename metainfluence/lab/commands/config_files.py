@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -97,10 +97,20 @@ def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = 
     return arguments
 
 
-def check_ranges(config: Any) -> None:
-    """Raises ConfigError, naming the option, where a number of a configuration is out of its range."""
+def options_of(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names of a configuration's fields and the options that set them, those of nested configurations included."""
+    types = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from options_of(types[field.name], f"{prefix}{field.name}.")
+        else:
+            yield field.name, f"--{prefix}{field.name}".replace("_", "-")
+
+
+def check_ranges(config: Any, *, places: bool = True) -> None:
+    """Raises ConfigError, naming the option, where a number is out of its range or, of `places`, a path cannot be."""
     try:
-        ranges.check(config)
+        ranges.check(config, places=places)
     except ranges.RangeError as error:
         raise ConfigError(str(error)) from error
 

@@ -19,10 +19,10 @@ from metainfluence._disk import of_arrays, write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands import _tables as tables
-from metainfluence.lab.commands.job import Job, tolerance
+from metainfluence.lab.commands.job import Job, aimed, tolerance
 from metainfluence.lab.data.places import Place, example_ids, locator, named, without
 from metainfluence.lab.experiments.named import ConfigError
-from metainfluence.lab.experiments.ranges import Count, NotNegative, Size
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Number, OutFolder, Size
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.printing import OF_EDIT, check_solve, facts, say, say_budget, say_table
 from metainfluence.response import gradient_map
@@ -50,7 +50,7 @@ class EditConfig:
     """What is removed: tasks, or examples of one side."""
     most_harmful: Count | None = None
     """Remove that many, those of the most negative scores."""
-    harm_above: float | None = None
+    harm_above: Number | None = None
     """Remove all whose removal is predicted to lower the target by more than this."""
     remove: tuple[str, ...] = ()
     """Remove these: ids of tasks, or TASK:EXAMPLE."""
@@ -62,7 +62,7 @@ class EditConfig:
     by the rule; metainfluence.edit in Python adds 0 by default."""
     batch_size: Count | None = None
     """Tasks at a time; none for as many as fit in memory."""
-    out: Path | None = None
+    out: OutFolder | None = None
     """Folder for edited.npz and edited.json; none for the score file's, or the run's."""
 
 
@@ -84,7 +84,7 @@ def run(config: EditConfig) -> None:
     if config.scores is not None:
         table = tables.read(config.scores)
     folder = located(config.scores, config.run, config.problem)
-    job = runs.load(folder, config.problem)
+    job = aimed(runs.load(folder, config.problem))
     phi = job.phi()
     predicted: float | None = None
     damping: Any = config.damping

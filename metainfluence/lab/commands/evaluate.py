@@ -20,7 +20,7 @@ from metainfluence.lab.commands.job import Job, widened
 from metainfluence.lab.commands.score import SCORES
 from metainfluence.lab.data.fewshot import CLEAN
 from metainfluence.lab.experiments.named import ConfigError
-from metainfluence.lab.experiments.ranges import Count
+from metainfluence.lab.experiments.ranges import Count, OutFile
 from metainfluence.lab.learn.learners import mean_interval
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.show.printing import say, say_table
@@ -43,7 +43,7 @@ class EvaluateConfig:
     folder, if it is there."""
     batch_size: Count = 50
     """Test tasks at a time."""
-    out: Path | None = None
+    out: OutFile | None = None
     """File to write; none for evaluation.json beside the edited meta-parameters."""
 
 
@@ -122,7 +122,8 @@ def refuse_others(edited: Path, job: Job) -> None:
         raise ValueError(f"edited: expected {path} as `metainfluence edit` writes it, got {error}") from error
     if told is not None and told != of_arrays(job.meta_params):
         raise ValueError(
-            f"edited: expected an edit of these meta-parameters, got {edited}, which {path} says is of others"
+            f"edited: expected an edit of these meta-parameters, got {edited}, which {path} says is of others; "
+            "edit these, or name another --edited"
         )
 
 
@@ -137,6 +138,11 @@ def per_task(job: Job, points: Sequence[Any], batch_size: int) -> np.ndarray:
             values = np.asarray(compiled(meta_params, tasks))
             if values.shape != rows.shape:
                 raise ValueError(f"metric: expected one number for each of {len(rows)} tasks, got shape {values.shape}")
+            if lost := np.flatnonzero(~np.isfinite(values)).tolist():
+                which = ("before the edit", "after the edit")[point] if len(points) == 2 else f"at point {point}"
+                raise ValueError(
+                    f"metric: expected finite numbers, got {values[lost[0]]} for test task {int(rows[lost[0]])} {which}"
+                )
             found[point, rows] = values
     return found
 

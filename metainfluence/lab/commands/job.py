@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import metainfluence as mi
-from metainfluence.lab.experiments.named import ConfigError, named_function
+from metainfluence.lab.experiments.named import named_function
+from metainfluence.lab.show.printing import say
 from metainfluence.scoring import Source
+
+# Tasks of the default target where a problem names none.
+MOST_AIMED = 100
 
 
 class Job(NamedTuple):
@@ -20,7 +24,8 @@ class Job(NamedTuple):
       problem: as made by `metainfluence.bilevel` or `metainfluence.from_task_loss`.
       meta_params: λ, trained.
       source: the training tasks: a list of `metainfluence.Task`, or any `scoring.Source`.
-      target_args: what the target takes after λ: for `query_loss`, stacked held-out tasks.
+      target_args: what the target takes after λ: for `query_loss`, stacked held-out tasks, in whose place the training
+        tasks are taken where none are given.
       target: φ: (meta_params, *target_args) -> scalar; None for `query_loss(problem)`.
       test: tasks like those of the source, which neither training nor the target has seen, for `evaluate`.
       metric: (meta_params, stacked tasks) -> one number per task, which `evaluate` compares; None for the query loss.
@@ -55,19 +60,24 @@ class Job(NamedTuple):
         return mi.stack_tasks([widened(self.source[k]) for k in range(len(self.source))])
 
     def phi(self) -> Callable[..., Any]:
-        """The target.
-
-        Raises:
-          ConfigError: the query loss is meant, and there are no tasks for it.
-        """
+        """The target."""
         if self.target is not None:
             return self.target
-        if not self.target_args:
-            raise ConfigError(
-                "--problem: target_args: expected (held_out,), stacked tasks on which the target is taken, since "
-                "without a target of its own that is their query loss; got none"
-            )
         return mi.query_loss(self.problem if self.full is None else self.full)
+
+
+def aimed(job: Job) -> Job:
+    """The job with tasks for the default target: where none are given, the training tasks, evenly spread ones of many.
+
+    With a line that says so, since λ was trained to make just this loss small.
+    """
+    if job.target is not None or job.target_args:
+        return job
+    total = len(job.source)
+    rows = np.unique(np.linspace(0, total - 1, min(total, MOST_AIMED)).round().astype(int)).tolist()
+    few = f"{len(rows)} of the training tasks" if len(rows) < total else "the training tasks themselves"
+    say(f"Target: the mean query loss of {few}, as the problem gives no target_args; held-out tasks there tell more")
+    return job._replace(target_args=(mi.stack_tasks([widened(job.source[k]) for k in rows]),))
 
 
 def tolerance(meta_params: Any, full: mi.Bilevel | None = None) -> float:

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import metainfluence as mi
 from metainfluence._disk import write_atomically
@@ -15,6 +15,7 @@ from metainfluence.lab.commands.edit import CHANGE, located
 from metainfluence.lab.commands.evaluate import EVALUATION
 from metainfluence.lab.data.places import locator
 from metainfluence.lab.experiments.named import ConfigError
+from metainfluence.lab.experiments.ranges import OutFile, Range
 from metainfluence.lab.show import html_report
 from metainfluence.lab.show.gallery import Shown, gallery
 from metainfluence.lab.show.page_data import ROLES, Measured, ranked
@@ -31,11 +32,11 @@ class ReportConfig:
     """Folder that `metainfluence train` wrote, for the examples; none for that of the score file."""
     problem: str | None = None
     """Instead of a run: MODULE:FUNCTION, as for `metainfluence score`; it may return `images` or `text`."""
-    most: int = 24
+    most: Annotated[int, Range(2)] = 24
     """Tasks shown with their examples: half of them the most harmful, half the most helpful."""
     pictures: bool = True
     """Show the examples, as pictures or text; else their ids."""
-    out: Path | None = None
+    out: OutFile | None = None
     """Page to write; none for the score file's name with .html."""
 
 
@@ -49,8 +50,6 @@ def run(config: ReportConfig) -> None:
     """
     if config.scores is None:
         raise ConfigError("expected a score file: metainfluence report scores.parquet")
-    if config.most < 2:
-        raise ConfigError(f"--most: expected at least 2, got {config.most}")
     table = tables.read(config.scores)
     folder = located(config.scores, config.run, config.problem)
     job = runs.load(folder, config.problem) if config.pictures and (folder or config.problem) else None

@@ -18,10 +18,12 @@ from typing import Any
 
 import tyro
 
+from metainfluence._disk import missing
 from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, load_toml
 from metainfluence.lab.experiments import answers, results, verdicts
 from metainfluence.lab.experiments.code import UNKNOWN, code_of
 from metainfluence.lab.experiments.named import ConfigError
+from metainfluence.lab.experiments.ranges import Place
 from metainfluence.lab.show.printing import say
 
 # experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.
@@ -99,6 +101,12 @@ def compile_quickly() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 
+def check_out(out: Path) -> None:
+    """Raises ConfigError where no results can be written to a folder."""
+    if told := Place(folder=True).problem(out):
+        raise ConfigError(f"--out: {told}")
+
+
 def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
     """Runs one experiment unless its results are there already.
 
@@ -106,10 +114,11 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
       The folder with its results.
 
     Raises:
-      ConfigError: as `configured`.
+      ConfigError: as `configured`; an `out` that cannot be written to.
       OtherConfigError: the folder holds results of another configuration, or of other code.
     """
     run, config = configured(path, size, overrides)
+    check_out(out)
     folder, code = out / path.stem / size, code_of(run.__module__.rpartition(".")[2])
     if results.finished(folder, config, code):
         say(f"{path.stem}, {size}: already in {folder}")
@@ -117,14 +126,15 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
     compile_quickly()
     keeps = "cache" in inspect.signature(run).parameters
     # What is finished in parts is kept as it comes, so that a run that was cut goes on where it was.
+    made = missing(folder)
     more = {"cache": results.claim(folder, config, code)} if keeps else {}
     say(f"{path.stem}, {size}: {config.title}")
     started = time.perf_counter()
     try:
         found = run(config, **more)
-    except (ValueError, OSError):
+    except Exception:
         if keeps:
-            results.release(folder)
+            results.release(folder, made)
         raise
     seconds = time.perf_counter() - started
     command = shlex.join(["metainfluence", "reproduce", "--config", str(path), "--size", size, *overrides])
@@ -153,6 +163,7 @@ def run_all(folder: Path, size: str, out: Path) -> int:
     Returns:
       How many failed; their messages are on standard error.
     """
+    check_out(out)
     failed = 0
     paths = experiment_files(folder)
     for path in paths:
@@ -196,11 +207,12 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
     if older:
         known = "with what changed since where that is known"
         lines += ["", f"**Older than the code that they speak of**, {known}: {'; '.join(older)}."]
-        say(f"Older than the code: {'; '.join(older)}")
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).write_text("\n".join(lines) + "\n\n" + "\n".join(sections), encoding="utf-8")
+    if older:
+        say(f"Older than the code: {'; '.join(older)}")
 
 
 def main(args: Sequence[str]) -> None:
@@ -242,6 +254,7 @@ def main(args: Sequence[str]) -> None:
         parser.error("expected one of --config FILE, --all and --report; only --config takes further options")
     try:
         if known.report:
+            check_out(known.out)
             report(experiment_files(known.configs), known.size, known.out)
         elif known.dry_run:
             for path in experiment_files(known.configs) if known.all else [known.config]:

@@ -12,10 +12,10 @@ import metainfluence as mi
 from metainfluence._disk import of_arrays
 from metainfluence.lab.commands import _estimators as estimators
 from metainfluence.lab.commands import _runs as runs
-from metainfluence.lab.commands.job import Job, tolerance
+from metainfluence.lab.commands.job import Job, aimed, tolerance
 from metainfluence.lab.experiments import results
 from metainfluence.lab.experiments.named import ConfigError
-from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive
+from metainfluence.lab.experiments.ranges import Count, NotNegative, OutFile, Positive
 from metainfluence.lab.show.printing import OF_SCORE, check_solve, facts, say, say_budget, say_table
 from metainfluence.scoring import ids_of
 
@@ -33,7 +33,7 @@ class ScoreConfig:
     problem: str | None = None
     """Instead of a run: MODULE:FUNCTION of your own, which returns a dict with problem, meta_params, source,
     target_args, and, where there are, target, test, metric, metric_name, images."""
-    out: Path | None = None
+    out: OutFile | None = None
     """Score file; none for scores.parquet in the run's folder, or, for a problem, here."""
     by: Literal["auto", "trajectory", "segments", "optimum"] = "auto"
     """Which estimator: the derivative of the training run, its checkpoints, or the optimum's; auto for the rule of
@@ -64,17 +64,18 @@ def run(config: ScoreConfig) -> None:
     """Scores, writes the file and prints the most harmful tasks.
 
     Raises:
-      ConfigError: a problem without a target and without tasks for the default one.
       SolveError: the solve failed; the file is there and says so.
       PrecisionError: half precision turns the scores of a few tasks into another ranking.
     """
-    job = runs.load(config.run, config.problem)
+    job = aimed(runs.load(config.run, config.problem))
     target = job.phi()
     out = config.out or (config.run or Path()) / SCORES
     there = out.exists() and config.resume
     if not there:
         probe(config, job, target)
     choice = chosen(config, job, out)
+    if there:
+        refuse_others(out, choice)
     say(f"By {choice.told}")
     told = {"run": origin(config, job)}
     if choice.name != estimators.OPTIMUM:
@@ -117,14 +118,29 @@ def probe(config: ScoreConfig, job: Job, target: Any) -> None:
     )
 
 
+def refuse_others(out: Path, choice: estimators.Choice) -> None:
+    """Raises ValueError where the file that is there is by another estimator."""
+    by = written_by(out).name
+    if by != choice.name:
+        raise ValueError(
+            f"out: expected a new file or one of this run, got {out}, which differs in estimator: this run has "
+            f"{choice.name!r}, that one {by!r}; --no-resume starts anew"
+        )
+
+
+def written_by(out: Path) -> estimators.Choice:
+    """The estimator of a score file, and why it was taken."""
+    said = mi.read_scores(out).metadata.get("estimator")
+    name, _, reason = (said if isinstance(said, str) else "optimum: as in the file that is there").partition(": ")
+    return estimators.Choice(name, reason)
+
+
 def chosen(config: ScoreConfig, job: Job, out: Path) -> estimators.Choice:
     """The estimator: the one asked for, that of the file which is there, or the rule's."""
     asked = [name for name in OF_OPTIMUM if getattr(config, name) != getattr(ScoreConfig(), name)]
     option = f"--{asked[0].replace('_', '-')}" if asked else ""
     if config.by == estimators.AUTO and not option and config.resume and out.exists():
-        said = mi.read_scores(out).metadata.get("estimator")
-        name, _, reason = (said if isinstance(said, str) else "optimum: as in the file that is there").partition(": ")
-        return estimators.Choice(name, reason)
+        return written_by(out)
     return estimators.chosen(job, config.by, option, config.smoothness)
 
 
@@ -148,8 +164,14 @@ def tell(
     own = ["--problem", str(config.problem)] if config.run is None else ["--run", str(config.run)]
     own = [] if config.run is not None and config.run == out.parent else own
     following = shlex.join(["metainfluence", "edit", str(out), *own, "--most-harmful", "K"])
-    say(f"{'Already in' if there else 'Wrote'} {out}; next: {following}")
-    check_solve(scores, OF_SCORE)
+    told = f"{'Already in' if there else 'Wrote'} {out}"
+    try:
+        check_solve(scores, OF_SCORE)
+    except mi.SolveError:
+        # What comes next is the cure, which the error names.
+        say(told)
+        raise
+    say(f"{told}; next: {following}")
 
 
 def order(scores: np.ndarray) -> np.ndarray:

@@ -3,13 +3,14 @@
 import logging
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import metainfluence as mi
-from metainfluence._disk import write_atomically
+from metainfluence._disk import missing, remove_empty, write_atomically
 from metainfluence.lab.commands import _parameters as parameters
 from metainfluence.lab.commands import _runs as runs
 from metainfluence.lab.commands._runs import CHECKPOINTS, CONFIG, TRAINED, TrainConfig
@@ -66,12 +67,17 @@ def run(config: TrainConfig) -> None:
     # What can be refused is refused before anything is written, since a folder with a configuration is taken.
     one_step = training_steps(learner.problem, optimizer, 1, tasks_per_step=steps.tasks_per_step)
     jax.eval_shape(one_step, initial, optimizer.init(initial), tasks, mi.unit_weights(tasks))
+    made = missing(folder)
     claim(folder, config)
     try:
         trained = train(initial, tasks)
     except TrainingError as error:
-        release(folder)
-        raise TrainingError(f"{error}; lower --training.learning-rate {steps.learning_rate:g}") from error
+        release(folder, made)
+        raise error.by("--training.learning-rate", steps.learning_rate) from error
+    except Exception:
+        if not kept_anything(folder):
+            release(folder, made)
+        raise
     parameters.save(folder / TRAINED, trained.meta_params)
     damaged = int((fewshot.harm(listed.training) != fewshot.CLEAN).sum())
     say(
@@ -82,8 +88,14 @@ def run(config: TrainConfig) -> None:
 
 
 def refuse_others(folder: Path, config: TrainConfig) -> None:
-    """Raises ValueError where the folder is another configuration's."""
+    """Raises ValueError where the folder is another configuration's, or has parts of who knows what."""
     if not (folder / CONFIG).exists():
+        for part in (CHECKPOINTS, runs.STATES, TRAINED):
+            if (folder / part).exists():
+                raise ValueError(
+                    f"out: expected a new folder or one with {CONFIG}, got {folder}, which has {part} without it; name "
+                    "another --out"
+                )
         return
     found = results.differences(results.plain(runs.read(folder)), results.plain(config))
     if found:
@@ -101,13 +113,17 @@ def claim(folder: Path, config: TrainConfig) -> None:
         write_atomically(folder / CONFIG, as_toml(config, leave_out=["out"]).encode())
 
 
-def release(folder: Path) -> None:
-    """Undoes `claim` for a training that failed and would fail again, so that another may use the folder."""
+def kept_anything(folder: Path) -> bool:
+    """Whether there is a step of this training from which another call would go on."""
+    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
+
+
+def release(folder: Path, made: Sequence[Path]) -> None:
+    """Undoes `claim`, which made some folders, so that another training may use them."""
     (folder / CONFIG).unlink()
     for part in (CHECKPOINTS, runs.STATES):
         shutil.rmtree(folder / part, ignore_errors=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    remove_empty(made)
 
 
 def plan(config: TrainConfig) -> mi.Plan:

@@ -12,10 +12,10 @@ import optax
 import metainfluence as mi
 from metainfluence.lab.data import digits, fewshot
 from metainfluence.lab.data.sources import FewShotSource
-from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Share, Size, Ways
+from metainfluence.lab.experiments.ranges import Count, NotNegative, OutFolder, Positive, Share, Size, Ways
 from metainfluence.lab.learn.models import MLP, logistic_head_problem
 from metainfluence.lab.learn.timing import Compiled
-from metainfluence.lab.learn.train import meta_train
+from metainfluence.lab.learn.train import TrainingError, meta_train
 from metainfluence.lab.show import plots, report
 
 NUM_RANDOM_ORDERS = 100
@@ -58,7 +58,7 @@ class DemoConfig:
     as all else."""
     seed: Size = 0
     """Of the tasks, the damage and the initial parameters."""
-    out: Path = Path("demo-output")
+    out: OutFolder = Path("demo-output")
     """Folder for scores.parquet and scores.png."""
 
 
@@ -109,7 +109,10 @@ def run(config: DemoConfig) -> None:
     initial = model.init(jax.random.key(config.seed), data.tasks.support.images[0])
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps))
     train = meta_train(problem, optimizer, config.num_steps, console=console)
-    trained = train(initial, data.tasks)
+    try:
+        trained = train(initial, data.tasks)
+    except TrainingError as error:
+        raise error.by("--learning-rate", config.learning_rate) from error
 
     target = mi.query_loss(problem)
 

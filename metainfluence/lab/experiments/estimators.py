@@ -42,8 +42,9 @@ from metainfluence.lab.experiments.setting import (
     make_learner,
     sinusoid_tasks,
 )
-from metainfluence.lab.experiments.trainings import states_of
+from metainfluence.lab.experiments.trainings import check_end, states_of
 from metainfluence.lab.learn.learners import Learner
+from metainfluence.lab.learn.train import TrainingError
 from metainfluence.lab.show.printing import say
 
 NOTHING = "nothing"
@@ -175,6 +176,11 @@ def account_of(
         again, tasks.training, targets, config.num_left_out, config.removed, config.num_subsets, config.setting.seed
     )
     cases = cases_of(config, name, tasks, learner, ends)
+    for case in cases:
+        try:
+            check_end(case.meta_params, seeded, case.start, tasks.training)
+        except TrainingError as error:
+            raise error.by(f"--{name}.learning-rate", optimizer.learning_rate) from error
     respond = mi.trajectory(seeded)
     each = [
         list(methods(case, respond, states(case.start, tasks.training), optimizer, seed))

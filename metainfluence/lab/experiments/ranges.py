@@ -1,7 +1,9 @@
-"""Ranges of options: what a number may be, beside the field that holds it, and one check for all of them."""
+"""What an option may be, beside the field that holds it: ranges of numbers, places to write to; one check for all."""
 
 import dataclasses
 import math
+import os
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 
@@ -19,6 +21,8 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         """The range in words."""
+        if self == Range(-math.inf):
+            return "a finite number"
         if self.most < math.inf:
             return f"a number from {self.least:g} to {self.most:g}"
         if self == Range(1):
@@ -26,39 +30,69 @@ class Range(NamedTuple):
         return f"a number {'above' if self.above else 'of at least'} {self.least:g}"
 
 
+class Place(NamedTuple):
+    """Where a command writes: a folder, which is made where it is not there, or a file."""
+
+    folder: bool
+
+    def problem(self, path: Path) -> str | None:
+        """Why nothing can be written there, for a message; None where it can."""
+        kind = "a folder" if self.folder else "a file"
+        if path.exists() and path.is_dir() != self.folder:
+            return f"expected {kind} to write, got {path}, which is {'a file' if self.folder else 'a folder'}"
+        above = path if self.folder else path.parent
+        while not above.exists():
+            above = above.parent
+        if not above.is_dir():
+            return f"expected {kind} to write, got {path}, which lies below the file {above}"
+        return None if os.access(above, os.W_OK | os.X_OK) else f"expected {kind} to write, got {path}: no permission"
+
+
+Number = Annotated[float, Range(-math.inf)]
 Count = Annotated[int, Range(1)]
 Size = Annotated[int, Range(0)]
 Ways = Annotated[int, Range(2)]
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
+OutFolder = Annotated[Path, Place(folder=True)]
+OutFile = Annotated[Path, Place(folder=False)]
 
 
 class RangeError(ValueError):
-    """An option whose number is out of its range."""
+    """An option whose number is out of its range, or whose path cannot be written to."""
 
 
-def check(config: Any, prefix: str = "") -> None:
-    """Raises RangeError, naming the option, where a field of a configuration is out of the range it is annotated with.
+def check(config: Any, prefix: str = "", *, places: bool = True) -> None:
+    """Raises RangeError, naming the option, where a field of a configuration is not what it is annotated with.
 
     Args:
       config: a dataclass, with others nested in it.
       prefix: of the options' names.
+      places: whether it is about to write; else what its paths lead to is left alone.
     """
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value, option = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
-            check(value, f"{option}.")
+            check(value, f"{option}.", places=places)
             continue
-        for allowed in _ranges(hints[field.name]):
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and not allowed.holds(number):
-                    raise RangeError(f"--{option.replace('_', '-')}: expected {allowed}, got {number!r}")
+        for allowed in allowed_by(hints[field.name]):
+            for each in value if isinstance(value, tuple) else (value,):
+                if (places or not isinstance(allowed, Place)) and (told := _problem(allowed, each)):
+                    raise RangeError(f"--{option.replace('_', '-')}: {told}")
 
 
-def _ranges(hint: Any) -> list[Range]:
-    """The ranges that a type is annotated with, its parts included, as in `Count | None`."""
-    own = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Range)]
+def allowed_by(hint: Any) -> list[Range | Place]:
+    """What a type is annotated with, its parts included, as in `Count | None`."""
+    own = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Range | Place)]
     parts = get_args(hint)[:1] if get_origin(hint) is Annotated or own else get_args(hint)
-    return own + [each for part in parts for each in _ranges(part)]
+    return own + [each for part in parts for each in allowed_by(part)]
+
+
+def _problem(allowed: Range | Place, value: Any) -> str | None:
+    if isinstance(allowed, Place):
+        return allowed.problem(value) if isinstance(value, Path) else None
+    if isinstance(value, int | float) and not allowed.holds(value):
+        return f"expected {allowed}, got {value!r}"
+    return None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from metainfluence._disk import write_atomically
+from metainfluence._disk import remove_empty, write_atomically
 from metainfluence.lab.experiments.code import UNKNOWN, changed
 
 RECORD, ROWS, PICTURE, TABLE = "ran.json", "results.parquet", "picture.png", "table.md"
@@ -100,24 +101,29 @@ def claim(folder: Path, config: Any, code: Mapping[str, str]) -> Path:
     return path.parent
 
 
-def release(folder: Path) -> None:
-    """Undoes `claim` where nothing has been kept, so that a run that was refused leaves no folder behind."""
+def release(folder: Path, made: Sequence[Path] = ()) -> None:
+    """Undoes `claim` where nothing has been kept, so that a run that was refused leaves no folder behind.
+
+    Args:
+      folder: of the experiment.
+      made: folders that `claim` made, the lowest first.
+    """
     cache = folder / CACHE
-    if [path.name for path in cache.iterdir()] == [OWNER]:
-        (cache / OWNER).unlink()
-        for empty in (cache, folder, folder.parent):
-            if not any(empty.iterdir()):
-                empty.rmdir()
+    if not any(path.is_file() and path != cache / OWNER for path in cache.rglob("*")):
+        shutil.rmtree(cache)
+        remove_empty(made)
 
 
 def _refuse_others(folder: Path, record: Mapping[str, Any], config: Any, code: Mapping[str, str]) -> None:
     if record["config"] != plain(config):
         listed = "; ".join(differences(record["config"], plain(config)))
-        raise OtherConfigError(f"{folder}: written by another configuration ({listed}); name another out, or remove it")
+        raise OtherConfigError(
+            f"{folder}: written by another configuration ({listed}); name another --out, or remove that folder"
+        )
     modules = changed(record.get("code"), code)
     if modules:
         what = UNKNOWN if modules == [UNKNOWN] else f"({shortened(modules)} changed since)"
-        raise OtherConfigError(f"{folder}: written by other code {what}; name another out, or remove it")
+        raise OtherConfigError(f"{folder}: written by other code {what}; name another --out, or remove that folder")
 
 
 def outdated(folder: Path, code: Mapping[str, str]) -> list[str]:

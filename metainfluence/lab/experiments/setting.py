@@ -12,10 +12,11 @@ import metainfluence as mi
 from metainfluence.lab.data import datasets, fewshot, sinusoid
 from metainfluence.lab.experiments.kept import Kept
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Share, Size
-from metainfluence.lab.experiments.trainings import Run, TrainingConfig, end_of, fitting, run_of, timed
+from metainfluence.lab.experiments.trainings import Run, TrainingConfig, check_end, end_of, fitting, run_of, timed
 from metainfluence.lab.learn import learners, models
 from metainfluence.lab.learn.learners import Learner
 from metainfluence.lab.learn.timing import Compiled
+from metainfluence.lab.learn.train import TrainingError
 
 SINUSOID = "sinusoid"
 ORDER = 0
@@ -184,6 +185,7 @@ def make(config: SettingConfig, kept: Kept | None = None) -> Setting:
     Raises:
       ValueError: an unknown dataset, learner, model or split of the checkpoints; more damage than tasks.
       FileNotFoundError: the dataset is not there.
+      TrainingError: a training that ends in NaN or infinity.
     """
     jax.config.update("jax_enable_x64", config.float64)
     tasks = sinusoid_tasks(config) if config.data.dataset == SINUSOID else image_tasks(config)
@@ -195,14 +197,18 @@ def make(config: SettingConfig, kept: Kept | None = None) -> Setting:
     train = timed(fit, tasks.training)
     weights = mi.unit_weights(tasks.training)
     like = jax.eval_shape(fit, weights, initial, tasks.training)
+    run = run_of(config.training, learner.problem, ORDER)
 
     def trained() -> tuple[Any, float]:
         done = train(weights, initial)
+        try:
+            check_end(done.meta_params, run, initial, tasks.training)
+        except TrainingError as error:
+            raise error.by("--setting.training.learning-rate", config.training.learning_rate) from error
         return done.states, done.seconds
 
     states, seconds = (kept or Kept(None)).tree("trained", trained, like)
     full = Run(end_of(states), states, seconds)
-    run = run_of(config.training, learner.problem, ORDER)
     return Setting(config, tasks, learner, initial, full, lambda *args: end_of(fit(*args)), train, run)
 
 

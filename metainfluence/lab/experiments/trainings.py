@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import metainfluence as mi
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Size
 from metainfluence.lab.learn.timing import Compiled
+from metainfluence.lab.learn.train import TrainingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,29 @@ def fitting(config: TrainingConfig, problem: mi.Bilevel, seed: int) -> Callable[
 def end_of(states: Any) -> Any:
     """λ at the end of a run, of its states."""
     return jax.tree.map(lambda leaf: leaf[-1], states[0])
+
+
+def check_end(end: Any, run: Any, start: Any, tasks: mi.Task) -> None:
+    """Raises TrainingError, naming the step, where λ at the end of a run, or F of a task there, is not finite."""
+    objective, first = mi.total_objective(run.problem), jax.tree.map(lambda leaf: leaf[:1], tasks)
+
+    @jax.jit
+    def finite(meta_params: Any) -> jax.Array:
+        values = [*jax.tree.leaves(meta_params), objective(meta_params, first)]
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(value)) for value in values]))
+
+    if bool(finite(end)):
+        return
+    # Of long runs not every state would fit.
+    count = next(each for each in range(min(run.num_steps, 200), 0, -1) if run.num_steps % each == 0)
+    states = jax.jit(states_of(run, count))(start, tasks)
+    lost = np.flatnonzero(~np.asarray(jax.lax.map(finite, states[0])))
+    step = run.num_steps if not len(lost) else run.num_steps // count * (int(lost[0]) + 1)
+    raise TrainingError(
+        f"training: the meta-parameters, or F there, are not finite after step {step} of {run.num_steps}: the "
+        "learning rate is too large, or a loss has no finite value or gradient there",
+        grew=True,
+    )
 
 
 def timed(fit: Callable[[mi.Weights, Any, mi.Task], Any], tasks: mi.Task) -> Callable[..., Run]:

@@ -55,7 +55,7 @@ class Checkpoints:
         if run["identity"] != self._identity:
             raise ValueError(
                 f"checkpoints: expected a folder of this run, got {self._folder} with a run of other data, initial "
-                "parameters, weights or options"
+                "parameters, weights or options; name another folder, or remove that one"
             )
         leaves, structure = jax.tree.flatten(state)
         target = {"leaves": leaves, "losses": losses}

@@ -30,7 +30,20 @@ class Training(NamedTuple):
 
 
 class TrainingError(RuntimeError):
-    """Meta-training whose objective or meta-parameters are no longer finite."""
+    """Meta-training whose objective or meta-parameters are no longer finite.
+
+    Args:
+      message: with the step and the cause.
+      grew: whether they were finite before, so that smaller steps may help.
+    """
+
+    def __init__(self, message: str, *, grew: bool):
+        super().__init__(message)
+        self.grew = grew
+
+    def by(self, option: str, rate: float) -> "TrainingError":
+        """The same with the option that is the learning rate, where that may be the cause."""
+        return TrainingError(f"{self}; lower {option} {rate:g}" if self.grew else str(self), grew=self.grew)
 
 
 class Trained(NamedTuple):
@@ -255,11 +268,13 @@ def _check_finite(losses: np.ndarray, since: int, meta_params: Any) -> None:
     if step == 0:
         raise TrainingError(
             f"training: {what}, where nothing has been trained yet: look for NaN or infinity in the tasks' data, the "
-            "initial meta-parameters and the losses"
+            "initial meta-parameters and the losses",
+            grew=False,
         )
     raise TrainingError(
         f"training: {what}; it was {losses[0]:.3g} at the first step and {losses[step - 1]:.3g} at step {step}: where "
-        "it grew, the learning rate is too large; else a loss has no finite gradient there"
+        "it grew, the learning rate is too large; else a loss has no finite gradient there",
+        grew=True,
     )
 
 

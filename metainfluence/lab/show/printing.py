@@ -15,6 +15,7 @@ Options = Sequence[tuple[str, str]]
 
 # What the library's messages call a cure, and which options of a command are it; longer phrases first.
 OF_SCORE: Options = (
+    ("lower the solver's tol, or raise the damping", "lower --tol, or raise --damping"),
     ("lower the solver's tol, allow more steps, or raise the damping", "lower --tol, raise --max-steps or --damping"),
     (
         "allow more steps, raise the damping, loosen tol, precondition, or compute in float64",
@@ -29,8 +30,19 @@ OF_SCORE: Options = (
         "use --solver minres, or --solver auto, which goes on with |H|",
     ),
     ("solve with |H| (solvers.auto does where it must)", "solve with |H| (--solver auto does where it must)"),
+    (
+        'in float32 try solver=metainfluence.solvers.auto(tol=1e-3) with damping="auto" first',
+        "in float32 try --solver auto --tol 1e-3 --damping auto first",
+    ),
+    ("raise rank, or tol", "take --by trajectory, or --by optimum"),
+    ("or ask metainfluence.optimum", "or take --by optimum"),
+    ("whether it predicts a removal, smoothness tells", "whether it predicts a removal, --smoothness tells"),
+    ("was not measured: metainfluence.smoothness", "was not measured, as --no-smoothness asks for"),
+    # The command takes the automatic damping by itself, and prints the budget.
+    (': take damping="auto", and mind the budget', ""),
 )
 OF_EDIT: Options = (
+    ("lower the solver's tol, or raise the damping", "raise --damping, or remove less"),
     ("lower the solver's tol, allow more steps, or raise the damping", "raise --damping, or remove less"),
     (
         "allow more steps, raise the damping, loosen tol, precondition, or compute in float64",
@@ -39,8 +51,10 @@ OF_EDIT: Options = (
     ("allow more steps, raise the damping, loosen tol, or precondition", "raise --damping, or remove less"),
     (", or use a solver for indefinite operators (minres, dense)", ", or take fewer --num-newton-steps"),
     (", or solve with |H| (solvers.auto does where it must)", ", or take fewer --num-newton-steps"),
+    ('in float32 try solver=metainfluence.solvers.auto(tol=1e-3) with damping="auto" first; ', ""),
 )
 OF_DEMO: Options = (
+    ("lower the solver's tol, or raise the damping", "raise --damping"),
     ("lower the solver's tol, allow more steps, or raise the damping", "raise --damping"),
     ("with a falling learning rate, until outer_gradient_norm is small", "with more --num-steps"),
     (", or solve with |H| (solvers.auto does where it must)", ""),
@@ -72,6 +86,40 @@ EVERYWHERE: Options = (
         "lower --learner.inner-tol of metainfluence train, or, in a problem of yours, the tol of its minimizer",
     ),
     (", or let the solver find the scale (scale=None)", ""),
+    (
+        "; of solvers.ekfac it tells that its approximation has an eigenvalue that is not positive",
+        "",
+    ),
+    (
+        "(dtype, param_dtype, compute_dtype)",
+        (
+            "(without --learner.compute-dtype of metainfluence train; in a problem of yours dtype, param_dtype, "
+            "compute_dtype)"
+        ),
+    ),
+    (
+        "lower the learning rate, clip the gradient, or give Adam an eps_root > 0",
+        (
+            "lower --training.learning-rate of metainfluence train, or raise its --training.eps-root; in a run of "
+            "yours, clip the gradient"
+        ),
+    ),
+    ("as in Adam without eps_root", "as in Adam without --training.eps-root of metainfluence train"),
+    (
+        "train with a lower learning rate, warm-up or a larger eps_root",
+        (
+            "train with a lower --training.learning-rate, a --training.warmup or a larger --training.eps-root of "
+            "metainfluence train"
+        ),
+    ),
+    (": metainfluence.coupling tells of the weights", ": metainfluence.coupling, in Python, tells of the weights"),
+    (
+        "pass total_effect=True if a removed example leaves the target's tasks too",
+        (
+            "where a removed example leaves the target's tasks too, total_effect of metainfluence.scoring.score, in "
+            "Python, adds the rest"
+        ),
+    ),
     ("; called outside jit, the functions name the task and the leaf", ""),
     ("metainfluence.coupling(problem)(meta_params, task) tells", "metainfluence.coupling, in Python, tells"),
 )
@@ -80,13 +128,26 @@ EVERYWHERE: Options = (
 OF_LAB: Options = (
     ("; whether an inner problem of yours is solved is unknown (closed_form measures it by inner_loss)", ""),
 )
+# λ of a user's own problem is not what `metainfluence train` has trained.
+OF_OWN: Options = (("until outer_gradient_norm is small", "until the outer gradient norm is small"),)
+
 # What errors that a command ends with call a cure.
 IN_ERRORS: Options = (
     ("resume=False starts anew, with a smaller batch_size", "--no-resume starts anew, with a smaller --batch-size"),
     ("resume=False starts anew", "--no-resume starts anew"),
     ("give another folder, or resume=False replaces it", "--no-resume starts anew"),
     ('on_error="skip"', "--on-error skip"),
+    (
+        "or compute in full precision",
+        "or compute in full precision (metainfluence train without --learner.compute-dtype)",
+    ),
+    ("batch_size=", "--batch-size "),
+    (
+        "jax.config.update('jax_enable_x64', False)",
+        "--no-float64 of metainfluence train; for a problem of yours, JAX_ENABLE_X64=0",
+    ),
 )
+BY_COMMAND = {"score": OF_SCORE, "edit": OF_EDIT, "demo": OF_DEMO}
 
 
 def say(text: str) -> None:
@@ -105,7 +166,9 @@ def facts(info: Any) -> list[tuple[str, str, str]]:
     if not isinstance(info, mi.SolveInfo):
         return facts_of_run(info) if isinstance(info, RunInfo) else facts_of_segments(info)
     positive = "the smallest that was met along any direction, damping included; positive, as it has to be"
-    if not info.min_curvature > 0:
+    if info.min_curvature == np.inf:
+        positive = "no direction was met"
+    elif not info.min_curvature > 0:
         positive = "not positive: H has directions along which λ is no minimum"
     met = (
         ("products with the total Hessian", info.num_matvecs, "d", "what the solve took"),
@@ -163,6 +226,11 @@ def in_options(text: str, options: Options) -> str:
     return text
 
 
+def in_options_of(command: str, text: str) -> str:
+    """An error or a warning of the library, on one line and worded for a command."""
+    return in_options(" ".join(text.split()), (*BY_COMMAND.get(command, ()), *IN_ERRORS))
+
+
 def say_budget(result: Any, meta_params: Any, options: Options, *, own: bool = True) -> None:
     """Prints which error dominates, and which of the command's options do something about it.
 
@@ -172,7 +240,7 @@ def say_budget(result: Any, meta_params: Any, options: Options, *, own: bool = T
       options: what the library's cures are called.
       own: whether the problem is the user's; else one of the lab's learners.
     """
-    options = options if own else (*options, *OF_LAB)
+    options = (*options, *(OF_OWN if own else OF_LAB))
     advice = in_options(mi.error_budget(result, meta_params).advice, options)
     solved = isinstance(result.info if hasattr(result, "info") else result, mi.SolveInfo)
     say(f"Error budget{' (distance from stationarity relative to ‖λ‖)' if solved else ''}: {advice}")

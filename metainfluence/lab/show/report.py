@@ -29,8 +29,9 @@ class Removal(NamedTuple):
 
 def console() -> Console:
     """A console that does not wrap tables where the output is a file or a pipe."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=120)
+    # Paths are no markup.
+    plain = Console(highlight=False, markup=False, emoji=False)
+    return plain if plain.is_terminal else Console(highlight=False, markup=False, emoji=False, width=120)
 
 
 def _table(console: Console, title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]], text: int = 1) -> None:
@@ -138,5 +139,6 @@ def removal(console: Console, flagged: np.ndarray, truth: np.ndarray, before: fl
 def files(console: Console, out: Path, seconds: float) -> None:
     """Say what was written and how long all of it took."""
     console.print(
-        f"\nWrote {out / 'scores.parquet'} and {out / 'scores.png'}; {seconds:.0f} s in all, compiling included"
+        f"\nWrote {out / 'scores.parquet'} and {out / 'scores.png'}; {seconds:.0f} s in all, compiling included",
+        soft_wrap=True,
     )

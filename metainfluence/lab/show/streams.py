@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+_FATAL = ("strict", "surrogateescape", "surrogatepass")
+
 
 class Lenient:
     """A text stream that drops what it is given once its reader is gone, and replaces what its encoding lacks.
@@ -17,7 +19,8 @@ class Lenient:
     def __init__(self, stream: TextIO | None):
         # Never closed, like the standard streams themselves.
         self._stream: Any = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
-        if hasattr(self._stream, "reconfigure") and self._stream.errors == "strict":
+        # In the C locale Python's own choice is surrogateescape, which is as strict with what the encoding lacks.
+        if hasattr(self._stream, "reconfigure") and self._stream.errors in _FATAL:
             self._stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:

@@ -28,7 +28,7 @@ from metainfluence.lab.bench.peers.compare import Candidate, Row, race
 from metainfluence.lab.bench.peers.problem import Problem
 from metainfluence.lab.bench.peers.single_level import SingleLevel
 from metainfluence.lab.data import datasets, digits, fewshot
-from metainfluence.lab.experiments.ranges import Count, Positive, Ways
+from metainfluence.lab.experiments.ranges import Count, NotNegative, OutFolder, Positive, Ways
 from metainfluence.lab.learn.models import MLP
 
 TWO_LEVELS = (GRADIENT, PRODUCT, LINEAR, SCORES, ROUTE)
@@ -67,19 +67,19 @@ class PeersBenchConfig:
     """Relative error asked for."""
     repeats: Count = 20
     """Timed runs of each, at most; the shortest is reported."""
-    budget: float = 5.0
+    budget: Positive = 5.0
     """Seconds after which a slow candidate is not run again."""
     quantities: tuple[str, ...] = (*TWO_LEVELS, SINGLE)
     """What is measured."""
     libraries: tuple[str, ...] = ("metainfluence", "jaxopt", "optimistix", "torch.func", "dattri", "pyDVL")
     """By what."""
-    least_gradient: float = 2.0
+    least_gradient: NotNegative = 2.0
     """Target: total gradients, the fastest peer's time over ours."""
-    least_product: float = 8.0
+    least_product: NotNegative = 8.0
     """Target: the same of a Hessian product."""
-    least_scores: float = 50.0
+    least_scores: NotNegative = 50.0
     """Target: the same of all scores."""
-    out: Path = Path("bench-output")
+    out: OutFolder = Path("bench-output")
     """Folder for peers.md and peers.json."""
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from metainfluence.lab.experiments.demo import DemoConfig
-from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Size, Ways
+from metainfluence.lab.experiments.ranges import Count, NotNegative, OutFolder, Positive, Size, Ways
 
 TABLES = ("grid", "budgets", "removals", "inner", "targets")
 PROBLEMS = ("anil", "imaml", "maml")
@@ -143,7 +143,7 @@ class SolverBenchConfig:
     """Timed runs; the median is reported."""
     seed: Size = 0
     """Of tasks and initial parameters."""
-    out: Path = Path("bench-output")
+    out: OutFolder = Path("bench-output")
     """Folder for solvers.md and solvers.json."""
     solve: Solve = dataclasses.field(default_factory=Solve)
     damping: Damping = dataclasses.field(default_factory=Damping)
