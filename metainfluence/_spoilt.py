@@ -196,9 +196,7 @@ def told_of_source(problem: Bilevel, meta_params: PyTree, ids: Sequence[Any], fi
         cause = f"the data of {ids[0]!r} are finite; {where}"
     else:
         cause = cause.removesuffix(" in task 0")
-    return (
-        f"expected finite gradients, got NaN or infinity from {'task' if len(ids) == 1 else 'tasks'} {named}: {cause}"
-    )
+    return f"expected finite gradients, got NaN or infinity from tasks {named}: {cause}"
 
 
 def _without_examples(

@@ -21,7 +21,7 @@ def single(tree):
     )
 
 
-@pytest.mark.parametrize("problem_name", ["implicit_head", "maml_sgd"])
+@pytest.mark.parametrize("problem_name", ["implicit_head", pytest.param("maml_sgd", marks=pytest.mark.slow)])
 def test_float32_is_as_close_to_float64_as_its_precision_allows(problem_name):
     point = solved(problem_name)
     expected_losses, expected_gradients, _ = runs.gradient_fn(problem_name)(

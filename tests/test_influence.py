@@ -34,10 +34,17 @@ def matrix(delta, axes):
 
 # Those that take longest to solve again and again; their like is among the others.
 LONG = {"given", "maml_adam"}
-MARKED = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in KINDS]
 
 
-@pytest.mark.parametrize("problem_name", MARKED)
+def marked(names, long):
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in long else []) for name in names]
+
+
+RESOLVED = marked(KINDS, {*LONG, "imaml"})
+EVERY = marked(KINDS, LONG)
+
+
+@pytest.mark.parametrize("problem_name", RESOLVED)
 @pytest.mark.parametrize("kind", ["task", "support", "query"])
 def test_one_datum_against_central_differences_of_the_re_optimised_meta_params(problem_name, kind):
     direction, expected = optimum_differences(problem_name)[kind]
@@ -46,7 +53,7 @@ def test_one_datum_against_central_differences_of_the_re_optimised_meta_params(p
     assert relative_error(delta[where], expected) <= 1e-5
 
 
-@pytest.mark.parametrize("problem_name", MARKED)
+@pytest.mark.parametrize("problem_name", RESOLVED)
 def test_a_random_direction_against_central_differences_of_the_re_optimised_meta_params(problem_name):
     direction, expected = optimum_differences(problem_name)["random"]
     total = sum(
@@ -56,14 +63,14 @@ def test_a_random_direction_against_central_differences_of_the_re_optimised_meta
     assert relative_error(total, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("problem_name", KINDS)
+@pytest.mark.parametrize("problem_name", EVERY)
 def test_all_data_against_the_mixed_derivative_of_the_independent_program(problem_name):
     found, mixed = runs.influences(problem_name), solved(problem_name).derivatives.mixed
     for kind, axes in (("task", 1), ("support", 2), ("query", 2)):
         assert relative_error(matrix(found[kind].delta, axes), -solve(problem_name, getattr(mixed, kind))) <= 1e-9
 
 
-@pytest.mark.parametrize("problem_name", KINDS)
+@pytest.mark.parametrize("problem_name", EVERY)
 def test_group_influence_is_the_sum_over_its_direction(problem_name):
     found, direction = runs.influences(problem_name), runs.random_direction(problem_name)
     total = sum(
@@ -73,7 +80,7 @@ def test_group_influence_is_the_sum_over_its_direction(problem_name):
     assert relative_error(matrix(found["group"].delta, 0), total) <= 1e-9
 
 
-@pytest.mark.parametrize("problem_name", KINDS)
+@pytest.mark.parametrize("problem_name", EVERY)
 def test_reverse_mode_equals_forward_mode(problem_name):
     """score = −w ⟨∇φ, dλ*/dw⟩, the predicted change on removal."""
     found, point = runs.influences(problem_name), solved(problem_name)
@@ -92,7 +99,7 @@ def test_training_examples_are_those_of_proposition_4_8(problem_name):
     assert relative_error(delta, -solve(problem_name, share * gradients)) <= 1e-9
 
 
-@pytest.mark.parametrize("problem_name", KINDS)
+@pytest.mark.parametrize("problem_name", EVERY)
 def test_validation_examples_are_those_of_theorem_4_1(problem_name):
     weights, gradients = solved(problem_name).weights, paper.terms(problem_name).query_gradients
     share = np.asarray(weights.task)[:, None, None] / len(weights.task)
@@ -103,7 +110,7 @@ def test_validation_examples_are_those_of_theorem_4_1(problem_name):
 UNKNOWN = ("ridge_head", "prototypes")
 
 
-@pytest.mark.parametrize("problem_name", KINDS)
+@pytest.mark.parametrize("problem_name", EVERY)
 def test_info_reports_the_solve_and_the_stationarity_of_both_levels(problem_name):
     found = runs.influences(problem_name)
     smallest = np.linalg.eigvalsh(solved(problem_name).derivatives.hessian)[0]

@@ -156,10 +156,10 @@ OTHERS = ("query_loss", "group", "direct", "self", "edit")
     ("problem_name", "batch_size", "kinds"),
     [
         pytest.param("maml_sgd", 1, MAIN, marks=pytest.mark.slow),
-        ("maml_sgd", 2, MAIN),
+        pytest.param("maml_sgd", 2, MAIN, marks=pytest.mark.slow),
         ("maml_sgd", 5, ("objective", "scores")),
         pytest.param("maml_sgd", 8, ("objective", "scores"), marks=pytest.mark.slow),
-        ("prototypes", 3, OTHERS),
+        pytest.param("prototypes", 3, OTHERS, marks=pytest.mark.slow),
         ("implicit_head", 3, ("product", "scores")),
     ],
 )

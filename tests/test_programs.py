@@ -111,7 +111,9 @@ def test_nothing_is_compiled_while_tracing(cases, monkeypatch):
     assert jnp.ndim(case.meta_params["bias"]) == 1
 
 
-@pytest.mark.parametrize("kind", ["implicit", "unrolled", "closed form", "task loss"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("implicit", marks=pytest.mark.slow), "unrolled", "closed form", "task loss"]
+)
 def test_problems_may_close_over_traced_values(kind):
     """A problem that is made inside a function that is differentiated, mapped or compiled."""
     task = mi.Task(jnp.asarray([[0.5], [2.0], [1.0]]), jnp.asarray([[1.0], [3.0], [2.0]]))
@@ -169,8 +171,16 @@ def test_what_is_no_part_of_an_answer_may_not_close_over_what_is_differentiated(
             differentiate(use)(1.0)
 
 
-@pytest.mark.parametrize("curvature", [mi.curvature.exact(), mi.curvature.linearized()], ids=repr)
-@pytest.mark.parametrize("hvp", ["forward_over_reverse", "reverse_over_reverse"])
+@pytest.mark.parametrize(
+    ("curvature", "hvp"),
+    [
+        (mi.curvature.exact(), "forward_over_reverse"),
+        (mi.curvature.linearized(), "reverse_over_reverse"),
+        pytest.param(mi.curvature.exact(), "reverse_over_reverse", marks=pytest.mark.slow),
+        pytest.param(mi.curvature.linearized(), "forward_over_reverse", marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
 def test_a_response_answers_at_the_precision_that_it_was_made_with(cases, curvature, hvp):
     """Whoever asks it, and in whatever setting of JAX."""
     case = cases["implicit head"]

@@ -241,7 +241,7 @@ def test_training_itself_goes_on_without_it():
 def test_a_stream_names_the_task_and_the_place(tmp_path):
     problem, tasks, _ = with_norm(coinciding)
     source = [jax.tree.map(lambda leaf, k=k: np.asarray(leaf[k]), tasks) for k in range(4)]
-    told = r"from task 2: the data of 2 are finite; a norm, .* query example 1; .* leave these tasks out"
+    told = r"from tasks 2: the data of 2 are finite; a norm, .* query example 1; .* leave these tasks out"
     run = mi.training(problem, optax.sgd(0.1), RUN_STEPS, tasks_per_step=2)
     with pytest.raises(ValueError, match=told):
         mi.trajectory(run, progress=False)(LAMBDA, source)

@@ -299,7 +299,10 @@ def rule(found):
     return 2 * jnp.maximum(found.residuals[0] - found.smallest, 0) + 1e-3 * found.largest
 
 
-@pytest.mark.parametrize("eigenvalues", [DECAYING, INDEFINITE], ids=["decaying", "indefinite"])
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [pytest.param(DECAYING, id="decaying", marks=pytest.mark.slow), pytest.param(INDEFINITE, id="indefinite")],
+)
 @pytest.mark.parametrize("kind", EXPLORERS)
 def test_a_solve_starts_from_the_vectors_that_its_damping_was_chosen_by(kind, eigenvalues, rng):
     solver, built, rank = EXPLORERS[kind](), flat(eigenvalues), 20

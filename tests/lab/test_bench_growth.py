@@ -90,7 +90,7 @@ def results():
     }
 
 
-@pytest.mark.parametrize("kind", ["unrolled", "remat"])
+@pytest.mark.parametrize("kind", [pytest.param("unrolled", marks=pytest.mark.slow), "remat"])
 def test_many_unrolled_steps_reach_what_the_implicit_head_gives(results, kind):
     for name, found in results[kind].items():
         pairs = zip(*map(jax.tree.leaves, (found, results["implicit"][name])), strict=True)

@@ -10,8 +10,6 @@ import pytest
 import metainfluence as mi
 from metainfluence.lab.bench import programs
 
-DAMPINGS = (0.5, "auto")
-
 
 @pytest.fixture(scope="module")
 def case():
@@ -39,8 +37,18 @@ def vdot(left, right):
     return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
 
-@pytest.mark.parametrize("damping", DAMPINGS)
-@pytest.mark.parametrize("solver", [None, mi.solvers.cg(tol=1e-10), mi.solvers.block_cg(tol=1e-10)], ids=repr)
+@pytest.mark.parametrize(
+    ("solver", "damping"),
+    [
+        (None, "auto"),
+        pytest.param(None, 0.5, marks=pytest.mark.slow),
+        (mi.solvers.cg(tol=1e-10), "auto"),
+        (mi.solvers.cg(tol=1e-10), 0.5),
+        pytest.param(mi.solvers.block_cg(tol=1e-10), "auto", marks=pytest.mark.slow),
+        (mi.solvers.block_cg(tol=1e-10), 0.5),
+    ],
+    ids=repr,
+)
 def test_scores_are_those_of_influence_scores(case, solver, damping):
     target = mi.query_loss(case.problem)
     options = {"solver": solver, "damping": damping}
