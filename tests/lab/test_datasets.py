@@ -287,6 +287,33 @@ def test_distortions_are_further_examples_of_their_class():
         datasets.with_distortions(small_dataset("colour", (3,)))
 
 
+@pytest.mark.parametrize("colour", [(), (3,)])
+def test_crops_are_further_examples_of_their_class(colour):
+    # Brighter downwards and to the right, by other steps, so that a part tells its place, its size and its side.
+    rows, columns = np.indices((24, 24)) / 24
+    ramp = (rows / 2 + columns / 4).reshape(24, 24, *(1 for _ in colour)) * np.ones(colour)
+    images = np.stack([ramp, 1 - ramp, ramp]).astype(np.float32)
+    pools = {"train": np.array([0, 1]), "test": np.array([2])}
+    read = Dataset("ramps", images, np.arange(3), ("down", "up", "none"), pools)
+    more = datasets.with_crops(read, copies=8, size=16)
+    assert more.images.shape == (3 + 16, 16, 16, *colour)
+    assert more.labels.tolist() == [0, 1, 2, *[0] * 8, *[1] * 8]
+    assert more.pools["train"].tolist() == [0, 1, *range(3, 19)]
+    assert more.pools["test"].tolist() == [2]
+    np.testing.assert_allclose(more.images[:3], datasets.resized(images, 16))
+    down, right = (np.ptp(more.images[3:].mean(axis=axis), axis=1) for axis in (2, 1))
+    assert np.all(more.images[3:11, 0, 8] < more.images[3:11, -1, 8])
+    assert np.all(more.images[11:, 0, 8] > more.images[11:, -1, 8])
+    # Windows of half the area or more: no side below 0.61; and none is the whole.
+    assert np.all((down > 0.25) & (down < 0.49))
+    assert np.all((right > 0.125) & (right < 0.245))
+    mirrored = more.images[3:11, 8, 0] > more.images[3:11, 8, -1]
+    assert 0 < mirrored.reshape(8, -1)[:, 0].sum() < 8
+    np.testing.assert_array_equal(datasets.with_crops(read, copies=8, size=16).images, more.images)
+    with pytest.raises(ValueError, match="dataset: expected square images, got 24 x 20"):
+        datasets.with_crops(read._replace(images=images[:, :, :20]))
+
+
 @pytest.mark.parametrize(("own", "other"), [((), (3,)), ((3,), ())])
 def test_foreign_examples_take_the_shape_of_the_dataset(own, other):
     both = datasets.add_foreign(small_dataset("own", own), small_dataset("other", other)._replace())

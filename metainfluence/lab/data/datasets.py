@@ -213,6 +213,58 @@ def with_distortions(dataset: Dataset, split: str = "train", *, copies: int = 4,
     )
 
 
+def with_crops(
+    dataset: Dataset, split: str = "train", *, copies: int = 4, size: int | None = None, seed: int = 0
+) -> Dataset:
+    """Adds parts of a split's images as further examples of their classes.
+
+    Each copy shows a window of a half to all of the image, 3:4 to 4:3, stretched to the image's own shape, and mirrored
+    at random: what photographs differ in, so that classes stay what they are.
+
+    Args:
+      dataset: with square images, read at more than `size`, so that the parts are sharp.
+      split: whose images are copied.
+      copies: of each image.
+      size: height and width of all images of the result; None for those that they have.
+      seed: of the windows; one generator per (seed, image).
+
+    Raises:
+      ValueError: an unknown split, or images that are not square.
+    """
+    check_split(dataset, split)
+    height, width = dataset.images.shape[1:3]
+    if height != width:
+        raise ValueError(f"dataset: expected square images, got {height} x {width}")
+    size = height if size is None else size
+    ids = dataset.pools[split]
+    added = np.empty((len(ids), copies, size, size, *dataset.images.shape[3:]), np.float32)
+    for row, k in enumerate(ids.tolist()):
+        rng = np.random.default_rng([seed, k])
+        image = dataset.images[k] if dataset.images.ndim == 4 else dataset.images[k][..., None]
+        planes = [Image.fromarray(np.ascontiguousarray(image[..., c], np.float32)) for c in range(image.shape[-1])]
+        for copy in range(copies):
+            box = _random_window(rng, height)
+            parts = [plane.resize((size, size), Image.Resampling.BILINEAR, box=box) for plane in planes]
+            part = np.stack([np.asarray(each) for each in parts], axis=-1)
+            part = part[:, ::-1] if rng.random() < 0.5 else part
+            added[row, copy] = part.reshape(added.shape[2:])
+    count = len(dataset.labels)
+    pool = np.concatenate([ids, count + np.arange(len(ids) * copies)])
+    return dataset._replace(
+        images=np.concatenate([resized(dataset.images, size), added.reshape(-1, *added.shape[2:])]),
+        labels=np.concatenate([dataset.labels, np.repeat(dataset.labels[ids], copies)]),
+        pools={**dataset.pools, split: pool},
+    )
+
+
+def _random_window(rng: np.random.Generator, length: int) -> tuple[float, float, float, float]:
+    """A part of a square image: left, top, right and bottom."""
+    area, ratio = rng.uniform(0.5, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
+    width, height = (min(1.0, np.sqrt(area * by)) * length for by in (ratio, 1 / ratio))
+    left, top = rng.uniform(0, length - width), rng.uniform(0, length - height)
+    return float(left), float(top), float(left + width), float(top + height)
+
+
 def _random_mesh(rng: np.random.Generator, width: int, height: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
     """Cells of the copy, and the corners in the image that each is drawn from, as Pillow takes them."""
     angle, shear, scale = rng.uniform([-np.pi / 12, -0.2, 0.85], [np.pi / 12, 0.2, 1.15])

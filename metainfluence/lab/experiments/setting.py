@@ -50,6 +50,8 @@ class DataConfig:
     """Whether training classes turned by 90°, 180° and 270° are further classes, as is usual with Omniglot."""
     distortions: Size = 0
     """Distorted copies of every training image, as further examples of its class; made once, for grey images."""
+    crops: Size = 0
+    """Parts of every training image, mirrored or not, as further examples of its class; made once, for photographs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +308,12 @@ def image_lists(data: DataConfig, harm: HarmConfig, seed: int) -> Lists:
 
 def loaded(data: DataConfig) -> datasets.Dataset:
     """The dataset, with what training adds to its classes and examples."""
-    found = datasets.load(data.dataset, size=data.size)
+    if data.crops:
+        # Read larger, so that the parts of images are as sharp as the images.
+        larger = None if data.size is None else 3 * data.size // 2
+        found = datasets.with_crops(datasets.load(data.dataset, size=larger), copies=data.crops, size=data.size)
+    else:
+        found = datasets.load(data.dataset, size=data.size)
     found = datasets.with_rotations(found) if data.rotations else found
     return datasets.with_distortions(found, copies=data.distortions, seed=0) if data.distortions else found
 
