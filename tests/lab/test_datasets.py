@@ -260,6 +260,23 @@ def test_rotations_are_further_classes():
         datasets.with_rotations(datasets.load("digits"))
 
 
+def test_mirrored_classes_are_turned_like_the_others():
+    read = small_dataset()
+    both = datasets.with_mirrors(read)
+    assert both.class_names[4:] == ("a mirrored", "b mirrored")
+    np.testing.assert_array_equal(both.pools["train"], [0, 1, 2, 3, *range(8, 12)])
+    np.testing.assert_array_equal(both.pools["test"], read.pools["test"])
+    np.testing.assert_array_equal(both.images[8:], np.flip(read.images[:4], axis=2))
+    np.testing.assert_array_equal(both.labels[8:], 4 + read.labels[:4])
+    # All eight ways in which a square can lie, each a class of its own.
+    turned = datasets.with_rotations(both)
+    lying = {image.tobytes() for image in turned.images[turned.pools["train"]]}
+    assert len(lying) == len(turned.pools["train"]) == 8 * 4
+    assert len(np.unique(turned.labels[turned.pools["train"]])) == 8 * 2
+    with pytest.raises(ValueError, match="split: expected one of train, test of small, got 'val'"):
+        datasets.with_mirrors(read, ["val"])
+
+
 def test_distortions_are_further_examples_of_their_class():
     blob = np.zeros((20, 20))
     blob[6:14, 8:11] = 1

@@ -7,7 +7,7 @@ split by example: all pools hold all classes, and share no example.
 import difflib
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,16 +160,41 @@ def with_rotations(dataset: Dataset, splits: Sequence[str] = ("train",)) -> Data
     height, width = dataset.images.shape[1:3]
     if height != width:
         raise ValueError(f"dataset: expected square images, got {height} x {width}")
+    turned = {
+        f"turned {90 * turns}°": lambda images, turns=turns: np.rot90(images, turns, axes=(1, 2)) for turns in (1, 2, 3)
+    }
+    return _with_classes(dataset, splits, turned)
+
+
+def with_mirrors(dataset: Dataset, splits: Sequence[str] = ("train",)) -> Dataset:
+    """Adds the images of some splits, mirrored left to right, as further classes: of characters, not of photographs.
+
+    Args:
+      dataset: split by class.
+      splits: those whose classes are added; others stay as they are.
+
+    Raises:
+      ValueError: an unknown split, or pools that share classes.
+    """
+    for split in splits:
+        check_split(dataset, split)
+    return _with_classes(dataset, splits, {"mirrored": lambda images: images[:, :, ::-1]})
+
+
+def _with_classes(
+    dataset: Dataset, splits: Sequence[str], changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]
+) -> Dataset:
+    """Adds all classes of some splits, changed in each of some ways, as further classes named by the change."""
     check_pools(dataset.labels, dataset.pools, dataset.class_names)
     images, labels, names = [dataset.images], [dataset.labels], list(dataset.class_names)
     pools, count = dict(dataset.pools), len(dataset.labels)
     for split in splits:
         ids = dataset.pools[split]
         classes, local = np.unique(dataset.labels[ids], return_inverse=True)
-        for turns in (1, 2, 3):
-            images.append(np.rot90(dataset.images[ids], turns, axes=(1, 2)))
+        for name, change in changes.items():
+            images.append(change(dataset.images[ids]))
             labels.append(len(names) + local)
-            names += [f"{dataset.class_names[label]} turned {90 * turns}°" for label in classes]
+            names += [f"{dataset.class_names[label]} {name}" for label in classes]
             pools[split] = np.concatenate([pools[split], count + np.arange(len(ids))])
             count += len(ids)
     return Dataset(dataset.name, np.concatenate(images), np.concatenate(labels), tuple(names), pools)

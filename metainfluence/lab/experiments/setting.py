@@ -48,6 +48,8 @@ class DataConfig:
     """Clean tasks on which accuracy is measured; no score sees them."""
     rotations: bool = False
     """Whether training classes turned by 90°, 180° and 270° are further classes, as is usual with Omniglot."""
+    mirrors: bool = False
+    """Whether training classes mirrored are further classes, before they are turned."""
     distortions: Size = 0
     """Distorted copies of every training image, as further examples of its class; made once, for grey images."""
     crops: Size = 0
@@ -314,6 +316,7 @@ def loaded(data: DataConfig) -> datasets.Dataset:
         found = datasets.with_crops(datasets.load(data.dataset, size=larger), copies=data.crops, size=data.size)
     else:
         found = datasets.load(data.dataset, size=data.size)
+    found = datasets.with_mirrors(found) if data.mirrors else found
     found = datasets.with_rotations(found) if data.rotations else found
     return datasets.with_distortions(found, copies=data.distortions, seed=0) if data.distortions else found
 
