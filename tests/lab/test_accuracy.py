@@ -1,6 +1,8 @@
 """Learners measured: training in batches, a learning curve, and accuracy on new tasks; and what editing is worth."""
 
 import dataclasses
+import re
+import shutil
 
 import chex
 import jax
@@ -11,8 +13,9 @@ import pytest
 
 import metainfluence as mi
 from metainfluence.lab.bench import accuracy
+from metainfluence.lab.commands import reproduce
 from metainfluence.lab.data import fewshot
-from metainfluence.lab.experiments import editing
+from metainfluence.lab.experiments import accuracies, editing
 from metainfluence.lab.experiments.setting import DataConfig, HarmConfig, LearnerConfig, SettingConfig
 from metainfluence.lab.experiments.trainings import TrainingConfig
 from metainfluence.lab.learn import learners, models
@@ -53,8 +56,27 @@ def test_a_finished_run_is_only_measured_again(measured):
     config, record = measured
     again = accuracy.run(config)
     assert (again["accuracy"], again["curve"]) == (record["accuracy"], record["curve"])
+    assert again["wall_seconds"] == record["wall_seconds"]  # what training took, and not what looking again did
     with pytest.raises(ValueError, match=r"out: expected a new folder .* learner\.widths: \[8\] there, \[9\] here"):
         accuracy.run(dataclasses.replace(config, learner=LearnerConfig(kind="r2d2", widths=(9,), meta_l2=0.0)))
+
+
+def test_the_page_of_results_has_the_learners(measured, tmp_path, monkeypatch):
+    config, record = measured
+    shutil.copytree(config.out, tmp_path / "learner_digits")
+    reproduce.report([], "small", tmp_path)
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "## Learner: r2d2 on digits, 3-way 1-shot" in page
+    assert "`metainfluence bench --config configs/learner_digits.toml`: " in page
+    assert f"| 50 | {record['curve'][-1][1]:.4f} |" in page
+    told = f"{record['accuracy']:.3f} ± {record['half_width']:.3f}"
+    assert f"| r2d2 on digits: accuracy on classes never trained on, 3-way 1-shot | {told} | ≥ 0.4 | met |" in page
+    assert re.search(r"never trained on, 3-way 3-shot \| .* \| ≥ 2 \| missed \|", page)
+    assert "Older than the code" not in page
+    code = accuracies.records(tmp_path)["learner_digits"]["code"]
+    monkeypatch.setattr(accuracies, "code_of", lambda name: {**code, "krylov.py": "changed"})
+    reproduce.report([], "small", tmp_path)
+    assert "learner_digits (krylov.py)" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_editing_is_held_against_training(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from metainfluence.lab.experiments import accuracies
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.agreement import EXACT
 from metainfluence.lab.experiments.editing_tables import AGAIN, EDIT, PREPARED, difference
@@ -61,6 +62,25 @@ def learner(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
     chance = trained[0]["chance"]
     what = f"{data}: the learner's accuracy, lower end of the 95 % interval, the least of all seeds and levels"
     yield Verdict(what, f"{least:.3f}", f"> {chance:.3f}, chance", least > chance)
+
+
+def learners(out: Path) -> Iterator[Verdict]:
+    """What learners were to reach on classes, or curves, that they have not seen."""
+    for record in accuracies.records(out).values():
+        config, regression = record["config"], record["chance"] is None
+        data = config["data"]
+        shape = f"{data['shots']} points" if regression else f"{data['ways']}-way {data['shots']}-shot"
+        of = "squared error on curves" if regression else "accuracy on classes"
+        tests = [(shape, record["accuracy"], record["half_width"], config["least"])]
+        tests += [
+            (f"{data['ways']}-way {name}", *measured, bar)
+            for (name, measured), bar in zip(record["also"].items(), config["also_least"], strict=False)
+        ]
+        for shape, value, half, bar in tests:
+            if bar is not None:
+                what = f"{config['learner']['kind']} on {data['dataset']}: {of} never trained on, {shape}"
+                met = value <= bar if regression else value >= bar
+                yield Verdict(what, f"{value:.3f} ± {half:.3f}", f"{'≤' if regression else '≥'} {bar:g}", met)
 
 
 def by_rule(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -193,7 +213,7 @@ def speed(out: Path, size: str) -> Iterator[Verdict]:
 
 def all_of(out: Path, size: str) -> list[Verdict]:
     """All promises whose experiments were run."""
-    found: list[Verdict] = []
+    found: list[Verdict] = list(learners(out))
     for data, name in DETECTION.items():
         rows = rows_of(out, name, size)
         for kind in (learner, detection, removed, support, editing):
