@@ -132,7 +132,7 @@ def worth(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
         own, scratch = picked(edits, removed=count, how=how), picked(rows, removed=count, how=AGAIN)
         times = mean(scratch, "seconds") / mean(own, "seconds")
         bar = TIMES if count == 1 else TIMES_MANY
-        what = f"{data}: training from scratch without {count} of {own[0]['of']} tasks over {how}, in time"
+        what = f"{data}, edited: training from scratch without {count} of {own[0]['of']} tasks over {how}, in time"
         if how == EDIT:
             yield Verdict(what, f"{times:.1f} ×", f"≥ {bar:g} ×", times >= bar)
             continue
