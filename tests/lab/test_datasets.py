@@ -275,6 +275,23 @@ def test_rotations_are_further_classes():
         datasets.with_rotations(datasets.load("digits"))
 
 
+def test_mirrored_classes_are_turned_like_the_others():
+    read = small_dataset()
+    both = datasets.with_mirrors(read)
+    assert both.class_names[4:] == ("a mirrored", "b mirrored")
+    np.testing.assert_array_equal(both.pools["train"], [0, 1, 2, 3, *range(8, 12)])
+    np.testing.assert_array_equal(both.pools["test"], read.pools["test"])
+    np.testing.assert_array_equal(both.images[8:], np.flip(read.images[:4], axis=2))
+    np.testing.assert_array_equal(both.labels[8:], 4 + read.labels[:4])
+    # All eight ways in which a square can lie, each a class of its own.
+    turned = datasets.with_rotations(both)
+    lying = {image.tobytes() for image in turned.images[turned.pools["train"]]}
+    assert len(lying) == len(turned.pools["train"]) == 8 * 4
+    assert len(np.unique(turned.labels[turned.pools["train"]])) == 8 * 2
+    with pytest.raises(ValueError, match="split: expected one of train, test of small, got 'val'"):
+        datasets.with_mirrors(read, ["val"])
+
+
 def test_distortions_are_further_examples_of_their_class():
     blob = np.zeros((20, 20))
     blob[6:14, 8:11] = 1
@@ -300,6 +317,33 @@ def test_distortions_are_further_examples_of_their_class():
     np.testing.assert_array_equal(again.images, more.images)
     with pytest.raises(ValueError, match="dataset: expected images in grey"):
         datasets.with_distortions(small_dataset("colour", (3,)))
+
+
+@pytest.mark.parametrize("colour", [(), (3,)])
+def test_crops_are_further_examples_of_their_class(colour):
+    # Brighter downwards and to the right, by other steps, so that a part tells its place, its size and its side.
+    rows, columns = np.indices((24, 24)) / 24
+    ramp = (rows / 2 + columns / 4).reshape(24, 24, *(1 for _ in colour)) * np.ones(colour)
+    images = np.stack([ramp, 1 - ramp, ramp]).astype(np.float32)
+    pools = {"train": np.array([0, 1]), "test": np.array([2])}
+    read = Dataset("ramps", images, np.arange(3), ("down", "up", "none"), pools)
+    more = datasets.with_crops(read, copies=8, size=16)
+    assert more.images.shape == (3 + 16, 16, 16, *colour)
+    assert more.labels.tolist() == [0, 1, 2, *[0] * 8, *[1] * 8]
+    assert more.pools["train"].tolist() == [0, 1, *range(3, 19)]
+    assert more.pools["test"].tolist() == [2]
+    np.testing.assert_allclose(more.images[:3], datasets.resized(images, 16))
+    down, right = (np.ptp(more.images[3:].mean(axis=axis), axis=1) for axis in (2, 1))
+    assert np.all(more.images[3:11, 0, 8] < more.images[3:11, -1, 8])
+    assert np.all(more.images[11:, 0, 8] > more.images[11:, -1, 8])
+    # Windows of half the area or more: no side below 0.61; and none is the whole.
+    assert np.all((down > 0.25) & (down < 0.49))
+    assert np.all((right > 0.125) & (right < 0.245))
+    mirrored = more.images[3:11, 8, 0] > more.images[3:11, 8, -1]
+    assert 0 < mirrored.reshape(8, -1)[:, 0].sum() < 8
+    np.testing.assert_array_equal(datasets.with_crops(read, copies=8, size=16).images, more.images)
+    with pytest.raises(ValueError, match="dataset: expected square images, got 24 x 20"):
+        datasets.with_crops(read._replace(images=images[:, :, :20]))
 
 
 @pytest.mark.parametrize(("own", "other"), [((), (3,)), ((3,), ())])

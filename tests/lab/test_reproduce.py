@@ -234,12 +234,19 @@ def test_the_page_begins_with_what_a_reader_asks(tmp_path):
     folder = tmp_path / "editing_omniglot" / "small"
     folder.mkdir(parents=True)
     shared = {"removed": 1, "of": 20, "accuracy": 0.5, "reached": True}
-    seconds = {"edit": 2.0, "trained from scratch": 10.0, "trained on": 0.5}
+    seconds = {"edit": 2.0, "edit, prepared once": 0.25, "trained from scratch": 10.0, "trained on": 0.5}
+    seconds["trained on for a share of the steps"] = 1.0
+    shared |= {"preparation": 4.0, "steps": 9, "each": [0.5, 0.5]}
     rows = [{**shared, "how": how, "seconds": value} for how, value in seconds.items()]
     pq.write_table(pa.Table.from_pylist(rows), folder / "results.parquet")
     editing = answers.lines(tmp_path, "small")[-1]
     assert editing.startswith("5. ")
     assert "1 of 20 tasks 5.0 × as fast, accuracy +0.0000; training on, to the same held-out loss, is 4.0 ×" in editing
+    assert "an edit prepared once, in 4.0 s, is 40 × as fast, accuracy +0.0000 [+0.0000, +0.0000]" in editing
+    assert "training on for 9 steps is 10 × as fast" in editing
+    edited, prepared = verdicts.worth("Omniglot", verdicts.rows_of(tmp_path, "editing_omniglot", "small"))
+    assert (edited.measured, edited.met) == ("5.0 ×", False)
+    assert (prepared.measured, prepared.met) == ("40 ×, +0.0000 ± 0.0000", True)
     assert answers.lines(tmp_path, "full") == []
     # Where the tables are there and their rows are not, as in a clone, what was said stands.
     said = answers.lines(tmp_path, "small")

@@ -19,7 +19,8 @@ import metainfluence as mi
 from metainfluence._disk import write_atomically
 from metainfluence.lab.bench._output import publish
 from metainfluence.lab.data import fewshot
-from metainfluence.lab.experiments import results
+from metainfluence.lab.experiments import accuracies, results
+from metainfluence.lab.experiments.code import code_of
 from metainfluence.lab.experiments.ranges import Count, OutFolder, Positive, Size, Ways
 from metainfluence.lab.experiments.setting import (
     SINUSOID,
@@ -39,7 +40,7 @@ from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.learn.train import TrainingError, meta_train
 from metainfluence.lab.show.printing import progress_console, say
 
-CHECKPOINTS, CURVE, RESULT = "checkpoints", "curve.json", "accuracy"
+CHECKPOINTS, CURVE, RESULT = "checkpoints", "curve.json", accuracies.RESULT
 BATCH, BLOCK = 20, 25
 SIDE, COPIED, REPEATS = 1024, 1 << 24, 3
 
@@ -151,7 +152,14 @@ def run(config: AccuracyConfig) -> dict[str, Any]:
         "meta_parameters": sum(leaf.size for leaf in jax.tree.leaves(ready.initial)),
         **cost,
     }
-    publish(RESULT, config, _table(config, record, found), **record, machine=results.machine())
+    about = {"machine": results.machine(), "code": code_of(accuracies.DEPENDS_ON)}
+    path = config.out / f"{RESULT}.json"
+    if trained.run_seconds == 0 and path.exists():
+        # Nothing was trained now: what training took, where and by which code, is what was written then.
+        before = json.loads(path.read_text(encoding="utf-8"))
+        record |= {key: before[key] for key in ("wall_seconds", "cpu_seconds", "compile_seconds")}
+        about = {key: before.get(key) for key in about}
+    publish(RESULT, config, _table(config, record, found), **record, **about)
     return record
 
 

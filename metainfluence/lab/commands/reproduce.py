@@ -20,7 +20,7 @@ import tyro
 
 from metainfluence._disk import missing
 from metainfluence.lab.commands.config_files import as_arguments, as_toml, check_ranges, load_toml
-from metainfluence.lab.experiments import answers, results, verdicts
+from metainfluence.lab.experiments import accuracies, answers, results, verdicts
 from metainfluence.lab.experiments.code import UNKNOWN, code_of
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Place
@@ -194,6 +194,11 @@ def report(paths: Sequence[Path], size: str, out: Path) -> None:
             older.append(path.stem if modules == [UNKNOWN] else f"{path.stem} ({results.shortened(modules)})")
         text = (folder / results.TABLE).read_text(encoding="utf-8")
         sections.append(text.replace(f"({results.PICTURE})", f"({path.stem}/{size}/{results.PICTURE})"))
+    older += [
+        name if modules == [UNKNOWN] else f"{name} ({results.shortened(modules)})"
+        for name, modules in accuracies.outdated(out).items()
+    ]
+    sections += accuracies.sections(out)
     earlier = (out / REPORT).read_text(encoding="utf-8") if (out / REPORT).exists() else ""
     lines = [
         "# Results",

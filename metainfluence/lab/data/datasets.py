@@ -8,7 +8,7 @@ import difflib
 import importlib
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,16 +161,41 @@ def with_rotations(dataset: Dataset, splits: Sequence[str] = ("train",)) -> Data
     height, width = dataset.images.shape[1:3]
     if height != width:
         raise ValueError(f"dataset: expected square images, got {height} x {width}")
+    turned = {
+        f"turned {90 * turns}°": lambda images, turns=turns: np.rot90(images, turns, axes=(1, 2)) for turns in (1, 2, 3)
+    }
+    return _with_classes(dataset, splits, turned)
+
+
+def with_mirrors(dataset: Dataset, splits: Sequence[str] = ("train",)) -> Dataset:
+    """Adds the images of some splits, mirrored left to right, as further classes: of characters, not of photographs.
+
+    Args:
+      dataset: split by class.
+      splits: those whose classes are added; others stay as they are.
+
+    Raises:
+      ValueError: an unknown split, or pools that share classes.
+    """
+    for split in splits:
+        check_split(dataset, split)
+    return _with_classes(dataset, splits, {"mirrored": lambda images: images[:, :, ::-1]})
+
+
+def _with_classes(
+    dataset: Dataset, splits: Sequence[str], changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]
+) -> Dataset:
+    """Adds all classes of some splits, changed in each of some ways, as further classes named by the change."""
     check_pools(dataset.labels, dataset.pools, dataset.class_names)
     images, labels, names = [dataset.images], [dataset.labels], list(dataset.class_names)
     pools, count = dict(dataset.pools), len(dataset.labels)
     for split in splits:
         ids = dataset.pools[split]
         classes, local = np.unique(dataset.labels[ids], return_inverse=True)
-        for turns in (1, 2, 3):
-            images.append(np.rot90(dataset.images[ids], turns, axes=(1, 2)))
+        for name, change in changes.items():
+            images.append(change(dataset.images[ids]))
             labels.append(len(names) + local)
-            names += [f"{dataset.class_names[label]} turned {90 * turns}°" for label in classes]
+            names += [f"{dataset.class_names[label]} {name}" for label in classes]
             pools[split] = np.concatenate([pools[split], count + np.arange(len(ids))])
             count += len(ids)
     return Dataset(dataset.name, np.concatenate(images), np.concatenate(labels), tuple(names), pools)
@@ -212,6 +237,58 @@ def with_distortions(dataset: Dataset, split: str = "train", *, copies: int = 4,
         labels=np.concatenate([dataset.labels, np.repeat(dataset.labels[ids], copies)]),
         pools={**dataset.pools, split: pool},
     )
+
+
+def with_crops(
+    dataset: Dataset, split: str = "train", *, copies: int = 4, size: int | None = None, seed: int = 0
+) -> Dataset:
+    """Adds parts of a split's images as further examples of their classes.
+
+    Each copy shows a window of a half to all of the image, 3:4 to 4:3, stretched to the image's own shape, and mirrored
+    at random: what photographs differ in, so that classes stay what they are.
+
+    Args:
+      dataset: with square images, read at more than `size`, so that the parts are sharp.
+      split: whose images are copied.
+      copies: of each image.
+      size: height and width of all images of the result; None for those that they have.
+      seed: of the windows; one generator per (seed, image).
+
+    Raises:
+      ValueError: an unknown split, or images that are not square.
+    """
+    check_split(dataset, split)
+    height, width = dataset.images.shape[1:3]
+    if height != width:
+        raise ValueError(f"dataset: expected square images, got {height} x {width}")
+    size = height if size is None else size
+    ids = dataset.pools[split]
+    added = np.empty((len(ids), copies, size, size, *dataset.images.shape[3:]), np.float32)
+    for row, k in enumerate(ids.tolist()):
+        rng = np.random.default_rng([seed, k])
+        image = dataset.images[k] if dataset.images.ndim == 4 else dataset.images[k][..., None]
+        planes = [Image.fromarray(np.ascontiguousarray(image[..., c], np.float32)) for c in range(image.shape[-1])]
+        for copy in range(copies):
+            box = _random_window(rng, height)
+            parts = [plane.resize((size, size), Image.Resampling.BILINEAR, box=box) for plane in planes]
+            part = np.stack([np.asarray(each) for each in parts], axis=-1)
+            part = part[:, ::-1] if rng.random() < 0.5 else part
+            added[row, copy] = part.reshape(added.shape[2:])
+    count = len(dataset.labels)
+    pool = np.concatenate([ids, count + np.arange(len(ids) * copies)])
+    return dataset._replace(
+        images=np.concatenate([resized(dataset.images, size), added.reshape(-1, *added.shape[2:])]),
+        labels=np.concatenate([dataset.labels, np.repeat(dataset.labels[ids], copies)]),
+        pools={**dataset.pools, split: pool},
+    )
+
+
+def _random_window(rng: np.random.Generator, length: int) -> tuple[float, float, float, float]:
+    """A part of a square image: left, top, right and bottom."""
+    area, ratio = rng.uniform(0.5, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
+    width, height = (min(1.0, np.sqrt(area * by)) * length for by in (ratio, 1 / ratio))
+    left, top = rng.uniform(0, length - width), rng.uniform(0, length - height)
+    return float(left), float(top), float(left + width), float(top + height)
 
 
 def _random_mesh(rng: np.random.Generator, width: int, height: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metainfluence.lab.experiments import verdicts
-from metainfluence.lab.experiments.editing import AGAIN, EDIT, ON
+from metainfluence.lab.experiments.editing_tables import AGAIN, EDIT, ON, PREPARED, SHORT, difference
 from metainfluence.lab.experiments.removal_tables import NOTHING, RANDOM, TRUTH, kinds_in, paired
 from metainfluence.lab.experiments.results import TABLE
 
@@ -80,13 +80,28 @@ def _editing(edits: dict[str, Rows]) -> str:
             on = verdicts.picked(rows, how=ON, removed=count)
             reached = verdicts.mean(edited, "seconds") / verdicts.mean(on, "seconds")
             there = "to the same held-out loss" if all(row["reached"] for row in on) else "short of it in some seed"
+            more = "".join(_instead(rows, again, how, count) for how in (PREPARED, SHORT))
             parts.append(
                 f"{count} of {edited[0]['of']} tasks {times:.1f} × as fast, accuracy {lost:+.4f}; training on, "
-                f"{there}, is {reached:.1f} × as fast as the edit"
+                f"{there}, is {reached:.1f} × as fast as the edit{more}"
             )
         return "; ".join(parts)
 
     return f"{_each(edits, one)}."
+
+
+def _instead(rows: Rows, again: Rows, how: str, count: int) -> str:
+    """Another way than edit, in time and accuracy against training from scratch; nothing where it was not tried."""
+    own = verdicts.picked(rows, how=how, removed=count)
+    if not own:
+        return ""
+    times, (kept, half, *_) = verdicts.mean(again, "seconds") / verdicts.mean(own, "seconds"), difference(own, again)
+    name = (
+        f"an edit prepared once, in {verdicts.mean(own, 'preparation'):.1f} s,"
+        if how == PREPARED
+        else f"training on for {own[0]['steps']} steps"
+    )
+    return f"; {name} is {times:.0f} × as fast, accuracy {kept:+.4f} [{kept - half:+.4f}, {kept + half:+.4f}]"
 
 
 def _against(rows: Rows, name: str) -> str:

@@ -1,31 +1,45 @@
 """What editing is worth: one task, 5 % and 40 % of the tasks removed by `edit`, by training again, by training on.
 
-Training on starts at the trained λ, takes batches of the tasks that are left, and counts until the loss on held-out
-tasks is as low as the edit's, at the learning rate that gets there first.
+An edit can be prepared once for all removals: the response at the trained λ, with the curvature of a sample of the
+tasks, is made before anything is asked; a removal then costs the gradients of the tasks that go.
+
+Training on starts at the trained λ and takes batches of the tasks that are left: until the loss on held-out tasks is as
+low as the edit's, at the learning rate that gets there first; and for a share of the steps of training, its learning
+rate falling to 0.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 import metainfluence as mi
 from metainfluence.lab.experiments import methods as by
+from metainfluence.lab.experiments.editing_tables import (
+    AGAIN,
+    BEFORE,
+    EDIT,
+    ON,
+    PREPARED,
+    SHORT,
+    cells_of,
+    notes,
+    picture,
+)
 from metainfluence.lab.experiments.kept import Kept
 from metainfluence.lab.experiments.ranges import Count, Positive, Share, Size
-from metainfluence.lab.experiments.removal_tables import GUESSING, signed
+from metainfluence.lab.experiments.removal_tables import GUESSING
 from metainfluence.lab.experiments.results import Result
 from metainfluence.lab.experiments.setting import SINUSOID, Setting, SettingConfig, make, performance
 from metainfluence.lab.learn.timing import Compiled
 from metainfluence.lab.learn.train import training_steps
-from metainfluence.lab.show.plots import clean
 
 LEVEL = "task"
-EDIT, AGAIN, ON, BEFORE = "edit", "trained from scratch", "trained on", "nothing removed"
 FRESH = 1000
 
 
@@ -47,8 +61,16 @@ class EditingConfig:
     """Of the edit, after its first-order step."""
     tol: Positive = 0.1
     """Relative residual at which the edit's solves stop."""
+    sampled_tasks: Count | None = None
+    """Tasks whose curvature the prepared edit takes for that of all; none for a sixteenth."""
+    sampled_rank: Count = 100
+    """Products with it, when preparing."""
     learning_rates: tuple[Positive, ...] = (1e-4, 1e-3)
-    """Adam's, when training on."""
+    """Adam's, when training on to the edit's held-out loss."""
+    short: Share = 0.1
+    """Of the steps of training, for which training on goes as well."""
+    short_rate: Positive | None = None
+    """Adam's then, at its height; none for that of training."""
     block: Count = 5
     """Steps of training on between two looks at the held-out loss."""
     most_blocks: Count = 20
@@ -100,6 +122,15 @@ def at_seed(config: EditingConfig, seed: int, kept: Kept) -> list[dict[str, Any]
         )
     )
     total = len(scores)
+    response = Compiled(
+        mi.optimum(
+            setting.problem,
+            solver=mi.solvers.sampled(config.sampled_tasks, rank=config.sampled_rank),
+            damping=damping,
+        )
+    )
+    made: list[Any] = []
+    removal, left_over = (Compiled(one) for one in removal_of(setting.problem, total))
     chance = None if config.setting.data.dataset == SINUSOID else 1 / config.setting.data.ways
     rows: list[dict[str, Any]] = []
 
@@ -122,7 +153,8 @@ def at_seed(config: EditingConfig, seed: int, kept: Kept) -> list[dict[str, Any]
     row(BEFORE, 0, lambda: (setting.trained, setting.full.seconds, {}))
     for share in config.removed:
         count = max(1, round(share * total))
-        weights = by.without(setting, LEVEL, np.argsort(scores, kind="stable")[:count])
+        chosen = np.argsort(scores, kind="stable")[:count]
+        weights = by.without(setting, LEVEL, chosen)
 
         def edited(weights: mi.Weights = weights) -> tuple[Any, float, dict[str, Any]]:
             done = edit(setting.trained, tasks, weights)
@@ -132,8 +164,18 @@ def at_seed(config: EditingConfig, seed: int, kept: Kept) -> list[dict[str, Any]
             done = setting.train(weights, setting.initial)
             return done.meta_params, done.seconds, {}
 
+        def answered(chosen: np.ndarray = chosen) -> tuple[Any, float, dict[str, Any]]:
+            if not made:
+                made.extend((response(setting.trained, tasks), response.run_seconds))
+            gone = jax.tree.map(lambda leaf: leaf[chosen], tasks)
+            meta_params = removal(made[0], gone)
+            more = {"preparation": made[1], "residual": left_over(made[0], gone)}
+            return meta_params, removal.run_seconds, more
+
         by_edit = row(EDIT, count, edited)
+        row(PREPARED, count, answered)
         row(AGAIN, count, again)
+        row(SHORT, count, lambda weights=weights: trained_shortly(config, setting, weights))
         goal = by_edit["loss"]
         row(ON, count, lambda weights=weights, goal=goal: trained_on(config, setting, weights, goal))
     return rows
@@ -146,6 +188,37 @@ def _scores(config: EditingConfig, setting: Setting, damping: float) -> dict[str
             f"chosen_by: expected a method that applies to this learner, got {config.chosen_by!r}: {found.reason}"
         )
     return {"scores": by.level_scores(found.scores, LEVEL), "seconds": found.seconds}
+
+
+def removal_of(problem: mi.Bilevel, total: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Makes two functions of (response, the tasks that go): λ without them, and the relative residual of its solve.
+
+    Removing whole tasks takes their own gradients alone, which a direction in all weights would not know.
+    """
+    loss = mi.task_loss(problem)
+
+    def slope(at: Any, gone: mi.Task) -> Any:
+        gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(at.meta_params, gone, mi.unit_weights(gone))
+        return jax.tree.map(lambda leaf: leaf.sum(0) / total, gradients)
+
+    def removal(at: Any, gone: mi.Task) -> Any:
+        return optax.tree.add(at.meta_params, at.solve(slope(at, gone))[0])
+
+    # Apart, since it takes a product with the curvature of all tasks.
+    return removal, lambda at, gone: at.solve(slope(at, gone))[1].relative_residual
+
+
+def trained_shortly(config: EditingConfig, setting: Setting, weights: mi.Weights) -> tuple[Any, float, dict[str, Any]]:
+    """λ after a share of the steps of training without the tasks of weight 0, from the trained λ, and the seconds."""
+    training = setting.config.training
+    count = max(1, round(config.short * training.num_steps))
+    rate = training.learning_rate if config.short_rate is None else config.short_rate
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, count), eps_root=training.eps_root)
+    steps = Compiled(training_steps(setting.problem, optimizer, count, tasks_per_step=training.tasks_per_step))
+    state = (setting.trained, optimizer.init(setting.trained))
+    order = jnp.asarray(FRESH + setting.config.seed)
+    meta_params = steps(*state, setting.tasks.training, weights, jnp.asarray(0), order)[0]
+    return meta_params, steps.run_seconds, {"steps": count}
 
 
 def trained_on(
@@ -179,74 +252,3 @@ def trained_on(
     assert best is not None
     number, meta_params, seconds, reached = best
     return meta_params, seconds, {"steps": number * config.block, "reached": reached}
-
-
-def cells_of(rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """The table: means over the seeds."""
-    cells = []
-    for count, how in dict.fromkeys((row["removed"], row["how"]) for row in rows):
-        own = [row for row in rows if (row["removed"], row["how"]) == (count, how)]
-        scratch = [row for row in rows if (row["removed"], row["how"]) == (count, AGAIN)]
-        mean = {key: float(np.mean([row[key] for row in own])) for key in ("seconds", "loss", "accuracy", "half_width")}
-        name, times, kept = how, "", ""
-        if how == ON:
-            steps = ", ".join(str(row["steps"]) if row["reached"] else f"> {row['steps']}" for row in own)
-            name = f"{how}, {steps} steps"
-        if how == EDIT:
-            name = f"{how}, {np.mean([row['products'] for row in own]):.0f} products"
-        if how in (EDIT, ON) and scratch:
-            times = ratio(rows, count, how)
-            kept = signed(_difference(own, scratch))
-        cells.append(
-            [f"{count} of {own[0]['of']}", name, mean["seconds"], times, mean["loss"], mean["accuracy"],
-             mean["half_width"], kept]
-        )  # fmt: skip
-    return cells
-
-
-def ratio(rows: list[dict[str, Any]], count: int, how: str) -> str:
-    """Training from scratch over this, in time, for every seed."""
-    seconds = {(row["seed"], row["how"]): row["seconds"] for row in rows if row["removed"] == count}
-    each = [seconds[seed, AGAIN] / seconds[seed, how] for seed in dict.fromkeys(seed for seed, _ in seconds)]
-    return f"{np.mean(each):.1f} × ({', '.join(f'{value:.1f}' for value in each)})"
-
-
-def _difference(own: list[dict[str, Any]], scratch: list[dict[str, Any]]) -> tuple[float, float, int, int]:
-    pairs = [np.asarray(a["each"]) - np.asarray(b["each"]) for a, b in zip(own, scratch, strict=True)]
-    means = np.array([pair.mean() for pair in pairs])
-    variance = sum(pair.var(ddof=1) / len(pair) for pair in pairs) / len(pairs) ** 2
-    return float(means.mean()), float(1.96 * variance**0.5), int((means > 0).sum()), len(pairs)
-
-
-def notes(config: EditingConfig, rows: list[dict[str, Any]]) -> list[str]:
-    """How the three were made, and what a product costs in steps of training."""
-    edits = [row for row in rows if row["how"] == EDIT]
-    products = sum(row["products"] for row in edits)
-    per_product = sum(row["seconds"] for row in edits) / max(products, 1)
-    steps = config.setting.training.num_steps
-    per_step = float(np.mean([row["seconds"] for row in rows if row["how"] in (AGAIN, BEFORE)])) / steps
-    made = (
-        f"What goes is what {config.chosen_by} calls most harmful. The edit solves to a relative residual of "
-        f"{config.tol:g} and takes {config.newton_steps} Newton steps. Training on takes Adam at "
-        f"{', '.join(f'{rate:g}' for rate in config.learning_rates)}, whichever has the edit's held-out loss first, at "
-        f"most {config.block * config.most_blocks} steps."
-    )
-    costs = (
-        f"A product with the total Hessian, all of the edit divided by its products, took {per_product:.3g} s; a step "
-        f"of training {per_step:.3g} s. So an edit of n products takes as long as {per_product / per_step:.1f} n steps "
-        f"of the {steps} that training takes."
-    )
-    return [made, "", costs]
-
-
-def picture(title: str, rows: list[dict[str, Any]]) -> Figure:
-    """Seconds against accuracy."""
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    ax = figure.subplots()
-    for how, color in ((EDIT, "#e08e1b"), (ON, "#2a6fb0"), (AGAIN, "#1b1b1b"), (BEFORE, "#8a8f98")):
-        own = [row for row in rows if row["how"] == how]
-        ax.scatter([row["seconds"] for row in own], [row["accuracy"] for row in own], color=color, label=how)
-    ax.set(xscale="log", xlabel="seconds without compiling", ylabel="accuracy on test tasks", title=title)
-    ax.legend(frameon=False)
-    clean(ax)
-    return figure

@@ -49,8 +49,12 @@ class DataConfig:
     """Clean tasks on which accuracy is measured; no score sees them."""
     rotations: bool = False
     """Whether training classes turned by 90°, 180° and 270° are further classes, as is usual with Omniglot."""
+    mirrors: bool = False
+    """Whether training classes mirrored are further classes, before they are turned."""
     distortions: Size = 0
     """Distorted copies of every training image, as further examples of its class; made once, for grey images."""
+    crops: Size = 0
+    """Parts of every training image, mirrored or not, as further examples of its class; made once, for photographs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +316,13 @@ def image_lists(data: DataConfig, harm: HarmConfig, seed: int) -> Lists:
 
 def loaded(data: DataConfig) -> datasets.Dataset:
     """The dataset, with what training adds to its classes and examples."""
-    found = datasets.load(data.dataset, size=data.size)
+    if data.crops:
+        # Read larger, so that the parts of images are as sharp as the images.
+        larger = None if data.size is None else 3 * data.size // 2
+        found = datasets.with_crops(datasets.load(data.dataset, size=larger), copies=data.crops, size=data.size)
+    else:
+        found = datasets.load(data.dataset, size=data.size)
+    found = datasets.with_mirrors(found) if data.mirrors else found
     found = datasets.with_rotations(found) if data.rotations else found
     return datasets.with_distortions(found, copies=data.distortions, seed=0) if data.distortions else found
 

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from metainfluence.lab.experiments import accuracies
 from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments.agreement import EXACT
+from metainfluence.lab.experiments.editing_tables import AGAIN, EDIT, PREPARED, difference
 from metainfluence.lab.experiments.removal_tables import NOTHING, RANDOM, paired, signed
 from metainfluence.lab.experiments.results import ROWS, interval, markdown
 
@@ -62,6 +64,25 @@ def learner(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
     yield Verdict(what, f"{least:.3f}", f"> {chance:.3f}, chance", least > chance)
 
 
+def learners(out: Path) -> Iterator[Verdict]:
+    """What learners were to reach on classes, or curves, that they have not seen."""
+    for record in accuracies.records(out).values():
+        config, regression = record["config"], record["chance"] is None
+        data = config["data"]
+        shape = f"{data['shots']} points" if regression else f"{data['ways']}-way {data['shots']}-shot"
+        of = "squared error on curves" if regression else "accuracy on classes"
+        tests = [(shape, record["accuracy"], record["half_width"], config["least"])]
+        tests += [
+            (f"{data['ways']}-way {name}", *measured, bar)
+            for (name, measured), bar in zip(record["also"].items(), config["also_least"], strict=False)
+        ]
+        for shape, value, half, bar in tests:
+            if bar is not None:
+                what = f"{config['learner']['kind']} on {data['dataset']}: {of} never trained on, {shape}"
+                met = value <= bar if regression else value >= bar
+                yield Verdict(what, f"{value:.3f} ± {half:.3f}", f"{'≤' if regression else '≥'} {bar:g}", met)
+
+
 def by_rule(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the estimator that the rule named before any score was known, where it was run; else of optimum."""
     own = [row for row in rows if row["method"] == row.get("picked")]
@@ -105,15 +126,23 @@ def removed(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
 
 
 def worth(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
-    """Editing against training from scratch, in time."""
-    edits = [row for row in rows if row["how"] == "edit"]
-    for count in dict.fromkeys(row["removed"] for row in edits):
-        own = picked(edits, removed=count)
-        scratch = [row for row in rows if row["removed"] == count and row["how"] == "trained from scratch"]
+    """Editing against training from scratch: in time, and where it was prepared once, in accuracy too."""
+    edits = [row for row in rows if row["how"] in (EDIT, PREPARED)]
+    for count, how in dict.fromkeys((row["removed"], row["how"]) for row in edits):
+        own, scratch = picked(edits, removed=count, how=how), picked(rows, removed=count, how=AGAIN)
         times = mean(scratch, "seconds") / mean(own, "seconds")
         bar = TIMES if count == 1 else TIMES_MANY
-        what = f"{data}: training from scratch without {count} of {own[0]['of']} tasks over edit, in time"
-        yield Verdict(what, f"{times:.1f} ×", f"≥ {bar:g} ×", times >= bar)
+        what = f"{data}, edited: training from scratch without {count} of {own[0]['of']} tasks over {how}, in time"
+        if how == EDIT:
+            yield Verdict(what, f"{times:.1f} ×", f"≥ {bar:g} ×", times >= bar)
+            continue
+        kept, half, *_ = difference(own, scratch)
+        yield Verdict(
+            f"{what}, and accuracy ({mean(own, 'preparation'):.1f} s of preparing left out)",
+            f"{times:.0f} ×, {kept:+.4f} ± {half:.4f}",
+            f"≥ {bar:g} ×, nothing lost beyond the interval",
+            times >= bar and kept + half >= 0,
+        )
 
 
 def support(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
@@ -184,7 +213,7 @@ def speed(out: Path, size: str) -> Iterator[Verdict]:
 
 def all_of(out: Path, size: str) -> list[Verdict]:
     """All promises whose experiments were run."""
-    found: list[Verdict] = []
+    found: list[Verdict] = list(learners(out))
     for data, name in DETECTION.items():
         rows = rows_of(out, name, size)
         for kind in (learner, detection, removed, support, editing):
