@@ -153,6 +153,8 @@ class Run(abc.ABC):
         if not concrete(start, end, tasks, weights):
             return None
         size = optax.tree.norm(end)
+        if np.isfinite(np.asarray(size)):
+            return None
         if self.problem is None:
             name_not_finite(size, tasks, "tasks")
             return None

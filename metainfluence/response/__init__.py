@@ -55,6 +55,7 @@ from metainfluence.response._sums import gradient_map as gradient_map
 from metainfluence.response._sums import mean as mean
 from metainfluence.response._sums import regularizer_gradient as regularizer_gradient
 from metainfluence.response._sums import regularizer_product as regularizer_product
+from metainfluence.response._target import check_target_slope as check_target_slope
 from metainfluence.response._target import name_target_not_finite as name_target_not_finite
 from metainfluence.response._target import slopes_of as slopes_of
 from metainfluence.response._target import target_gradient as target_gradient

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PyTree
 from metainfluence._checks import at_own_precision
 from metainfluence._chunks import Chunks, reduce_tasks
 from metainfluence._outline import closes_over_traced
-from metainfluence._spoilt import Spoilt
+from metainfluence._spoilt import Spoilt, change_along, sensitivity_of
 from metainfluence.curvature import Curvature, exact
 from metainfluence.data import Task, Weights, coefficients, weighted_sum
 from metainfluence.differentiation import REVERSE
@@ -125,13 +125,11 @@ class Expansion:
 
 
 def _mixed(at: Expansion, direction: Weights) -> PyTree:
-    found = at._sums.mixed(at, direction)
-    return found if at.spoilt is None else at.spoilt.along(direction, found)
+    return change_along(at.spoilt, direction, at._sums.mixed(at, direction))
 
 
 def _mixed_transposed(at: Expansion, vector: PyTree) -> Weights:
-    found = at._sums.mixed_transposed(at, vector)
-    return found if at.spoilt is None else at.spoilt.sensitivity(found)
+    return sensitivity_of(at.spoilt, at._sums.mixed_transposed(at, vector))
 
 
 class Seen(NamedTuple):

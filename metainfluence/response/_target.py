@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from metainfluence._checks import calling, check_function, check_scalar
@@ -69,3 +70,13 @@ def name_target_not_finite(slope: PyTree, target_args: tuple[Any, ...]) -> None:
     """As `name_not_finite`, for ∇φ and held-out tasks among the target's arguments."""
     for k, data in enumerate(target_args):
         name_not_finite(slope, data, f"target_args[{k}]")
+
+
+def check_target_slope(slope: PyTree, target_args: tuple[Any, ...]) -> None:
+    """Raises ValueError where ∇φ is not finite, naming the held-out tasks where these are at fault."""
+    name_target_not_finite(slope, target_args)
+    if not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(slope)):
+        raise ValueError(
+            "target: expected a finite gradient at meta_params, got NaN or infinity: of a norm, root, log or quotient "
+            "at 0, or of a number too large"
+        )

@@ -31,8 +31,8 @@ from metainfluence.response import (
     Options,
     batch_pull,
     check_target,
+    check_target_slope,
     check_total_effect,
-    name_target_not_finite,
     rule,
     slopes_of,
     solve_alone,
@@ -318,6 +318,7 @@ class _Run:
         found = compiled(self.meta_params, *self.target_args)
         return Domain.of(self.meta_params).ravel(found[0] if self.total_effect else found)
 
+    @functools.cached_property
     def rhs(self) -> Array:
         """∇φ, flat.
 
@@ -327,12 +328,7 @@ class _Run:
         found = self.compiled_slope_of_target()
         if holds_nan(found):
             found = self.compiled_slope_of_target()
-        name_target_not_finite(found, self.target_args)
-        if not np.all(np.isfinite(np.asarray(found))):
-            raise ValueError(
-                "target: expected a finite gradient at meta_params, got NaN or infinity: of a norm, root, log or "
-                "quotient at 0, or of a number too large"
-            )
+        check_target_slope(found, self.target_args)
         return found
 
     def direct_effect(self) -> Weights | None:
@@ -379,7 +375,8 @@ class _Run:
                 f"mesh: expected a size that divides the run's batch_size {batch_size}, got {self.options.mesh.size}"
             )
         # What can be refused is refused before anything is kept.
-        rhs = None if store.numbers("solution") else self.rhs()
+        if not store.numbers("solution"):
+            _ = self.rhs
         reader = reader_of(self.source, batch_size, self.on_error, self.options.mesh)
         lean = keeps_lean(self.room, len(self.source), manifest["kept_bytes"])
         programs = programs_of(self.options.problem, self.options.curvature, self.options.mesh, lean)
@@ -400,7 +397,6 @@ class _Run:
             store,
             report,
             manifest["working_eps"],
-            rhs,
         )
         report.phase("scores")
         shards = _Shards(reader)
@@ -440,7 +436,6 @@ class _Run:
         store: Store,
         report: Reporter,
         working_eps: float,
-        rhs: Array | None,
     ) -> tuple[PyTree, SolveInfo]:
         """The solution of (H + δI) s = ∇φ; the second operator is the first one with its products kept."""
         domain = operator.domain
@@ -448,7 +443,7 @@ class _Run:
         if saved is not None:
             known = {name: jnp.asarray(value) for name, value in _unpacked(saved, "info").items()}
             return domain.unravel(jnp.asarray(saved["solution"])), SolveInfo(**known)
-        solution, info = self.solved(operator, memorised, slope, self.rhs() if rhs is None else rhs, store, report)
+        solution, info = self.solved(operator, memorised, slope, self.rhs, store, report)
         info = info._replace(
             outer_gradient_norm=flat_norm(slope.gradient),
             inner_gradient_norm=slope.inner_gradient_norm if knows_inner(self.options.problem) else None,

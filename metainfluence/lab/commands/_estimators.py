@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import metainfluence as mi
@@ -15,6 +14,7 @@ from metainfluence._disk import difference, library, of_arrays, of_function
 from metainfluence.lab.commands.job import Job
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.show.printing import OF_SCORE, in_options, say
+from metainfluence.response import check_target_slope
 
 AUTO, TRAJECTORY, SEGMENTS, OPTIMUM = "auto", "trajectory", "segments", "optimum"
 # A quarter and all of a group removed, two groups, to and fro: eight runs.
@@ -177,12 +177,7 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
 
 def check_target(job: Job) -> None:
     """Raises ValueError where the target has no finite gradient at λ."""
-    slope = jax.jit(jax.grad(job.phi()))(job.meta_params, *job.target_args)
-    if not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(slope)):
-        raise ValueError(
-            "target: expected a finite gradient at meta_params, got NaN or infinity: of a norm, root, log or quotient "
-            "at 0, or of a number too large"
-        )
+    check_target_slope(jax.jit(jax.grad(job.phi()))(job.meta_params, *job.target_args), job.target_args)
 
 
 def from_file(path: Path) -> mi.Scores:
