@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from metainfluence.lab.experiments.removal_tables import signed
+from metainfluence.lab.experiments.removal_tables import over_seeds, signed
 from metainfluence.lab.show.plots import clean
 
 EDIT, PREPARED, AGAIN = "edit", "edit, prepared once", "trained from scratch"
@@ -49,10 +49,7 @@ def ratio(rows: list[dict[str, Any]], count: int, how: str) -> str:
 
 def difference(own: list[dict[str, Any]], scratch: list[dict[str, Any]]) -> tuple[float, float, int, int]:
     """Accuracy minus that of training from scratch on the same test tasks, as `removal_tables.paired` has it."""
-    pairs = [np.asarray(a["each"]) - np.asarray(b["each"]) for a, b in zip(own, scratch, strict=True)]
-    means = np.array([pair.mean() for pair in pairs])
-    variance = sum(pair.var(ddof=1) / len(pair) for pair in pairs) / len(pairs) ** 2
-    return float(means.mean()), float(1.96 * variance**0.5), int((means > 0).sum()), len(pairs)
+    return over_seeds([np.asarray(a["each"]) - np.asarray(b["each"]) for a, b in zip(own, scratch, strict=True)])
 
 
 def notes(config: Any, rows: list[dict[str, Any]]) -> list[str]:

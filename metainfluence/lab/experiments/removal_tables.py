@@ -141,6 +141,11 @@ def paired(rows: Rows, own: Rows, other: Any, sign: int = 1) -> tuple[float, flo
         if found is None:
             return None
         differences.append(sign * (np.asarray(row["each"]) - np.asarray(found["each"])))
+    return over_seeds(differences)
+
+
+def over_seeds(differences: Sequence[np.ndarray]) -> tuple[float, float, int, int]:
+    """Of differences of the test tasks, one array a seed: what `paired` returns."""
     means = np.array([each.mean() for each in differences])
     variance = sum(each.var(ddof=1) / len(each) for each in differences) / len(means) ** 2
     return float(means.mean()), float(1.96 * variance**0.5), int((means > 0).sum()), len(means)
