@@ -30,7 +30,7 @@ from metainfluence.lab.experiments.setting import (
     SettingConfig,
     clean_pools,
     image_lists,
-    make_learner,
+    make_learners,
     sinusoid_tasks,
 )
 from metainfluence.lab.experiments.trainings import TrainingConfig, optimizer_of
@@ -173,15 +173,8 @@ def _prepared(config: AccuracyConfig) -> _Prepared:
         training, held_out, test = tasks.training, tasks.held_out, tasks.test
         like = training
     else:
-        trained_on = data if config.train_ways is None else dataclasses.replace(data, ways=config.train_ways)
-        listed = image_lists(data, HarmConfig(), config.seed)
+        listed = image_lists(data, HarmConfig(), config.seed, config.train_ways)
         images = listed.dataset.images
-        own = listed.training
-        if trained_on is not data:
-            own = fewshot.sample(
-                listed.dataset, "train", num_tasks=data.num_tasks, ways=trained_on.ways, shots=data.shots,
-                queries=data.queries, seed=config.seed,
-            )  # fmt: skip
         held_out, test = (fewshot.materialize(tasks, images) for tasks in (listed.held_out, listed.test))
         _, pool = clean_pools(listed.dataset, data.ways)
         also = tuple(
@@ -194,15 +187,11 @@ def _prepared(config: AccuracyConfig) -> _Prepared:
             )
             for shots in config.also_shots
         )  # fmt: skip
-        training, lookup, like = fewshot.indexed(own), fewshot.lookup, test
+        training, lookup, like = fewshot.indexed(listed.training), fewshot.lookup, test
         arrays = (jnp.asarray(images, jnp.result_type(float)),)
-    learner = make_learner(config.learner, like, data)
+    learner, tested = make_learners(config.learner, like, data, config.train_ways)
     initial = learner.init(jax.random.key(config.seed), like.support[0][0])
-    problem = learner.problem
-    if config.train_ways is not None and config.train_ways != data.ways:
-        # The same λ with a head of as many classes as a training task has.
-        problem = make_learner(config.learner, like, dataclasses.replace(data, ways=config.train_ways)).problem
-    return _Prepared(initial, training, lookup, arrays, held_out, test, also, problem, learner.problem)
+    return _Prepared(initial, training, lookup, arrays, held_out, test, also, learner.problem, tested)
 
 
 def _measure(problem: mi.Bilevel, config: AccuracyConfig) -> Callable[[Any, mi.Task], Interval]:

@@ -136,7 +136,7 @@ def run(config: AgreementConfig, cache: Path | None = None) -> Result:
 def ground_truth(config: AgreementConfig, setting: Setting, targets: mi.Task, cache: Path | None) -> Truth:
     """Retrains on the subsets, from another start, and without single tasks; what is done is kept in `cache`."""
     weights, tasks = mi.unit_weights(setting.tasks.training), setting.tasks.training
-    each = jax.jit(jax.vmap(mi.query_loss(setting.problem), in_axes=(None, 0)))
+    each = jax.jit(jax.vmap(setting.target, in_axes=(None, 0)))
     fit = setting.fit
 
     def train(weights: mi.Weights, start: Any, tasks: mi.Task) -> Any:
@@ -178,7 +178,7 @@ def candidates(
     """All methods at all dampings."""
     yield from by_curvature(config, setting, targets, truth, float(rule.value))
     baselines = mi.baselines
-    target = mi.query_loss(setting.problem)
+    target = setting.target
 
     def scores(method: Callable[..., mi.Scores], at: Any = None) -> np.ndarray:
         at = setting.trained if at is None else at
@@ -208,7 +208,7 @@ def candidates(
 
 def by_ekfac(config: AgreementConfig, setting: Setting, targets: mi.Task, damping: float) -> Iterator[Candidate]:
     """EKFAC-IF at every damping of the grid; nothing where it does not apply."""
-    target = mi.query_loss(setting.problem)
+    target = setting.target
 
     def all_targets(at: Any, tasks: mi.Task, targets: mi.Task, damping: jax.Array) -> jax.Array:
         method = mi.baselines.ekfac_if(setting.problem, target, damping=damping)
@@ -239,7 +239,7 @@ def by_curvature(
         each = jax.jit(lambda m, t: flat(jax.vmap(mi.total_gradient(problem), in_axes=(None, 0))(m, t)))
         return np.asarray(each(setting.trained, tasks)) / count
 
-    slopes = jax.jit(lambda m, t: flat(jax.vmap(jax.grad(mi.query_loss(problem)), in_axes=(None, 0))(m, t)))
+    slopes = jax.jit(lambda m, t: flat(jax.vmap(jax.grad(setting.target), in_axes=(None, 0))(m, t)))
     of_targets = np.asarray(slopes(setting.trained, targets))
     total = gradients(problem)
     adapt = problem.adapt

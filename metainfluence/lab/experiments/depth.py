@@ -45,7 +45,7 @@ def run(config: DepthConfig) -> Result:
     weights = mi.unit_weights(tasks.training)
     damping = by.chosen_damping(setting).value
     expansion = Compiled(expand(setting.problem, exact(), None))(setting.trained, tasks.training, weights)
-    slope = jax.jit(jax.grad(mi.query_loss(setting.problem)))(setting.trained, tasks.held_out)
+    slope = jax.jit(jax.grad(setting.target))(setting.trained, tasks.held_out)
     operator = expansion.operator.damped(damping)
 
     def converged(operator: mi.Operator, slope: Any, expansion: Any) -> tuple[Any, mi.SolveInfo]:

@@ -109,7 +109,7 @@ def at_seed(config: EditingConfig, seed: int, kept: Kept) -> list[dict[str, Any]
     """All removals of one training."""
     setting = make(dataclasses.replace(config.setting, seed=config.setting.seed + seed), kept)
     perform, tasks = performance(setting), setting.tasks.training
-    held_out = Compiled(mi.query_loss(setting.problem))
+    held_out = Compiled(setting.target)
     rule = kept("damping", lambda: {"damping": by.chosen_damping(setting, config.solves.damping_rank).value})
     damping = float(rule["damping"])
     scores = kept(f"scored {config.chosen_by}", lambda: _scores(config, setting, damping))["scores"]
@@ -228,7 +228,7 @@ def trained_on(
 
     Looking at the loss is not counted.
     """
-    loss = Compiled(mi.query_loss(setting.problem))
+    loss = Compiled(setting.target)
     best: tuple[int, Any, float, bool] | None = None
     for rate in config.learning_rates:
         optimizer = optax.adam(rate)

@@ -21,6 +21,7 @@ from metainfluence.evaluation import leave_groups_out
 from metainfluence.lab.experiments import bank, results
 from metainfluence.lab.experiments.judging import kept_options
 from metainfluence.lab.experiments.methods import most_harmful
+from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count, Positive, Share, Size
 from metainfluence.lab.experiments.run_methods import ESTIMATORS, Methods, Scored
 from metainfluence.lab.experiments.run_tables import result_of
@@ -131,6 +132,9 @@ def run(config: EstimatorsConfig, cache: Path | None = None) -> results.Result:
 def data_of(config: EstimatorsConfig) -> tuple[Tasks, Learner]:
     """The tasks and the learner of a configuration; sets the process's precision."""
     jax.config.update("jax_enable_x64", config.setting.float64)
+    for name, needed in (("train_ways", None), ("target", "loss")):
+        if (got := getattr(config.setting, name)) != needed:
+            raise ConfigError(f"setting.{name}: expected {needed} in an experiment on runs, got {got!r}")
     tasks = sinusoid_tasks(config.setting) if config.setting.data.dataset == SINUSOID else image_tasks(config.setting)
     return tasks, make_learner(config.setting.learner, tasks.training, config.setting.data)
 

@@ -11,12 +11,14 @@ import optax
 
 import metainfluence as mi
 from metainfluence.lab.experiments.ranges import Count, Positive
-from metainfluence.lab.experiments.setting import Setting
+from metainfluence.lab.experiments.setting import SINUSOID, Setting
 from metainfluence.lab.experiments.trainings import checkpoint_rates, checkpoints_of
+from metainfluence.lab.learn import learners
 from metainfluence.lab.learn.timing import Compiled
 
 INFLUENCE, SEGMENTS, TRAJECTORY, OWN = "optimum", "segments", "trajectory", "influence on F"
 ESTIMATORS = (INFLUENCE, SEGMENTS, TRAJECTORY)
+HELD_OUT = ("held_out_loss", "calibrated_loss")
 Score = Callable[..., mi.Scores]
 
 
@@ -30,6 +32,8 @@ class SolvesConfig:
     """Products by which the damping is chosen."""
     segments_rank: Count = 12
     """Products at most for each segment."""
+    tlxml_rank: Count = 100
+    """Eigenpairs of TLXML."""
     ekfac_tasks: Count | None = None
     """Tasks at a time for the factors of EKFAC-IF, whose memory this bounds; none for all."""
 
@@ -114,7 +118,7 @@ def score(setting: Setting, name: str, damping: Any, solves: SolvesConfig | None
 
     Those of `trajectory` take the training again, and then the way back through it.
     """
-    target, tasks, training = mi.query_loss(setting.problem), setting.tasks, setting.config.training
+    target, tasks, training = setting.target, setting.tasks, setting.config.training
     solves = SolvesConfig() if solves is None else solves
     solver = mi.solvers.auto(tol=solves.tol)
     at = {
@@ -134,6 +138,8 @@ def score(setting: Setting, name: str, damping: Any, solves: SolvesConfig | None
             return mi.influence_scores(setting.problem, target, solver=solver, damping=damping)
         if name == "direct-IF":
             return mi.baselines.direct_if(setting.problem, target, solver=solver, damping=damping)
+        if name == "TLXML":
+            return mi.baselines.tlxml(setting.problem, target, rank=solves.tlxml_rank)
         if name == "EKFAC-IF":
             return mi.baselines.ekfac_if(setting.problem, target, damping=damping, batch_size=solves.ekfac_tasks)
         return METHODS[name](setting.problem, target, damping)
@@ -161,6 +167,17 @@ def gradient_ratio(setting: Setting) -> float:
     slope = jax.grad(mi.total_objective(setting.problem))
     norm = jax.jit(lambda m, tasks: optax.tree.norm(slope(m, tasks)))
     return float(norm(setting.trained, setting.tasks.training) / norm(setting.initial, setting.tasks.training))
+
+
+def held_out_losses(setting: Setting) -> dict[str, float]:
+    """The held-out loss of the trained λ, and what it is at the temperature that fits it best; of classification."""
+    if setting.config.data.dataset == SINUSOID:
+        return {}
+    makers = (mi.query_loss, learners.calibrated_loss)
+    return {
+        name: float(jax.jit(make(setting.tested))(setting.trained, setting.tasks.held_out))
+        for name, make in zip(HELD_OUT, makers, strict=True)
+    }
 
 
 def level_scores(scores: mi.Scores, level: str) -> np.ndarray:

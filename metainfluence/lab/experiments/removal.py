@@ -160,6 +160,7 @@ def at_level(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Outcom
         gradient_norm=float(rule["gradient_norm_relative"]), share_removed=of_level.removed, run=True, checkpoints=True
     )
     common["chance"] = None if config.setting.data.dataset == SINUSOID else 1 / config.setting.data.ways
+    common |= {key: float(rule[key]) for key in by.HELD_OUT if key in rule}
     common |= {"picked": picked.estimator, "picked_because": picked.reason}
     rows: list[dict[str, Any]] = []
 
@@ -238,6 +239,7 @@ def _rule(config: RemovalConfig, setting: Setting) -> dict[str, Any]:
         "damping": rule.value,
         "outer_gradient_norm": rule.outer_gradient_norm,
         "gradient_norm_relative": by.gradient_ratio(setting),
+        **by.held_out_losses(setting),
     }
 
 

@@ -167,6 +167,7 @@ def notes(rows: Rows, measure: str, seeds: Sequence[int]) -> list[str]:
         by_how = {(row["method"], row["how"], row["seed"]): row for row in own}
         reasons = dict.fromkeys(f"{row['picked']} ({row['picked_because']})" for row in own)
         lines.append(f"{level.capitalize()} level: the rule, `metainfluence.choose`, names {'; '.join(reasons)}.")
+        lines += confidence(own)
         lines += harms(own, measure)
         gains = []
         for seed in seeds:
@@ -190,6 +191,19 @@ def notes(rows: Rows, measure: str, seeds: Sequence[int]) -> list[str]:
                 f"the {count} tasks in turn would take {training * count / seconds:.0f} times as long."
             )
     return [part for line in lines for part in (line, "")]
+
+
+def confidence(rows: Rows) -> list[str]:
+    """How sure the learner is of classes that it has not seen, since the held-out loss asks for that too."""
+    own = [row for row in rows if row["how"] == "trained" and row.get(by.HELD_OUT[1]) is not None]
+    if not own:
+        return []
+    loss, calibrated = (_mean(own, key) for key in by.HELD_OUT)
+    told = (
+        f"Held-out loss {loss:.3f}; at the temperature that fits it best {calibrated:.3f}: the difference is how sure "
+        "the outputs are, which the loss depends on and the accuracy does not."
+    )
+    return [told]
 
 
 def harms(rows: Rows, measure: str) -> list[str]:

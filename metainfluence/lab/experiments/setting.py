@@ -11,7 +11,8 @@ import numpy as np
 import metainfluence as mi
 from metainfluence.lab.data import datasets, fewshot, sinusoid
 from metainfluence.lab.experiments.kept import Kept
-from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Share, Size
+from metainfluence.lab.experiments.named import ConfigError
+from metainfluence.lab.experiments.ranges import Count, NotNegative, Positive, Share, Size, Ways
 from metainfluence.lab.experiments.trainings import Run, TrainingConfig, check_end, end_of, fitting, run_of, timed
 from metainfluence.lab.learn import learners, models
 from metainfluence.lab.learn.learners import Learner
@@ -123,6 +124,10 @@ class SettingConfig:
     """Learner."""
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     """Training."""
+    train_ways: Ways | None = None
+    """Classes per training task, where they are to be others than those of the held-out and the test tasks."""
+    target: Literal["loss", "calibrated loss"] = "loss"
+    """Held-out loss that scores are about; calibrated: at the temperature that fits it best."""
     float64: bool = True
     """Compute in float64."""
     seed: Size = 0
@@ -156,6 +161,7 @@ class Setting(NamedTuple):
       config: what it was made from.
       tasks: the tasks.
       learner: the learner.
+      tested: its problem on held-out and test tasks, whose number of classes may be another.
       initial: λ before training.
       full: the training on all tasks.
       fit: the pure function behind it, (weights, start, tasks) -> λ.
@@ -166,6 +172,7 @@ class Setting(NamedTuple):
     config: SettingConfig
     tasks: Tasks
     learner: Learner
+    tested: mi.Bilevel
     initial: Any
     full: Run
     fit: Callable[[mi.Weights, Any, mi.Task], Any]
@@ -179,21 +186,30 @@ class Setting(NamedTuple):
 
     @property
     def problem(self) -> mi.Bilevel:
-        """The learner's problem."""
+        """The learner's problem, on training tasks."""
         return self.learner.problem
+
+    @property
+    def target(self) -> Callable[..., jax.Array]:
+        """The target of the scores, (meta_params, held-out tasks) -> their mean loss, as the setting asks for."""
+        makers = {"loss": mi.query_loss, "calibrated loss": learners.calibrated_loss}
+        return makers[self.config.target](self.tested)
 
 
 def make(config: SettingConfig, kept: Kept | None = None) -> Setting:
     """Samples the tasks, damages some, and trains, unless `kept` has it.
 
     Raises:
+      ConfigError: a target or a number of classes that the tasks or the learner cannot have.
       ValueError: an unknown dataset, learner, model or split of the checkpoints; more damage than tasks.
       FileNotFoundError: the dataset is not there.
       TrainingError: a training that ends in NaN or infinity.
     """
+    if config.data.dataset == SINUSOID and config.target != "loss":
+        raise ConfigError(f"setting.target: expected loss, since {SINUSOID} has no classes, got {config.target}")
     jax.config.update("jax_enable_x64", config.float64)
     tasks = sinusoid_tasks(config) if config.data.dataset == SINUSOID else image_tasks(config)
-    learner = make_learner(config.learner, tasks.training, config.data)
+    learner, tested = make_learners(config.learner, tasks.training, config.data, config.train_ways)
     inputs = tasks.training.support[0][0]
     initial = learner.init(jax.random.key(config.seed), inputs)
     # One order for all seeds, whose tasks differ, so that they share a program.
@@ -213,7 +229,31 @@ def make(config: SettingConfig, kept: Kept | None = None) -> Setting:
 
     states, seconds = (kept or Kept(None)).tree("trained", trained, like)
     full = Run(end_of(states), states, seconds)
-    return Setting(config, tasks, learner, initial, full, lambda *args: end_of(fit(*args)), train, run)
+    return Setting(config, tasks, learner, tested, initial, full, lambda *args: end_of(fit(*args)), train, run)
+
+
+def make_learners(
+    config: LearnerConfig, tasks: mi.Task, data: DataConfig, train_ways: int | None
+) -> tuple[Learner, mi.Bilevel]:
+    """The learner on training tasks, and its problem on the others, where λ is the same.
+
+    Raises:
+      ConfigError: other classes for training a learner whose λ has outputs for as many; of a regression.
+      ValueError: an unknown learner or model.
+    """
+    learner = make_learner(config, tasks, data)
+    if train_ways in (None, data.ways):
+        return learner, learner.problem
+    if data.dataset == SINUSOID:
+        raise ConfigError(f"train_ways: expected none, since {SINUSOID} has no classes, got {train_ways}")
+    own = make_learner(config, tasks, dataclasses.replace(data, ways=train_ways))
+    key, inputs = jax.random.key(0), tasks.support[0][0]
+    if jax.eval_shape(own.init, key, inputs) != jax.eval_shape(learner.init, key, inputs):
+        raise ConfigError(
+            f"train_ways: expected {data.ways}, as data.ways, since the meta-parameters of {config.kind} depend on the "
+            f"number of classes, got {train_ways}"
+        )
+    return own, learner.problem
 
 
 def make_learner(config: LearnerConfig, tasks: mi.Task, data: DataConfig) -> Learner:
@@ -285,7 +325,7 @@ class Lists(NamedTuple):
     test: fewshot.FewShotTasks
 
 
-def image_lists(data: DataConfig, harm: HarmConfig, seed: int) -> Lists:
+def image_lists(data: DataConfig, harm: HarmConfig, seed: int, train_ways: int | None = None) -> Lists:
     """Tasks of an image dataset: trained on its split "train", scored and tested on images of the others.
 
     Raises:
@@ -294,7 +334,8 @@ def image_lists(data: DataConfig, harm: HarmConfig, seed: int) -> Lists:
     """
     source = loaded(data)
     shape: dict[str, Any] = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
-    training = fewshot.sample(source, "train", num_tasks=data.num_tasks, seed=seed, **shape)
+    ways = data.ways if train_ways is None else train_ways
+    training = fewshot.sample(source, "train", num_tasks=data.num_tasks, seed=seed, **{**shape, "ways": ways})
     held_out_pool, test_pool = clean_pools(source, data.ways)
     held_out, test = (
         fewshot.sample_tasks(
@@ -329,7 +370,7 @@ def loaded(data: DataConfig) -> datasets.Dataset:
 
 def image_tasks(config: SettingConfig) -> Tasks:
     """The tasks of `image_lists`, with their images."""
-    listed = image_lists(config.data, config.harm, config.seed)
+    listed = image_lists(config.data, config.harm, config.seed, config.train_ways)
     training, held_out, test = (
         fewshot.materialize(tasks, listed.dataset.images) for tasks in (listed.training, listed.held_out, listed.test)
     )
@@ -391,7 +432,7 @@ def sinusoid_tasks(config: SettingConfig) -> Tasks:
 
 def performance(setting: Setting) -> Callable[[Any], np.ndarray]:
     """Makes (meta_params) -> accuracy of each test task, [n]; for regression, minus the mean squared error."""
-    problem, test = setting.problem, setting.tasks.test
+    problem, test = setting.tested, setting.tasks.test
     if setting.config.data.dataset == SINUSOID:
         losses = Compiled(jax.vmap(mi.task_loss(problem), in_axes=(None, 0)))
         return lambda meta_params: -2 * np.asarray(losses(meta_params, test))

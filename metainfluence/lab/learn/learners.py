@@ -17,6 +17,9 @@ import metainfluence as mi
 from metainfluence.lab.learn import models
 from metainfluence.lab.learn.models import apply, check_penalty, cross_entropy, linear, zero_linear
 
+# Of the logarithm of an inverse temperature: the largest, and the steps of its bisection.
+_MOST_LOG, _HALVINGS = 8.0, 40
+
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -343,14 +346,12 @@ def accuracy(problem: mi.Bilevel, *, batch_size: int | None = None) -> Callable[
     Raises:
       ValueError: a problem without an outer head.
     """
-    if problem.adapt is None or problem.outputs is None:
-        raise ValueError("problem: expected one made by bilevel(model, adapt, outer_head=head), got one without a head")
-    adapt, outputs = problem.adapt, problem.outputs
+    logits_of = _logits(problem)
 
     def run(meta_params: Any, tasks: mi.Task) -> jax.Array:
         def single(data: tuple[mi.Task, mi.Weights]) -> jax.Array:
             task, weights = data
-            logits = outputs(adapt(meta_params, task, weights), meta_params, task)
+            logits = logits_of(meta_params, task, weights)
             right = jnp.argmax(logits, -1) == task.query[1]
             unknown = jnp.any(jnp.isnan(logits), axis=-1) & (True if task.query_mask is None else task.query_mask)
             return jnp.where(jnp.any(unknown), jnp.nan, jnp.mean(right, where=task.query_mask))
@@ -359,6 +360,55 @@ def accuracy(problem: mi.Bilevel, *, batch_size: int | None = None) -> Callable[
         return jax.vmap(single)(data) if batch_size is None else jax.lax.map(single, data, batch_size=batch_size)
 
     return run
+
+
+def calibrated_loss(problem: mi.Bilevel) -> Callable[[Any, mi.Task], jax.Array]:
+    """Makes (meta_params, tasks) -> mean cross-entropy of the query examples at the temperature that fits them best.
+
+    One temperature for all tasks (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017). As a target it
+    leaves out how sure the outputs are, on which accuracy does not depend: of an overconfident learner the plain loss
+    calls helpful whatever makes its outputs smaller, tasks with wrong labels too.
+
+    The temperature minimises the loss, so the gradient needs no derivative of it; second derivatives would.
+
+    Args:
+      problem: with an outer head whose outputs are logits, the cross-entropy's.
+
+    Raises:
+      ValueError: a problem without an outer head.
+    """
+    logits_of = _logits(problem)
+
+    def run(meta_params: Any, tasks: mi.Task) -> jax.Array:
+        logits = jax.vmap(lambda task, weights: logits_of(meta_params, task, weights))(tasks, mi.unit_weights(tasks))
+        labels = tasks.query[1]
+
+        def loss(inverse: jax.Array, logits: jax.Array) -> jax.Array:
+            each = optax.losses.softmax_cross_entropy_with_integer_labels(inverse * logits, labels)
+            return jnp.mean(jnp.mean(each, axis=-1, where=tasks.query_mask))
+
+        fixed = jax.lax.stop_gradient(logits)
+        slope = jax.grad(lambda log: loss(jnp.exp(log), fixed))
+
+        # The loss is convex in the inverse temperature, so its slope changes sign once.
+        def halved(_: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = ends
+            middle = (low + high) / 2
+            rises = slope(middle) > 0
+            return jnp.where(rises, low, middle), jnp.where(rises, middle, high)
+
+        ends = (jnp.asarray(-_MOST_LOG, logits.dtype), jnp.asarray(_MOST_LOG, logits.dtype))
+        low, high = jax.lax.fori_loop(0, _HALVINGS, halved, ends)
+        return loss(jnp.exp((low + high) / 2), logits)
+
+    return run
+
+
+def _logits(problem: mi.Bilevel) -> Callable[[Any, mi.Task, mi.Weights], jax.Array]:
+    if problem.adapt is None or problem.outputs is None:
+        raise ValueError("problem: expected one made by bilevel(model, adapt, outer_head=head), got one without a head")
+    adapt, outputs = problem.adapt, problem.outputs
+    return lambda meta_params, task, weights: outputs(adapt(meta_params, task, weights), meta_params, task)
 
 
 class Interval(NamedTuple):
