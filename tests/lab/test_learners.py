@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
+import scipy.special
 
 import metainfluence as mi
 from metainfluence.lab.data import digits, fewshot
@@ -252,6 +254,52 @@ def test_accuracy_counts_real_query_examples(batch_size):
     np.testing.assert_allclose(got, [0.75, 0.5, 1.0])
 
 
+def test_the_calibrated_loss_is_the_least_over_temperatures(tasks):
+    """Value by SciPy's minimum, slope by central differences of it; how sure the outputs are changes neither."""
+    problem, start = started("r2d2", tasks)
+    loss = learners.calibrated_loss(problem)
+
+    def logits(meta_params):
+        task_logits = lambda task, w: problem.outputs(problem.adapt(meta_params, task, w), meta_params, task)  # noqa: E731
+        return np.asarray(jax.vmap(task_logits)(tasks, mi.unit_weights(tasks)))
+
+    def least(meta_params):
+        fixed, labels = logits(meta_params), np.asarray(tasks.query.labels)
+
+        def at(inverse):
+            scaled = scipy.special.log_softmax(inverse * fixed, axis=-1)
+            return -np.mean(np.take_along_axis(scaled, labels[..., None], -1))
+
+        return scipy.optimize.minimize_scalar(at, bounds=(1e-3, 1e3), options={"xatol": 1e-12}).fun
+
+    np.testing.assert_allclose(loss(start, tasks), least(start), rtol=1e-9)
+    assert float(loss(start, tasks)) < float(mi.query_loss(problem)(start, tasks))
+    surer = {**start, "scale": 5 * start["scale"]}
+    np.testing.assert_allclose(loss(surer, tasks), loss(start, tasks), rtol=1e-9)
+    slope = jax.jit(jax.grad(loss))(start, tasks)
+    assert abs(slope["scale"]) < 1e-9
+    direction = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(4), leaf.shape), start)
+    moved = (jax.tree.map(lambda a, d, s=s: a + s * d, start, direction) for s in (1e-4, -1e-4))
+    expected = np.subtract(*map(least, moved)) / 2e-4
+    np.testing.assert_allclose(optax.tree.vdot(slope, direction), expected, rtol=1e-5)
+
+
+def test_the_calibrated_loss_of_ragged_tasks_is_the_mean_of_their_means():
+    def outputs(params, meta_params, query):
+        return params * jax.nn.one_hot(query.images, 2)
+
+    adapt = mi.adaptation.closed_form(lambda meta_params, support, coefficients: meta_params)
+    problem = mi.bilevel(outputs, adapt, outer_head=lambda out, query: models.cross_entropy(out, query.labels))
+    support = fewshot.Batch(jnp.zeros(1, int), jnp.zeros(1, int))
+    answers, labels = [jnp.array([0, 1, 1, 0]), jnp.array([1])], [jnp.array([0, 1, 0, 0]), jnp.array([1])]
+    tasks = mi.stack_tasks([mi.Task(support, fewshot.Batch(*each)) for each in zip(answers, labels, strict=True)])
+    # Right in 3 of 4 and 1 of 1, a share of 7/8: the best temperature says just that.
+    share = 7 / 8
+    expected = -share * np.log(share) - (1 - share) * np.log(1 - share)
+    value, slope = jax.value_and_grad(learners.calibrated_loss(problem))(jnp.asarray(1.0), tasks)
+    np.testing.assert_allclose([value, slope], [expected, 0.0], rtol=1e-9, atol=1e-9)
+
+
 def test_the_interval_is_196_standard_errors():
     values = [0.8, 0.9, 1.0, 0.7]
     mean, half = learners.mean_interval(values)
@@ -266,6 +314,8 @@ def test_bad_input():
     without = mi.bilevel(lambda p, m, q: jnp.zeros(1), mi.adaptation.closed_form(lambda m, s, c: m))
     with pytest.raises(ValueError, match="problem: expected one made by"):
         learners.accuracy(without)
+    with pytest.raises(ValueError, match="problem: expected one made by"):
+        learners.calibrated_loss(without)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from metainfluence.lab.experiments import (
     agreement,
     answers,
     code,
+    estimators,
     methods,
     removal,
     removal_tables,
@@ -464,6 +465,125 @@ def test_a_file_that_cannot_be_an_experiment_is_named(tmp_path, content, why):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"x\.toml: .*({why})"):
         reproduce.read(path, "small")
+
+
+class _Done:
+    returncode = 0
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """Experiments that take a second of a pretended clock each, in a folder; what was begun, and with which timeout."""
+    folder, begun, clock = tmp_path / "configs", [], [0.0]
+    folder.mkdir()
+    for name in ("a", "table_omniglot", "b", "table_mini_imagenet"):
+        write(folder, TINY, f"{name}.toml")
+
+    def begin(command, *, timeout, **_):
+        name = Path(command[command.index("--config") + 1]).stem
+        begun.append((name, timeout))
+        clock[0] += 1.0 if timeout is None else min(1.0, timeout)
+        if timeout is not None and timeout < 1:
+            raise reproduce.subprocess.TimeoutExpired(command, timeout)
+        return _Done()
+
+    monkeypatch.setattr(reproduce.subprocess, "run", begin)
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: clock[0])
+    return folder, begun
+
+
+def test_a_budget_runs_what_matters_first_and_says_what_is_left(pretended, tmp_path, capsys):
+    folder, begun = pretended
+    command = ["--all", "--configs", str(folder), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as caught:
+        reproduce.main([*command, "--budget", "2.5"])
+    assert caught.value.code == reproduce.CUT
+    assert begun == [("table_omniglot", 2.5), ("table_mini_imagenet", 1.5), ("a", 0.5)]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 of 4 experiments are there" in said
+    assert "The 2.5 s are up: left are a, b; the same command goes on" in said
+    begun.clear()
+    reproduce.main([*command, "--budget", "5"])
+    assert [name for name, _ in begun] == ["table_omniglot", "table_mini_imagenet", "a", "b"]
+    begun.clear()
+    reproduce.main(command)
+    assert begun == [("a", None), ("b", None), ("table_mini_imagenet", None), ("table_omniglot", None)]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["--all", "--budget", "0"], "--budget: expected a positive number of seconds, got 0"),
+        (["--all", "--budget", "nan"], "--budget: expected a positive number of seconds, got nan"),
+        (["--report", "--budget", "5"], "expected --budget with --all"),
+        (["--all", "--dry-run", "--budget", "5"], "without --dry-run"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(given, why, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(given)
+    assert why in capsys.readouterr().err
+
+
+def test_what_matters_first_is_there():
+    assert set(reproduce.FIRST) <= {path.stem for path in reproduce.experiment_files(ROOT / "configs")}
+
+
+def test_training_tasks_of_more_classes_than_the_target_has():
+    """λ is the same for both; the held-out loss and the accuracy are those of the fewer classes."""
+    config = dataclasses.replace(
+        setting.SettingConfig(train_ways=5, target="calibrated loss"),
+        data=setting.DataConfig(ways=3, shots=2, queries=3, num_tasks=6, num_held_out=4, num_test=4),
+        learner=setting.LearnerConfig(kind="r2d2", widths=(4,)),
+        training=setting.TrainingConfig(num_steps=5),
+    )
+    made = setting.make(config)
+    assert made.tasks.training.query.labels.shape == (6, 15)
+    assert made.tasks.test.query.labels.shape == (4, 9)
+    assert setting.performance(made)(made.trained).shape == (4,)
+    expected = setting.learners.calibrated_loss(made.tested)(made.trained, made.tasks.held_out)
+    np.testing.assert_allclose(made.target(made.trained, made.tasks.held_out), expected)
+    losses = methods.held_out_losses(made)
+    assert losses["calibrated_loss"] == pytest.approx(float(expected))
+    assert losses["calibrated_loss"] <= losses["held_out_loss"]
+    found = methods.score(made, "optimum", 0.1)
+    assert found.scores is not None
+    assert found.scores.task.shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"train_ways": 5}, "train_ways: expected 3, as data.ways, since the meta-parameters of anil depend on"),
+        ({"data": setting.DataConfig("sinusoid"), "train_ways": 7}, "train_ways: expected none, since sinusoid has no"),
+        (
+            {"data": setting.DataConfig("sinusoid"), "target": "calibrated loss"},
+            "target: expected loss, since sinu",
+        ),
+    ],
+    ids=["head", "regression", "target"],
+)
+def test_classes_and_targets_that_a_setting_cannot_have(change, why):
+    config = setting.SettingConfig(
+        data=setting.DataConfig(ways=3, shots=2, queries=3, num_tasks=6, num_held_out=4, num_test=4),
+        learner=setting.LearnerConfig(kind="anil", widths=(4,)),
+    )
+    with pytest.raises(ConfigError, match=why):
+        setting.make(dataclasses.replace(config, **change))
+
+
+def test_an_experiment_on_runs_refuses_what_it_does_not_use():
+    for change, why in (({"train_ways": 5}, "train_ways: expected None"), ({"target": "calibrated loss"}, "target")):
+        config = estimators.EstimatorsConfig(setting=setting.SettingConfig(**change))
+        with pytest.raises(ConfigError, match=why):
+            estimators.run(config)
+
+
+def test_how_sure_the_outputs_are_is_said():
+    rows = [row(how="trained", method=removal_tables.NOTHING, held_out_loss=1.8, calibrated_loss=1.4)]
+    (line,) = removal_tables.confidence(rows)
+    assert "Held-out loss 1.800; at the temperature that fits it best 1.400" in line
+    assert removal_tables.confidence([row(how="trained", method=removal_tables.NOTHING)]) == []
 
 
 def test_a_dry_run_shows_and_runs_nothing(tmp_path, capsys):

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import inspect
+import math
 import os
 import re
 import shlex
@@ -34,6 +35,13 @@ EXPERIMENTS = {
 SIZES = ("small", "full")
 PARTS = ("experiment", "common", *SIZES)
 REPORT = "README.md"
+# Under a budget: the paper's tables, then the banks of outcomes that scores are judged by, then the rest by name.
+FIRST = (
+    "table_omniglot", "table_mini_imagenet", "agreement_runs_maml", "agreement_runs_imaml", "agreement_runs_anil",
+    "agreement_runs_head",
+)  # fmt: skip
+CUT = 75
+"""Exit status of a run whose time was up; sysexits.h names it EX_TEMPFAIL, try again."""
 
 
 def read(path: Path, size: str) -> tuple[str, dict[str, Any]]:
@@ -157,22 +165,41 @@ def show(path: Path, size: str, out: Path, overrides: Sequence[str]) -> None:
     say(as_toml(config))
 
 
-def run_all(folder: Path, size: str, out: Path) -> int:
+def run_all(folder: Path, size: str, out: Path, budget: float | None = None) -> int:
     """Runs every experiment of a folder, each in a process of its own, and writes the report.
 
+    Args:
+      folder: with the TOML files.
+      size: "small" or "full".
+      out: folder for the results.
+      budget: seconds, after which the one that runs is stopped, keeping its finished parts, and no other begins; those
+        of FIRST come first then. None for all the time that it takes.
+
     Returns:
-      How many failed; their messages are on standard error.
+      The exit status: 0; 1 where an experiment failed, whose message is on standard error; CUT where the time was up.
     """
     check_out(out)
-    failed = 0
+    started, failed, left = time.monotonic(), 0, []
     paths = experiment_files(folder)
+    if budget is not None:
+        paths.sort(key=lambda path: (FIRST.index(path.stem) if path.stem in FIRST else len(FIRST), path.stem))
     for path in paths:
+        remaining = None if budget is None else budget - (time.monotonic() - started)
+        if remaining is not None and remaining <= 0:
+            left.append(path.stem)
+            continue
         command = [sys.executable, "-m", "metainfluence", "reproduce", "--config", str(path), "--size", size]
-        done = subprocess.run([*command, "--out", str(out)], check=False)
+        try:
+            done = subprocess.run([*command, "--out", str(out)], check=False, timeout=remaining)
+        except subprocess.TimeoutExpired:
+            left.append(path.stem)
+            continue
         failed += done.returncode != 0
-    report(paths, size, out)
-    say(f"Wrote {out / REPORT}; {len(paths) - failed} of {len(paths)} experiments are there")
-    return failed
+    report(sorted(paths), size, out)
+    say(f"Wrote {out / REPORT}; {len(paths) - failed - len(left)} of {len(paths)} experiments are there")
+    if left:
+        say(f"The {budget:g} s are up: left are {', '.join(left)}; the same command goes on where this one stopped")
+    return 1 if failed else CUT if left else 0
 
 
 def experiment_files(folder: Path) -> list[Path]:
@@ -224,7 +251,8 @@ def main(args: Sequence[str]) -> None:
     """Parses the arguments of `metainfluence reproduce`.
 
     Raises:
-      SystemExit: 0 after --help, 1 where an experiment of --all failed, 2 for arguments or files that make no sense.
+      SystemExit: 0 after --help, 1 where an experiment of --all failed, 2 for arguments or files that make no sense,
+        CUT where the time of --budget was up.
     """
     parser = argparse.ArgumentParser(
         prog="metainfluence reproduce",
@@ -236,12 +264,18 @@ def main(args: Sequence[str]) -> None:
             100,
         ),
         epilog="Examples:\n  metainfluence reproduce --config configs/table_omniglot.toml\n"
-        "  metainfluence reproduce --config configs/speed.toml --dry-run\n  metainfluence reproduce --all",
+        "  metainfluence reproduce --config configs/speed.toml --dry-run\n  metainfluence reproduce --all\n"
+        "  metainfluence reproduce --all --size full --budget 480",
         add_help=False,
     )
     parser.add_argument("--config", type=Path, help="TOML file of one experiment")
     parser.add_argument("--all", action="store_true", help="every experiment in --configs, and the report")
     parser.add_argument("--report", action="store_true", help="only the report, of what is there")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help=f"with --all: seconds to use, what matters most first; {CUT} if some are left",
+    )
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of TOML files (default: configs)")
     parser.add_argument("--size", choices=SIZES, default="small", help="small: minutes on two cores (default)")
     parser.add_argument("--out", type=Path, default=Path("notebooks/results"), help="default: notebooks/results")
@@ -257,6 +291,10 @@ def main(args: Sequence[str]) -> None:
         parser.error("expected --dry-run with --config or --all, got it with --report")
     if (known.config is not None) + known.all + known.report != 1 or (rest and known.config is None):
         parser.error("expected one of --config FILE, --all and --report; only --config takes further options")
+    if known.budget is not None and (not known.all or known.dry_run):
+        parser.error("expected --budget with --all, and without --dry-run")
+    if known.budget is not None and not 0 < known.budget < math.inf:
+        parser.error(f"--budget: expected a positive number of seconds, got {known.budget}")
     try:
         if known.report:
             check_out(known.out)
@@ -265,8 +303,8 @@ def main(args: Sequence[str]) -> None:
             for path in experiment_files(known.configs) if known.all else [known.config]:
                 show(path, known.size, known.out, rest)
         elif known.all:
-            if run_all(known.configs, known.size, known.out):
-                raise SystemExit(1)
+            if status := run_all(known.configs, known.size, known.out, known.budget):
+                raise SystemExit(status)
         else:
             run_one(known.config, known.size, known.out, [*rest, *(["--help"] if known.help else [])])
     except (ConfigError, results.OtherConfigError, FileNotFoundError) as error:
