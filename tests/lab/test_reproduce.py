@@ -230,8 +230,7 @@ def test_the_page_begins_with_what_a_reader_asks(tmp_path):
     assert "segments" in detection
     assert "Omniglot 0.750 (noise 0.625)" in detection
     assert "Omniglot +0.3000 [+0.3000, +0.3000]" in gain
-    assert "direct-IF -0.1000" in ahead
-    assert "TRAK unknown" in ahead
+    assert ahead.endswith("Omniglot -0.1000 [-0.1000, -0.1000] (direct-IF).")
     folder = tmp_path / "editing_omniglot" / "small"
     folder.mkdir(parents=True)
     shared = {"removed": 1, "of": 20, "accuracy": 0.5, "reached": True}
@@ -239,13 +238,19 @@ def test_the_page_begins_with_what_a_reader_asks(tmp_path):
     seconds["trained on for a share of the steps"] = 1.0
     shared |= {"preparation": 4.0, "steps": 9, "each": [0.5, 0.5]}
     rows = [{**shared, "how": how, "seconds": value} for how, value in seconds.items()]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "results.parquet")
+    rows[0] |= {"each": [0.75, 0.75]}
+    rows[-1] |= {"each": [0.375, 0.375]}
+    rows[0].pop("preparation")
+    rows += [{**row, "removed": count, "seconds": row["seconds"] + count} for count in (2, 8) for row in rows]
+    pq.write_table(pa.Table.from_pylist(results.aligned(rows)), folder / "results.parquet")
     editing = answers.lines(tmp_path, "small")[-1]
     assert editing.startswith("5. ")
-    assert "1 of 20 tasks 5.0 × as fast, accuracy +0.0000; training on, to the same held-out loss, is 4.0 ×" in editing
-    assert "an edit prepared once, in 4.0 s, is 40 × as fast, accuracy +0.0000 [+0.0000, +0.0000]" in editing
-    assert "training on for 9 steps is 10 × as fast" in editing
-    edited, prepared = verdicts.worth("Omniglot", verdicts.rows_of(tmp_path, "editing_omniglot", "small"))
+    assert "Omniglot without 1 of 20 tasks edit 5 × (+0.2500 [+0.2500, +0.2500])" in editing
+    assert "edit prepared once (4.0 s) 40 × (+0.0000 [+0.0000, +0.0000])" in editing
+    assert "training on for 9 steps 10 × (-0.1250 [-0.1250, -0.1250])" in editing
+    assert "without 2 of 20" not in editing
+    assert "without 8 of 20 tasks edit 1.8 × (" in editing
+    edited, prepared, *_ = verdicts.worth("Omniglot", verdicts.rows_of(tmp_path, "editing_omniglot", "small"))
     assert (edited.measured, edited.met) == ("5.0 ×", False)
     assert (prepared.measured, prepared.met) == ("40 ×, +0.0000 ± 0.0000", True)
     assert answers.lines(tmp_path, "full") == []

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metainfluence.lab.experiments import verdicts
-from metainfluence.lab.experiments.editing_tables import AGAIN, EDIT, ON, PREPARED, SHORT, difference
+from metainfluence.lab.experiments.editing_tables import AGAIN, EDIT, PREPARED, SHORT, difference
 from metainfluence.lab.experiments.removal_tables import NOTHING, RANDOM, TRUTH, kinds_in, paired
 from metainfluence.lab.experiments.results import TABLE
 
@@ -59,55 +59,53 @@ def _detection(tables: dict[str, Rows]) -> str:
 def _gain(tables: dict[str, Rows]) -> str:
     return (
         "Accuracy after retraining without it, minus the same "
-        f"for as many random tasks: {_each(tables, lambda rows: _against(rows, RANDOM))}."
+        f"for as many random tasks: {_each(tables, lambda rows: _shown(_ahead(rows, RANDOM)))}."
     )
 
 
 def _baselines(tables: dict[str, Rows]) -> str:
     def one(rows: Rows) -> str:
-        return ", ".join(f"{name} {_against(rows, name)}" for name in verdicts.BASELINES)
+        ahead = {name: found for name in verdicts.BASELINES if (found := _ahead(rows, name)) is not None}
+        nearest = min(ahead, key=lambda name: ahead[name][0], default="none of them")
+        return f"{_shown(ahead.get(nearest))} ({nearest})"
 
-    return f"The same against each: {_each(tables, one)}."
+    return f"The same against the nearest of {', '.join(verdicts.BASELINES)}: {_each(tables, one)}."
 
 
 def _editing(edits: dict[str, Rows]) -> str:
     def one(rows: Rows) -> str:
-        parts = []
-        for count in dict.fromkeys(row["removed"] for row in rows if row["how"] == EDIT):
-            edited, again = (verdicts.picked(rows, how=how, removed=count) for how in (EDIT, AGAIN))
-            times = verdicts.mean(again, "seconds") / verdicts.mean(edited, "seconds")
-            lost = verdicts.mean(edited, "accuracy") - verdicts.mean(again, "accuracy")
-            on = verdicts.picked(rows, how=ON, removed=count)
-            reached = verdicts.mean(edited, "seconds") / verdicts.mean(on, "seconds")
-            there = "to the same held-out loss" if all(row["reached"] for row in on) else "short of it in some seed"
-            more = "".join(_instead(rows, again, how, count) for how in (PREPARED, SHORT))
-            parts.append(
-                f"{count} of {edited[0]['of']} tasks {times:.1f} × as fast, accuracy {lost:+.4f}; training on, "
-                f"{there}, is {reached:.1f} × as fast as the edit{more}"
-            )
-        return "; ".join(parts)
+        counts = [row["removed"] for row in rows if row["how"] == EDIT]
+        ends = dict.fromkeys((min(counts), max(counts)))
+        return "; ".join(f"without {count} of {rows[0]['of']} tasks {_ways(rows, count)}" for count in ends)
 
-    return f"{_each(edits, one)}."
+    return f"How many times faster, and what is gained in accuracy: {_each(edits, one)}."
 
 
-def _instead(rows: Rows, again: Rows, how: str, count: int) -> str:
-    """Another way than edit, in time and accuracy against training from scratch; nothing where it was not tried."""
-    own = verdicts.picked(rows, how=how, removed=count)
-    if not own:
-        return ""
-    times, (kept, half, *_) = verdicts.mean(again, "seconds") / verdicts.mean(own, "seconds"), difference(own, again)
-    name = (
-        f"an edit prepared once, in {verdicts.mean(own, 'preparation'):.1f} s,"
-        if how == PREPARED
-        else f"training on for {own[0]['steps']} steps"
-    )
-    return f"; {name} is {times:.0f} × as fast, accuracy {kept:+.4f} [{kept - half:+.4f}, {kept + half:+.4f}]"
+def _ways(rows: Rows, count: int) -> str:
+    """Each way of doing without so many tasks, in time and accuracy against training from scratch."""
+    again = verdicts.picked(rows, how=AGAIN, removed=count)
+    parts = []
+    for how in (EDIT, PREPARED, SHORT):
+        own = verdicts.picked(rows, how=how, removed=count)
+        if own:
+            times = verdicts.mean(again, "seconds") / verdicts.mean(own, "seconds")
+            name = how
+            if how == PREPARED:
+                name = f"edit prepared once ({verdicts.mean(own, 'preparation'):.1f} s)"
+            if how == SHORT:
+                name = f"training on for {own[0]['steps']} steps"
+            parts.append(f"{name} {times:.3g} × ({_shown(difference(own, again))})")
+    return ", ".join(parts)
 
 
-def _against(rows: Rows, name: str) -> str:
-    """Retrained accuracy by the rule's estimator minus that by another method, with its 95 % interval."""
+def _ahead(rows: Rows, name: str) -> tuple[float, float, int, int] | None:
+    """Retrained accuracy by the rule's estimator minus that by another method, as `removal_tables.paired` has it."""
     level = [row for row in verdicts.picked(rows, level="task", how="retrained") if row.get("each") is not None]
-    found = paired(level, [row for row in level if row["method"] == row["picked"]], lambda row: name)
+    return paired(level, [row for row in level if row["method"] == row["picked"]], lambda row: name)
+
+
+def _shown(found: tuple[float, float, int, int] | None) -> str:
+    """A difference with its 95 % interval."""
     return "unknown" if found is None else f"{found[0]:+.4f} [{found[0] - found[1]:+.4f}, {found[0] + found[1]:+.4f}]"
 
 
