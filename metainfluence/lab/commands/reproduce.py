@@ -30,7 +30,7 @@ from metainfluence.lab.show.printing import say
 # experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.
 EXPERIMENTS = {
     name: (f"metainfluence.lab.experiments.{name}", f"{name.capitalize()}Config")
-    for name in ("removal", "agreement", "estimators", "depth", "conditioning", "speed", "editing")
+    for name in ("removal", "agreement", "estimators", "depth", "conditioning", "speed", "editing", "leaving")
 }
 SIZES = ("small", "full")
 PARTS = ("experiment", "common", *SIZES)
