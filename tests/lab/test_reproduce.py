@@ -224,13 +224,28 @@ def test_the_page_begins_with_what_a_reader_asks(tmp_path):
     rows += [{**shared, "method": removal.NOTHING, "how": "trained", "accuracy": 0.6}]
     rows += [{**shared, "method": "segments", "how": "scored", "auc": 0.75, "auc noise": 0.625}]
     pq.write_table(pa.Table.from_pylist(results.aligned(rows)), folder / "results.parquet")
-    learners, detection, gain, ahead = answers.lines(tmp_path, "small")
+    learners, detection, gain = answers.lines(tmp_path, "small")
     assert "Omniglot 60.0%" in learners
     assert "70.0% (chance 20%)" in learners
     assert "segments" in detection
     assert "Omniglot 0.750 (noise 0.625)" in detection
     assert "Omniglot +0.3000 [+0.3000, +0.3000]" in gain
-    assert ahead.endswith("Omniglot -0.1000 [-0.1000, -0.1000] (direct-IF).")
+    assert gain.endswith("Omniglot -0.1000 [-0.1000, -0.1000] (direct-IF).")
+    alone = tmp_path / "leaving_omniglot" / "small"
+    alone.mkdir(parents=True)
+    rows = [{"method": "training without it", "how": "retrained", "auc flipped": 0.75}]
+    measured = {"trajectory": 0.96875, "optimum": 0.9375, "TRAK": 0.5, "direct-IF": 0.25}
+    rows += [
+        {"method": name, "how": "scored", **{f"spearman{end}": value for end in ("", "_low", "_high")}}
+        for name, value in measured.items()
+    ]
+    rows += [{"how": "left out", "kind": kind} for kind in ("clean", "flipped")]
+    pq.write_table(pa.Table.from_pylist(results.aligned(rows)), alone / "results.parquet")
+    single = answers.lines(tmp_path, "small")[-1]
+    assert single.startswith("4. ")
+    assert single.endswith("Omniglot 0.97 (best baseline: TRAK 0.50; ROC AUC of the truth: flipped 0.75).")
+    (told,) = verdicts.alone("Omniglot", verdicts.rows_of(tmp_path, "leaving_omniglot", "small"))
+    assert (told.measured, told.met) == ("0.969 [0.969, 0.969]", True)
     folder = tmp_path / "editing_omniglot" / "small"
     folder.mkdir(parents=True)
     shared = {"removed": 1, "of": 20, "accuracy": 0.5, "reached": True}
@@ -322,7 +337,7 @@ def test_every_experiment_of_the_repository_can_be_read(size):
 
 def test_verdicts_name_experiments_that_there_are():
     stems = {path.stem for path in reproduce.experiment_files(ROOT / "configs")}
-    named = (verdicts.DETECTION, verdicts.EDITING, verdicts.WORTH, verdicts.AGREEMENT)
+    named = (verdicts.DETECTION, verdicts.EDITING, verdicts.WORTH, verdicts.AGREEMENT, verdicts.ALONE)
     assert {name for each in named for name in each.values()} | {"speed"} <= stems
 
 

@@ -4,12 +4,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from metainfluence.lab.experiments import methods as by
 from metainfluence.lab.experiments import verdicts
 from metainfluence.lab.experiments.editing_tables import AGAIN, EDIT, PREPARED, SHORT, difference
 from metainfluence.lab.experiments.removal_tables import NOTHING, RANDOM, TRUTH, kinds_in, paired
 from metainfluence.lab.experiments.results import TABLE
 
 Rows = list[dict[str, Any]]
+# Of these keys one is in the rows that can be shown.
+SHOWING = {"picked", "reached", "spearman"}
 IMAGES = {data: name for data, name in verdicts.DETECTION.items() if name.startswith("table_")}
 
 
@@ -24,9 +27,9 @@ def lines(out: Path, size: str, earlier: str = "") -> list[str]:
     """
     before = dict(line.split("** ", 1) for line in earlier.splitlines() if "?** " in line)
     found: list[str] = []
-    for names, asked in ((IMAGES, OF_TABLES), (verdicts.WORTH, OF_EDITS)):
+    for names, asked in ((IMAGES, OF_TABLES), (verdicts.ALONE, OF_SINGLE), (verdicts.WORTH, OF_EDITS)):
         rows = {data: verdicts.rows_of(out, name, size) for data, name in names.items()}
-        known = {data: own for data, own in rows.items() if any(row.get("picked") or "reached" in row for row in own)}
+        known = {data: own for data, own in rows.items() if any(SHOWING & row.keys() for row in own)}
         ran = {data for data, name in names.items() if (out / name / size / TABLE).exists()}
         for number, (question, answer) in enumerate(asked, start=len(found) + 1):
             kept = None if ran <= set(known) else before.get(f"{number}. **{question}")
@@ -57,19 +60,32 @@ def _detection(tables: dict[str, Rows]) -> str:
 
 
 def _gain(tables: dict[str, Rows]) -> str:
+    def nearest(rows: Rows) -> str:
+        ahead = {name: found for name in verdicts.BASELINES if (found := _ahead(rows, name)) is not None}
+        name = min(ahead, key=lambda name: ahead[name][0], default="none of them")
+        return f"{_shown(ahead.get(name))} ({name})"
+
     return (
         "Accuracy after retraining without it, minus the same "
-        f"for as many random tasks: {_each(tables, lambda rows: _shown(_ahead(rows, RANDOM)))}."
+        f"for as many random tasks: {_each(tables, lambda rows: _shown(_ahead(rows, RANDOM)))}; "
+        f"minus the same for the nearest of {', '.join(verdicts.BASELINES)}: {_each(tables, nearest)}."
     )
 
 
-def _baselines(tables: dict[str, Rows]) -> str:
+def _alone(runs: dict[str, Rows]) -> str:
     def one(rows: Rows) -> str:
-        ahead = {name: found for name in verdicts.BASELINES if (found := _ahead(rows, name)) is not None}
-        nearest = min(ahead, key=lambda name: ahead[name][0], default="none of them")
-        return f"{_shown(ahead.get(nearest))} ({nearest})"
+        scored = [row for row in rows if row.get("spearman") is not None]
+        own = next(row for row in scored if row["method"] == by.TRAJECTORY)
+        best = max((row for row in scored if row["method"] not in by.ESTIMATORS), key=lambda row: row["spearman"])
+        (truth,) = verdicts.picked(rows, how="retrained")
+        kinds = dict.fromkeys(row["kind"] for row in verdicts.picked(rows, how="left out"))
+        areas = ", ".join(f"{kind} {truth[f'auc {kind}']:.2f}" for kind in kinds if f"auc {kind}" in truth)
+        nearest = f"best baseline: {best['method']} {best['spearman']:.2f}"
+        return f"{own['spearman']:.2f} ({nearest}; ROC AUC of the truth: {areas})"
 
-    return f"The same against the nearest of {', '.join(verdicts.BASELINES)}: {_each(tables, one)}."
+    return (
+        f"Spearman correlation of {by.TRAJECTORY} with training again without each of some tasks: {_each(runs, one)}."
+    )
 
 
 def _editing(edits: dict[str, Rows]) -> str:
@@ -123,6 +139,6 @@ OF_TABLES = (
     ("How good are the learners?", _learners),
     ("Do the scores find damaged tasks?", _detection),
     ("Is a model better without what they call harmful?", _gain),
-    ("Is it better than without what a baseline calls harmful?", _baselines),
 )
+OF_SINGLE = (("Does a task's score say what training without it says?", _alone),)
 OF_EDITS = (("What is editing worth against training from scratch?", _editing),)

@@ -21,10 +21,11 @@ DETECTION = {
 }
 EDITING = {"MNIST, 80 % flipped": "figure2_mnist", "sinusoids": "regression"}
 WORTH = {"Omniglot": "editing_omniglot", "mini-ImageNet": "editing_mini_imagenet"}
+ALONE = {"Omniglot": "leaving_omniglot", "mini-ImageNet": "leaving_mini_imagenet"}
 BASELINES = ("direct-IF", "EKFAC-IF", "TRAK", by.TRACIN)
 AGREEMENT = {"implicit head": "agreement_head", "iMAML": "agreement_imaml", "MAML": "agreement_maml"}
 SURROGATES = ("linearized", "gamma", "Gauss-Newton")
-FOUND, SUPPORT, KEPT, TIMES, TIMES_MANY = 0.95, 0.9, 0.95, 20.0, 10.0
+FOUND, SUPPORT, KEPT, TIMES, TIMES_MANY, TRUE = 0.95, 0.9, 0.95, 20.0, 10.0, 0.95
 FOUND_IN = {"mini-ImageNet": 0.9}
 
 
@@ -125,6 +126,14 @@ def removed(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
         yield Verdict(what, signed(found), "interval above 0" if name == RANDOM else "≥ 0", met)
 
 
+def alone(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
+    """Whether the derivative of the run says of single tasks what training without them says."""
+    for row in picked(rows, method=by.TRAJECTORY, how="scored"):
+        what = f"{data}, one task left out: Spearman correlation of {by.TRAJECTORY} with training again"
+        told = interval(*(row[f"spearman{end}"] for end in ("", "_low", "_high")))
+        yield Verdict(what, told, f"≥ {TRUE}", row["spearman"] >= TRUE)
+
+
 def worth(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
     """Editing against training from scratch: in time, and where it was prepared once, in accuracy too."""
     edits = [row for row in rows if row["how"] in (EDIT, PREPARED)]
@@ -218,6 +227,8 @@ def all_of(out: Path, size: str) -> list[Verdict]:
         rows = rows_of(out, name, size)
         for kind in (learner, detection, removed, support, editing):
             found += kind(data, rows)
+    for data, name in ALONE.items():
+        found += alone(data, rows_of(out, name, size))
     for data, name in WORTH.items():
         found += worth(data, rows_of(out, name, size))
     for data, name in EDITING.items():
