@@ -244,6 +244,11 @@ def test_the_page_begins_with_what_a_reader_asks(tmp_path):
     single = answers.lines(tmp_path, "small")[-1]
     assert single.startswith("4. ")
     assert single.endswith("Omniglot 0.97 (best baseline: TRAK 0.50; ROC AUC of the truth: flipped 0.75).")
+    few = [{"how": "retrained"}, *(row for row in rows if row.get("method") == "optimum")]
+    pq.write_table(pa.Table.from_pylist(results.aligned(few)), alone / "results.parquet")
+    single = answers.lines(tmp_path, "small")[-1]
+    assert single.endswith("Omniglot unknown (best baseline: none; ROC AUC of the truth: unknown).")
+    pq.write_table(pa.Table.from_pylist(results.aligned(rows)), alone / "results.parquet")
     (told,) = verdicts.alone("Omniglot", verdicts.rows_of(tmp_path, "leaving_omniglot", "small"))
     assert (told.measured, told.met) == ("0.969 [0.969, 0.969]", True)
     folder = tmp_path / "editing_omniglot" / "small"

@@ -74,14 +74,15 @@ def _gain(tables: dict[str, Rows]) -> str:
 
 def _alone(runs: dict[str, Rows]) -> str:
     def one(rows: Rows) -> str:
-        scored = [row for row in rows if row.get("spearman") is not None]
-        own = next(row for row in scored if row["method"] == by.TRAJECTORY)
-        best = max((row for row in scored if row["method"] not in by.ESTIMATORS), key=lambda row: row["spearman"])
+        scored = {row["method"]: row["spearman"] for row in rows if row.get("spearman") is not None}
+        own = f"{scored[by.TRAJECTORY]:.2f}" if by.TRAJECTORY in scored else "unknown"
+        baselines = [name for name in scored if name not in by.ESTIMATORS]
+        best = max(baselines, key=lambda name: scored[name], default="none")
         (truth,) = verdicts.picked(rows, how="retrained")
         kinds = dict.fromkeys(row["kind"] for row in verdicts.picked(rows, how="left out"))
         areas = ", ".join(f"{kind} {truth[f'auc {kind}']:.2f}" for kind in kinds if f"auc {kind}" in truth)
-        nearest = f"best baseline: {best['method']} {best['spearman']:.2f}"
-        return f"{own['spearman']:.2f} ({nearest}; ROC AUC of the truth: {areas})"
+        nearest = f"best baseline: {best}{f' {scored[best]:.2f}' if baselines else ''}"
+        return f"{own} ({nearest}; ROC AUC of the truth: {areas or 'unknown'})"
 
     return (
         f"Spearman correlation of {by.TRAJECTORY} with training again without each of some tasks: {_each(runs, one)}."
