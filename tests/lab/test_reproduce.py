@@ -216,7 +216,7 @@ def test_the_page_begins_with_what_a_reader_asks(tmp_path):
     folder = tmp_path / "table_omniglot" / "small"
     folder.mkdir(parents=True)
     shared = {"level": "task", "seed": 0, "picked": "segments", "chance": 0.2}
-    accuracies = {"segments": 0.8, "random": 0.5, "direct-IF": 0.9, removal.TRUTH: 0.7}
+    accuracies = {"segments": 0.8, "random": 0.5, "direct-IF": 0.9, "TracIn": 0.6, removal.TRUTH: 0.7}
     rows = [
         {**shared, "method": name, "how": "retrained", "accuracy": value, "each": [value, value]}
         for name, value in accuracies.items()
