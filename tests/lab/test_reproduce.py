@@ -258,21 +258,20 @@ def test_the_page_begins_with_what_a_reader_asks(tmp_path):
     seconds["trained on for a share of the steps"] = 1.0
     shared |= {"preparation": 4.0, "steps": 9, "each": [0.5, 0.5]}
     rows = [{**shared, "how": how, "seconds": value} for how, value in seconds.items()]
-    rows[0] |= {"each": [0.75, 0.75]}
+    rows[1] |= {"each": [0.625, 0.625]}
     rows[-1] |= {"each": [0.375, 0.375]}
     rows[0].pop("preparation")
     rows += [{**row, "removed": count, "seconds": row["seconds"] + count} for count in (2, 8) for row in rows]
     pq.write_table(pa.Table.from_pylist(results.aligned(rows)), folder / "results.parquet")
     editing = answers.lines(tmp_path, "small")[-1]
     assert editing.startswith("5. ")
-    assert "Omniglot without 1 of 20 tasks edit 5 × (+0.2500 [+0.2500, +0.2500])" in editing
-    assert "edit prepared once (4.0 s) 40 × (+0.0000 [+0.0000, +0.0000])" in editing
-    assert "training on for 9 steps 10 × (-0.1250 [-0.1250, -0.1250])" in editing
+    assert "Omniglot without 1 of 20 tasks 40 × (+0.1250 [+0.1250, +0.1250]), without 8 of 20 tasks 2.18 × (" in editing
+    assert "), after 4.0 s of preparing. " in editing
     assert "without 2 of 20" not in editing
-    assert "without 8 of 20 tasks edit 1.8 × (" in editing
+    assert editing.endswith("An edit by itself: 1.8 to 5 × as fast. Training on for 9 steps: 2 to 10 × as fast.")
     edited, prepared, *_ = verdicts.worth("Omniglot", verdicts.rows_of(tmp_path, "editing_omniglot", "small"))
     assert (edited.measured, edited.met) == ("5.0 ×", False)
-    assert (prepared.measured, prepared.met) == ("40 ×, +0.0000 ± 0.0000", True)
+    assert (prepared.measured, prepared.met) == ("40 ×, +0.1250 ± 0.0000", True)
     assert answers.lines(tmp_path, "full") == []
     # Where the tables are there and their rows are not, as in a clone, what was said stands.
     said = answers.lines(tmp_path, "small")
@@ -334,15 +333,16 @@ def test_a_size_is_laid_over_what_is_common(tmp_path):
 
 @pytest.mark.parametrize("size", reproduce.SIZES)
 def test_every_experiment_of_the_repository_can_be_read(size):
-    paths = reproduce.experiment_files(ROOT / "configs")
+    paths = reproduce.experiment_files(ROOT / "configs", size)
     assert len(paths) >= 10
     for path in paths:
         assert reproduce.configured(path, size, [])[1].title
 
 
 def test_verdicts_name_experiments_that_there_are():
-    stems = {path.stem for path in reproduce.experiment_files(ROOT / "configs")}
-    named = (verdicts.DETECTION, verdicts.EDITING, verdicts.WORTH, verdicts.AGREEMENT, verdicts.ALONE)
+    stems = {path.stem for path in reproduce.experiment_files(ROOT / "configs", "small")}
+    own = (verdicts.DETECTION, verdicts.EXAMPLES, verdicts.EDITING)
+    named = (*own, verdicts.WORTH, verdicts.AGREEMENT, verdicts.ALONE)
     assert {name for each in named for name in each.values()} | {"speed"} <= stems
 
 
@@ -551,7 +551,17 @@ def test_a_budget_that_makes_no_sense_is_refused(given, why, capsys):
 
 
 def test_what_matters_first_is_there():
-    assert set(reproduce.FIRST) <= {path.stem for path in reproduce.experiment_files(ROOT / "configs")}
+    assert set(reproduce.FIRST) <= {path.stem for path in reproduce.experiment_files(ROOT / "configs", "full")}
+
+
+def test_an_experiment_of_one_size_is_left_out_at_the_other(tmp_path):
+    write(tmp_path, TINY, "both.toml")
+    write(tmp_path, TINY.partition("[full")[0], "small.toml")
+    write(tmp_path, 'experiment = "removal"\n', "neither.toml")
+    write(tmp_path, "[small]\n", "other.toml")
+    found = {size: [path.stem for path in reproduce.experiment_files(tmp_path, size)] for size in reproduce.SIZES}
+    # One without any size is a mistake, and running it says so.
+    assert found == {"small": ["both", "neither", "small"], "full": ["both", "neither"]}
 
 
 def test_training_tasks_of_more_classes_than_the_target_has(monkeypatch):

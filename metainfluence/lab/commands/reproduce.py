@@ -180,7 +180,7 @@ def run_all(folder: Path, size: str, out: Path, budget: float | None = None) -> 
     """
     check_out(out)
     started, failed, left = time.monotonic(), 0, []
-    paths = experiment_files(folder)
+    paths = experiment_files(folder, size)
     if budget is not None:
         paths.sort(key=lambda path: (FIRST.index(path.stem) if path.stem in FIRST else len(FIRST), path.stem))
     for path in paths:
@@ -202,10 +202,16 @@ def run_all(folder: Path, size: str, out: Path, budget: float | None = None) -> 
     return 1 if failed else CUT if left else 0
 
 
-def experiment_files(folder: Path) -> list[Path]:
-    """The TOML files in a folder that name an experiment."""
+def experiment_files(folder: Path, size: str) -> list[Path]:
+    """The TOML files in a folder that name an experiment, but for those of another size only."""
     named = re.compile(r"^experiment\s*=", re.MULTILINE)
-    return [path for path in sorted(folder.glob("*.toml")) if named.search(path.read_text(encoding="utf-8-sig"))]
+    found = []
+    for path in sorted(folder.glob("*.toml")):
+        text = path.read_text(encoding="utf-8-sig")
+        has = [one for one in SIZES if re.search(rf"^\[{one}[.\]]", text, re.MULTILINE)]
+        if named.search(text) and (size in has or not has):
+            found.append(path)
+    return found
 
 
 def report(paths: Sequence[Path], size: str, out: Path) -> None:
@@ -298,9 +304,9 @@ def main(args: Sequence[str]) -> None:
     try:
         if known.report:
             check_out(known.out)
-            report(experiment_files(known.configs), known.size, known.out)
+            report(experiment_files(known.configs, known.size), known.size, known.out)
         elif known.dry_run:
-            for path in experiment_files(known.configs) if known.all else [known.config]:
+            for path in experiment_files(known.configs, known.size) if known.all else [known.config]:
                 show(path, known.size, known.out, rest)
         elif known.all:
             if status := run_all(known.configs, known.size, known.out, known.budget):

@@ -91,28 +91,49 @@ def _alone(runs: dict[str, Rows]) -> str:
 
 def _editing(edits: dict[str, Rows]) -> str:
     def one(rows: Rows) -> str:
-        counts = [row["removed"] for row in rows if row["how"] == EDIT]
-        ends = dict.fromkeys((min(counts), max(counts)))
-        return "; ".join(f"without {count} of {rows[0]['of']} tasks {_ways(rows, count)}" for count in ends)
+        own = verdicts.picked(rows, how=PREPARED)
+        if not own:
+            return "unknown"
+        parts = [
+            f"without {count} of {own[0]['of']} tasks {_times(rows, PREPARED, count):.3g} × "
+            f"({_shown(difference(verdicts.picked(own, removed=count), _scratch(rows, count)))})"
+            for count in _ends(rows)
+        ]
+        return f"{', '.join(parts)}, after {verdicts.mean(own, 'preparation'):.1f} s of preparing"
 
-    return f"How many times faster, and what is gained in accuracy: {_each(edits, one)}."
+    found = [
+        f"An edit prepared once is so many times faster, and changes the accuracy by so much: {_each(edits, one)}."
+    ]
+    steps = [str(row["steps"]) for rows in edits.values() for row in verdicts.picked(rows, how=SHORT)]
+    for how, name in (
+        (EDIT, "An edit by itself"),
+        (SHORT, f"Training on for {' or '.join(dict.fromkeys(steps))} steps"),
+    ):
+        times = [
+            _times(rows, how, count)
+            for rows in edits.values()
+            for count in _ends(rows)
+            if verdicts.picked(rows, how=how, removed=count)
+        ]
+        if times:
+            found.append(f"{name}: {min(times):.2g} to {max(times):.2g} × as fast.")
+    return " ".join(found)
 
 
-def _ways(rows: Rows, count: int) -> str:
-    """Each way of doing without so many tasks, in time and accuracy against training from scratch."""
-    again = verdicts.picked(rows, how=AGAIN, removed=count)
-    parts = []
-    for how in (EDIT, PREPARED, SHORT):
-        own = verdicts.picked(rows, how=how, removed=count)
-        if own:
-            times = verdicts.mean(again, "seconds") / verdicts.mean(own, "seconds")
-            name = how
-            if how == PREPARED:
-                name = f"edit prepared once ({verdicts.mean(own, 'preparation'):.1f} s)"
-            if how == SHORT:
-                name = f"training on for {own[0]['steps']} steps"
-            parts.append(f"{name} {times:.3g} × ({_shown(difference(own, again))})")
-    return ", ".join(parts)
+def _ends(rows: Rows) -> list[int]:
+    """The fewest and the most tasks that were removed."""
+    counts = [row["removed"] for row in verdicts.picked(rows, how=EDIT)]
+    return list(dict.fromkeys((min(counts), max(counts))))
+
+
+def _scratch(rows: Rows, count: int) -> Rows:
+    return verdicts.picked(rows, how=AGAIN, removed=count)
+
+
+def _times(rows: Rows, how: str, count: int) -> float:
+    """Seconds of training from scratch over those of another way to do without so many tasks."""
+    own = verdicts.picked(rows, how=how, removed=count)
+    return verdicts.mean(_scratch(rows, count), "seconds") / verdicts.mean(own, "seconds")
 
 
 def _ahead(rows: Rows, name: str) -> tuple[float, float, int, int] | None:

@@ -19,6 +19,7 @@ DETECTION = {
     "MNIST": "table_mnist",
     "mini-ImageNet": "table_mini_imagenet",
 }
+EXAMPLES = {"Omniglot, examples": "examples_omniglot", "mini-ImageNet, examples": "examples_mini_imagenet"}
 EDITING = {"MNIST, 80 % flipped": "figure2_mnist", "sinusoids": "regression"}
 WORTH = {"Omniglot": "editing_omniglot", "mini-ImageNet": "editing_mini_imagenet"}
 ALONE = {"Omniglot": "leaving_omniglot", "mini-ImageNet": "leaving_mini_imagenet"}
@@ -227,6 +228,8 @@ def all_of(out: Path, size: str) -> list[Verdict]:
         rows = rows_of(out, name, size)
         for kind in (learner, detection, removed, support, editing):
             found += kind(data, rows)
+    for data, name in EXAMPLES.items():
+        found += support(data, rows_of(out, name, size))
     for data, name in ALONE.items():
         found += alone(data, rows_of(out, name, size))
     for data, name in WORTH.items():
