@@ -1,4 +1,4 @@
-"""The lab's wings: data flows one way, and what is private to one stays in it."""
+"""The lab's subpackages: data flows one way, and what is private to one stays in it."""
 
 import ast
 from pathlib import Path
