@@ -153,6 +153,13 @@ def test_the_code_of_an_experiment_is_what_its_results_depend_on():
     assert code.digest('"""A."""\nx = 1  # one\n') == code.digest("x = 1\n") != code.digest("x = 2\n")
     assert code.changed(None, {"a": "1"}) == [code.UNKNOWN]
     assert code.changed({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}) == ["b", "c"]
+    # What changes no result does not count in a record that has it, either.
+    assert code.changed({"lab/experiments/code.py": "1"}, {}) == []
+
+
+def test_the_digest_of_a_module_is_the_same_on_every_python():
+    text = 'def f(x: int, *, y=None):\n    """A."""\n    print(f"{x:<{y}}")\n    return f"{x:<{y}}", None, [], {**x}\n'
+    assert code.digest(text) == "46f6353f1994"
 
 
 def test_a_learner_that_may_only_guess_is_told_before_any_score(tmp_path):

@@ -5,27 +5,46 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import metainfluence
 
 ROOT = Path(metainfluence.__file__).parent
-# What shows, measures time or reads a command line changes no result.
-LEFT_OUT = ("lab/bench", "lab/show", "lab/commands", "docs")
+# What shows, measures time or reads a command line changes no result; nor does this module.
+LEFT_OUT = ("lab/bench", "lab/show", "lab/commands", "lab/experiments/code.py", "docs")
 EXPERIMENTS = "lab/experiments"
 UNKNOWN = "of which no record was kept"
 
 
 class _Bare(ast.NodeTransformer):
-    """Drops docstrings and other bare constants."""
+    """Drops docstrings and other bare constants, and the empty strings that Python 3.12 adds to f-strings."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        return None if isinstance(node.value, ast.Constant) else node
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        node.values = [part for part in node.values if getattr(part, "value", None) != ""]
+        return self.generic_visit(node)
 
 
 def digest(text: str) -> str:
-    """A hash of a module that comments, docstrings and line breaks do not change."""
-    tree = _Bare().visit(ast.parse(text))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+    """A hash of a module that comments, docstrings, line breaks and the version of Python do not change."""
+    return hashlib.sha256(_dumped(_Bare().visit(ast.parse(text))).encode()).hexdigest()[:12]
+
+
+def _dumped(node: Any) -> str:
+    """As `ast.dump` of Python 3.13, which leaves out empty fields; earlier versions write them, and know other ones."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_dumped, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: getattr(node, name, None) for name in node._fields}
+    kept = {
+        name: value
+        for name, value in fields.items()
+        if value != [] and (value is not None or (isinstance(node, ast.Constant) and name == "value"))
+    }
+    return f"{type(node).__name__}({', '.join(f'{name}={_dumped(value)}' for name, value in kept.items())})"
 
 
 @functools.cache
@@ -65,4 +84,5 @@ def changed(before: Mapping[str, str] | None, now: Mapping[str, str]) -> list[st
     """The modules that differ, by name; `[UNKNOWN]` where what was run was not recorded."""
     if before is None:
         return [UNKNOWN]
-    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    counted = (name for name in {*before, *now} if not name.startswith(LEFT_OUT))
+    return sorted(name for name in counted if before.get(name) != now.get(name))
