@@ -1,4 +1,4 @@
-"""The search behind `edit`: steps towards λ at other data weights, each as far as F falls."""
+"""The search behind `edit`: steps towards λ at other data weights, each shortened until F falls."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Edit(NamedTuple):
     Attributes:
       meta_params: λ as predicted for the new weights.
       info: report on the solves, leading axis 1 + num_newton_steps; here `outer_gradient_norm` is ‖D_λF‖ under the new
-        weights *after* each step. Of steps that were no more tried, what is told of the last one stands again.
+        weights *after* each step. Steps that were not tried repeat the entries of the last one that was.
       objective: F under the new weights, before the first step and after each, `[2 + num_newton_steps]`.
-      step_lengths: the part of each step that was taken, `[1 + num_newton_steps]`: 1 for all of it, 0 where F rose
-        along all of it or nothing more was tried.
+      step_lengths: the part of each step that was taken, `[1 + num_newton_steps]`: 1 for all of it, 0 where F did not
+        fall along it or the step was not tried.
     """
 
     meta_params: PyTree
@@ -50,13 +50,13 @@ class _Search(NamedTuple):
     """An edit under way.
 
     Attributes:
-      point: the best so far.
-      step: from it, which is tried.
-      slope: ⟨D_λF, step⟩ there.
-      length: the part of the step that is tried; 0 where the point itself is looked at.
-      number: of the step, 0 for the first-order one; −1 before that is known.
-      running: whether more is to be done.
-      edit: what is told, with the entries of steps that are still to come as they are now.
+      point: the best point so far.
+      step: the step from there that is being tried.
+      slope: ⟨D_λF, step⟩ at the point.
+      length: the part of the step that is tried; 0 where the point itself is evaluated.
+      number: the step's number, 0 for the first-order one; −1 before that is computed.
+      running: whether the search goes on.
+      edit: the result so far; entries of steps still to come hold the present values.
     """
 
     point: _Point
@@ -69,14 +69,14 @@ class _Search(NamedTuple):
 
 
 def edited(options: Options, count: int, meta_params: PyTree, tasks: Task, old: Weights, new: Weights) -> Edit:
-    """The first-order step and up to `count` Newton steps, each as far as F falls.
+    """The first-order step and up to `count` Newton steps, each shortened until F falls.
 
-    One compiled body serves all: it expands F at the point that is tried, from which the next step starts if it is
-    taken. So a whole step costs what Newton's does, and each halving one expansion.
+    One compiled body serves all steps: it expands F at the point that is tried, and the next step starts there if the
+    point is taken. So a full step costs what a Newton step costs, and each halving costs one expansion.
     """
     direction = jax.tree.map(jnp.subtract, new, old)
     chunks = options.chunks(meta_params, tasks)
-    # Traced once, for what is told of a step as for the step itself.
+    # Traced once, for the report's shapes and for the steps themselves.
     expanded = jax.jit(lambda at, tasks, weights: options.expanded(at, tasks, weights, chunks), inline=True)
 
     def turn(search: _Search) -> _Search:
@@ -87,7 +87,7 @@ def edited(options: Options, count: int, meta_params: PyTree, tasks: Task, old: 
         at = expanded(here, tasks, optax.tree.where(asking, old, new))
         tried = _Point(here, at.objective, flat_norm(at.gradient), at.inner_gradient_norm)
 
-        # Armijo's rule; near a minimum differences of F drown in rounding.
+        # Armijo's rule; near a minimum, differences of F drown in rounding.
         needed = point.value + 1e-4 * search.length * jnp.minimum(search.slope, 0)
         level = point.value + 10 * float(jnp.finfo(point.value.dtype).eps) * jnp.abs(point.value)
         lower = (tried.value <= needed) | ((tried.value <= level) & (tried.norm < point.norm))
@@ -95,7 +95,7 @@ def edited(options: Options, count: int, meta_params: PyTree, tasks: Task, old: 
         ended = ~taken & (search.length < _SHORTEST)
         done = ~looking & (taken | ended)
         follows = search.number < count
-        # Where the first-order step leads nowhere, Newton's start where it did, which is looked at once more.
+        # Where the first-order step fails, Newton's steps start from the same point, which is evaluated once more.
         again = ended & (search.number == 0) & follows
         solving = asking | (done & taken & follows) | (looking & (search.number > 0))
         number = jnp.where(asking | (done & taken & follows) | again, search.number + 1, search.number)
@@ -154,7 +154,7 @@ def edited(options: Options, count: int, meta_params: PyTree, tasks: Task, old: 
 
 
 def _from(number: Array, kept: PyTree, now: PyTree, when: Array) -> PyTree:
-    """Leaves with a leading axis for the steps, in which what is now stands from a step on, where it is to be told."""
+    """Leaves with a leading axis of steps, with `now` written in from step `number` on, where `when` holds."""
 
     def put(kept: Array, now: Array) -> Array:
         return jnp.where(when & (jnp.arange(kept.shape[0], dtype=jnp.int32) >= number), now, kept)

@@ -60,13 +60,13 @@ class Adaptation:
 
     Attributes:
       adapt: the map itself, differentiable in meta_params and coefficients.
-      inner_gradient_norm: (params, meta_params, support, coefficients) -> ‖∂_θ L_in‖ where params are meant to be a
-        minimum, infinity where they are seen to be near none; None where they are not meant to be one.
-      measure: (meta_params, support, coefficients) -> (params, that norm), by one linearisation for both; None for one
-        after the other.
+      inner_gradient_norm: (params, meta_params, support, coefficients) -> ‖∂_θ L_in‖, or infinity where params are
+        found to be near no minimum; None where they are not meant to be a minimum.
+      measure: (meta_params, support, coefficients) -> (params, that norm), by one linearisation for both; None computes
+        one after the other.
       step_norms: (meta_params, support, coefficients) -> ‖∂_θ L_in‖ before each step of an unrolled loop; else None.
-      known: whether it is known what params are meant to be: False for a program of which nobody has said whether it
-        solves an inner problem.
+      known: whether it is known what params are meant to be; False for a program that may or may not solve an inner
+        problem.
     """
 
     adapt: Callable[[PyTree, PyTree, Array], PyTree]
@@ -80,9 +80,9 @@ class Adaptation:
         return self.adapt(meta_params, support, coefficients)
 
     def measured(self, meta_params: PyTree, support: PyTree, coefficients: Array) -> tuple[PyTree, Array | None]:
-        """Adapts, and says how far from a minimum of the inner objective the result is; None where that means nothing.
+        """Adapts, and measures how far the result is from an inner minimum; None where it is not meant to be one.
 
-        No derivative runs through the norm.
+        The norm is not differentiated.
         """
         if self.measure is not None:
             return self.measure(meta_params, support, coefficients)
@@ -127,15 +127,15 @@ def unrolled(
       inner_loss: (params, meta_params, support) -> losses `[n_support]`.
       init: (meta_params, support) -> params to start from.
       optimizer: an optax optimiser, or a function of meta_params that returns one, for learned learning rates
-        (Meta-SGD, Li et al., 2017). Adam divides by √(v + eps_root): give it eps_root > 0, without which its derivative
-        is infinite where a gradient is exactly 0.
+        (Meta-SGD, Li et al., 2017). Adam divides by √(v + eps_root): give it eps_root > 0, or its derivative is
+        infinite where a gradient is exactly 0.
       num_steps: steps, at least 0.
       regularizer: (params, meta_params) -> scalar, added to the inner objective.
       remat: recompute each step's intermediates in reverse mode instead of storing them.
 
     Raises:
-      TypeError: a function that cannot be called so.
-      ValueError: `num_steps` is negative or no integer; at trace time, losses that are not one per example.
+      TypeError: a function that does not take these arguments.
+      ValueError: `num_steps` is negative or not an integer; at trace time, losses that are not one per example.
 
     Examples:
       >>> import jax
@@ -202,17 +202,17 @@ def implicit(
       init: (meta_params, support) -> params to start from.
       minimizer: (objective, params) -> params, as made by `newton_cg` (the default), `newton`, `optax_minimizer` or
         `given`.
-      linear_solver: any of `metainfluence.solvers`, for systems in H_in; its `init` runs once per task and λ, whatever
-        the number of systems. None: conjugate gradients to a relative residual of eps^(3/4), 1.8e-12 in float64; on an
-        accelerator, for up to 512 parameters, they start from the solution by `dense(method="cholesky")`, a few large
-        operations in place of many small.
-      regularizer: (params, meta_params) -> scalar, added to the inner objective, as iMAML's proximal term.
+      linear_solver: any of `metainfluence.solvers`, for systems with H_in. Its `init` runs once per task and λ,
+        whatever the number of systems. None uses conjugate gradients to a relative residual of eps^(3/4), 1.8e-12 in
+        float64. On an accelerator, for up to 512 parameters, they start from the solution by
+        `dense(method="cholesky")`: a few large operations instead of many small ones.
+      regularizer: (params, meta_params) -> scalar, added to the inner objective, such as iMAML's proximal term.
 
-    Values that the losses close over may be traced and differentiated, as where a problem is made inside a function.
+    The losses may close over values that are traced and differentiated, as where a problem is made inside a function.
 
     Raises:
-      TypeError: a function that cannot be called so; a minimiser or solver that closes over a value that is being
-        differentiated, on which the minimum does not depend.
+      TypeError: a function that does not take these arguments; a minimiser or solver that closes over a value that is
+        being differentiated, on which the minimum does not depend.
       ValueError: at trace time, losses that are not one per example, or an `init` that depends on meta_params where the
         inner objective does not, so that dθ/dλ is exactly zero.
 
@@ -248,10 +248,10 @@ def implicit(
     minima = None if lifted else _Minima(objective, minimize, linear_solver, outlined, inner_losses)
 
     def prepared(params: PyTree, *operands: Any) -> tuple[_Minima, tuple[Any, ...]]:
-        """The minima of the inner objective, and all that they depend on: traced values it closes over, too."""
+        """The minima of the inner objective, and all they depend on, including traced values that it closes over."""
         if minima is not None:
             return minima, operands
-        # A function with a derivative of its own may not close over a value that is differentiated.
+        # A function with a custom derivative may not close over a value that is differentiated.
         converted, values = jax.closure_convert(objective, params, *operands)
         return _Minima(converted, minimize, linear_solver, outlined, None), (*operands, *values)
 
@@ -294,7 +294,7 @@ class _Minima:
       objective: the function.
       minimize: its minimiser.
       linear_solver: as in `implicit`.
-      outlined: what makes functions of their own in the program.
+      outlined: decorator that keeps a function separate in the program.
       losses: (params, operands) -> `Losses` behind the objective, for preconditioners; None where not known.
     """
 
@@ -310,7 +310,7 @@ class _Minima:
 
         @outlined
         def linearised(params: PyTree, operands: Any) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-            """The gradient, and its derivative in params as a pytree: a fixed tool, with no derivative through it."""
+            """The gradient, and its derivative in params as a pytree; neither is differentiated further."""
             params, operands = jax.lax.stop_gradient((params, operands))
             return jax.linearize(lambda params: gradient(params, *operands), params)
 
@@ -359,7 +359,7 @@ class _Minima:
 
 
 def usual_linear_solver(params: PyTree, backend: str) -> solvers.Solver:
-    """The solver of systems in the inner Hessian where the user names none."""
+    """The solver for systems with the inner Hessian where the user names none."""
     iterative = solvers.cg(tol=accurate_tol(params))
     if backend == "cpu" or operators.Domain.of(params).size > DENSE_SIZE:
         return iterative
@@ -367,7 +367,7 @@ def usual_linear_solver(params: PyTree, backend: str) -> solvers.Solver:
 
     def solve(operator: operators.Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, Any]:
         found = direct.solve(operator, state, rhs)[0] if x0 is None else x0
-        # Where the Hessian has flat directions there is no factor, and conjugate gradients start from nothing.
+        # Where the Hessian has flat directions there is no factor, and conjugate gradients start from 0.
         known = jnp.all(jnp.isfinite(operator.domain.ravel(found)))
         guess = jax.tree.map(lambda leaf: jnp.where(known, leaf, 0), found)
         return iterative.solve(operator, None, rhs, guess)
@@ -375,7 +375,7 @@ def usual_linear_solver(params: PyTree, backend: str) -> solvers.Solver:
     return solvers.Solver(direct.init, solve)
 
 
-# Partial(linear) of a linear map that is itself a Partial would take its arrays for constants.
+# Partial(linear) of a linear map that is itself a Partial would treat its arrays as constants.
 def _apply(linear: Callable[[PyTree], PyTree], vector: PyTree) -> PyTree:
     return linear(vector)
 
@@ -388,18 +388,18 @@ def closed_form(
 ) -> Adaptation:
     """Any differentiable function: ridge heads (R2D2), prototypes (ProtoNet), a user's own program or solver.
 
-    Systems of equations in it are best solved by `linear_solve`, see there.
+    Systems of equations in it are best solved by `linear_solve`.
 
     Args:
       fn: (meta_params, support, coefficients `[n_support]`) -> params. Removal of support examples works through the
-        coefficients, so `fn` must weigh each example by its own; they sum to 1 at unit weights.
-      inner_loss: (params, meta_params, support) -> losses `[n_support]`, of whose weighted sum `fn` is meant to return
-        the minimum: how near it comes is then reported as `SolveInfo.inner_gradient_norm`. None for what is no minimum;
-        the norm is then None, unknown.
+        coefficients, so `fn` must weight each example by its coefficient. They sum to 1 at unit weights.
+      inner_loss: (params, meta_params, support) -> losses `[n_support]`; `fn` is meant to return the minimum of their
+        weighted sum. How near it comes is reported as `SolveInfo.inner_gradient_norm`. None where `fn` returns no
+        minimum; the norm is then None, unknown.
       regularizer: (params, meta_params) -> scalar, added to the inner objective.
 
     Raises:
-      TypeError: a function that cannot be called so.
+      TypeError: a function that does not take these arguments.
       ValueError: a `regularizer` without `inner_loss`; at trace time, losses that are not one per example.
 
     Examples:
@@ -427,7 +427,7 @@ def closed_form(
 
 
 def _depends(fn: Callable[[PyTree], PyTree], point: PyTree) -> bool:
-    """Whether the derivative of `fn` is anything but zero by its very structure."""
+    """Whether the derivative of `fn` can be other than zero, judged by the structure of its program."""
 
     def directional(tangent: PyTree) -> PyTree:
         return jax.jvp(fn, (point,), (tangent,))[1]

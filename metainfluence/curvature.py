@@ -1,8 +1,8 @@
-"""Which second-order operator stands for the total Hessian H = D_λ D_λ F.
+"""Which second-order operator is used as the total Hessian H = D_λ D_λ F.
 
 Every curvature is the Hessian, at λ, of a *surrogate* of the task loss that is built at λ: the loss itself, the loss
-with θ(λ) replaced by its tangent, by a constant, and so on. What they have in common (sums over tasks, linearising
-once, damping) is then written once, in `metainfluence.response`.
+with θ(λ) replaced by its tangent or by a constant, and so on. What they have in common (sums over tasks, linearising
+once, damping) is written once, in `metainfluence.response`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Curvature(NamedTuple):
       name: for messages.
       surrogate: (problem, λ0, task, weights) -> function λ -> (surrogate of L_k, ‖∂_θ L_in‖) whose Hessian at λ0 is the
         task's share of the operator, and whose value there is L_k.
-      shift: (problem, λ0, task, weights) -> scalar s_k; (1/T) Σ_k w_k s_k times the identity is added; None for
+      shift: (problem, λ0, task, weights) -> scalar s_k; (1/T) Σ_k w_k s_k times the identity is added; None adds
         nothing.
       needs: which part of the problem it needs beyond the task loss: None, "adapt" or "outer_head".
       keeps_gradient: whether the surrogate's gradient at λ0 is the total gradient.
@@ -104,7 +104,7 @@ def linearized() -> Curvature:
 
 
 def gamma() -> Curvature:
-    """Theorem 5.1 of arXiv 2501.15963: `linearized`, and Γ I with Γ = (1/T) Σ_k w_k ‖∂_θ L_k‖₁ for what it drops.
+    """Theorem 5.1 of arXiv 2501.15963: `linearized` plus Γ I, Γ = (1/T) Σ_k w_k ‖∂_θ L_k‖₁, for what it drops.
 
     Examples:
       For L = (λ² − 2)² / 2 at λ = 1 this is (2λ)² + |λ² − 2| = 5:
@@ -133,7 +133,7 @@ def gauss_newton() -> Curvature:
     Positive semidefinite where the head is convex in the outputs. Needs `bilevel(model, adapt, outer_head=head)`.
 
     Examples:
-      For L = (λ² − 2)² / 2 at λ = 1 the Jacobian is 2λ and the head's Hessian 1, which makes (2λ)² = 4:
+      For L = (λ² − 2)² / 2 at λ = 1 the Jacobian is 2λ and the head's Hessian is 1, which gives (2λ)² = 4:
 
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi
@@ -169,10 +169,10 @@ def gauss_newton() -> Curvature:
 def direct() -> Curvature:
     """Ignores dθ/dλ, as if the adapted parameters were constants: ∂²_λ L_k.
 
-    The mistake that the paper corrects, kept to be measured.
+    This is the mistake that the paper corrects, kept so that it can be measured.
 
     Examples:
-      For L = (θ − 2)² / 2 with θ = λ² this is 0: λ enters through θ alone:
+      For L = (θ − 2)² / 2 with θ = λ² this is 0, since λ enters through θ alone:
 
       >>> import jax.numpy as jnp
       >>> import metainfluence as mi

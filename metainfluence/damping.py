@@ -1,4 +1,4 @@
-"""Damping: a rule that explains itself, and a sweep that shows the plateau."""
+"""Damping: a rule that reports its reasons, and a sweep that shows the plateau."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DampingAt(Protocol):
     """What `auto` makes."""
 
     def __call__(self, meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Damping:
-        """The damping at λ, and what it was chosen by."""
+        """The damping at λ, and what decided it."""
 
 
 class SweepAt(Protocol):
@@ -61,16 +61,16 @@ def auto(
 ) -> DampingAt:
     """Makes (meta_params, tasks, weights=None) -> Damping, by the rule behind `damping="auto"`; `rank` products.
 
-    δ is the largest of three, each from what is not known about the quadratic model that influence rests on:
+    δ is the largest of three values, each for something unknown about the quadratic model that influence rests on:
 
-    - *Curvature*: 2 (r − θ)₊, θ the smallest Ritz value of H and r its residual: an eigenvalue may be as low as θ − r.
-      At a minimum none is negative: one of −μ says that H is off by about as much in every direction, so that
-      eigenvalues below μ tell nothing. With δ = 2μ the lowest damped eigenvalue is μ, and no direction is amplified by
-      more than what is known of it.
-    - *Stationarity*: ‖D_λF‖ / (0.1 ‖λ‖). At a λ that is not stationary the formula answers for the proximal problem
-      F(λ') + δ/2 ‖λ' − c‖² that λ does minimise, whose centre is c = λ + D_λF/δ. This δ keeps the centre within a tenth
-      of ‖λ‖.
-    - *Precision*: 100 eps · largest Ritz value, below which rounding decides.
+    - *Curvature*: 2 (r − θ)₊, where θ is the smallest Ritz value of H and r its residual: an eigenvalue may be as low
+      as θ − r. At a minimum none is negative. An eigenvalue of −μ says that H is off by about μ in every direction, so
+      that eigenvalues below μ say nothing. With δ = 2μ the lowest damped eigenvalue is μ, and no direction is amplified
+      by more than is known about it.
+    - *Stationarity*: ‖D_λF‖ / (0.1 ‖λ‖). At a λ that is not stationary, the formula holds for a proximal problem that λ
+      does minimise: F(λ') + δ/2 ‖λ' − c‖² with the centre c = λ + D_λF/δ. This δ keeps the centre within a tenth of ‖λ‖
+      from λ.
+    - *Precision*: 100 eps · largest Ritz value, below which rounding dominates.
 
     Args:
       problem: the problem.
@@ -82,7 +82,7 @@ def auto(
       precision: as in `task_if`.
 
     Raises:
-      ValueError: as `total_hessian`; `rank` no positive integer.
+      ValueError: as `total_hessian`; `rank` is not a positive integer.
 
     Examples:
       >>> import jax
@@ -120,12 +120,12 @@ class Sweep(NamedTuple):
 
     Attributes:
       dampings: ascending, `[D]`.
-      task: `[D, T]`, as `Scores`.
+      task: `[D, T]`, as in `Scores`.
       support: `[D, T, n_support]`.
       query: `[D, T, n_query]`.
-      rank_correlation: Spearman's, of the tasks' scores between each damping and the next, `[D - 1]`: near 1 on the
-        plateau, where the answer does not hang on the damping.
-      info: report on the solves, `[D]`; `num_matvecs` is that of all together.
+      rank_correlation: Spearman's correlation of the tasks' scores between each damping and the next, `[D - 1]`: near 1
+        on the plateau, where the answer does not depend on the damping.
+      info: report on the solves, `[D]`; `num_matvecs` counts the products of all of them together.
     """
 
     dampings: Float[Array, " D"]
@@ -164,8 +164,8 @@ def sweep(
       curvature: one of `metainfluence.curvature`; None for `exact()`.
       tol: relative residual at the smallest damping.
       max_size: vectors in the basis; None for 200, at most the operator's size.
-      absolute: solve with |H| at dampings at which H + δI is not positive definite; if False they end INDEFINITE.
-        The residual then falls less regularly with the damping, and `info` tells.
+      absolute: whether to solve with |H| at dampings at which H + δI is not positive definite; the residual then falls
+        less regularly with the damping, as `info` shows. If False, such solves end INDEFINITE.
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
       hvp: as in `task_if`.
@@ -212,7 +212,7 @@ def sweep(
 
     def swept(given: tuple[PyTree, Task, Weights], target_args: tuple[Any, ...]) -> Sweep:
         meta_params, tasks, resolved = given
-        # What is wrong with the target is told before the longer part.
+        # Errors of the target are raised before the long part.
         slope, direct = slopes_of(target, meta_params, target_args, resolved, total_effect)
         shared = None if total_effect else shares_support(tasks, target_args)
         point = options.expanded(*given, options.chunks(meta_params, tasks))

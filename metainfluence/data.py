@@ -1,8 +1,8 @@
 """Tasks, data weights, padding and removal.
 
 A *task* is a support set, from which the task's parameters are adapted, and a query set, on which they are judged.
-Stacked tasks carry one more leading axis on every leaf. The *data weights* `w` are the argument by which every datum
-enters the outer objective: 1 by default, 0 for a datum that is removed.
+Stacked tasks carry one more leading axis on every leaf. The *data weights* `w` say how much every datum counts in the
+outer objective: 1 by default, 0 for a datum that is removed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Task(NamedTuple):
     """One task, or stacked tasks with a leading axis `[T]` on every leaf.
 
     Attributes:
-      support: pytree of arrays `[n_support, ...]`; any dtype, integers and PRNG keys included. What belongs to the
-        task and is no example stands in a `PerTask`.
+      support: pytree of arrays `[n_support, ...]`; any dtype, integers and PRNG keys included. What belongs to the task
+        but is not an example goes into a `PerTask`.
       query: pytree of arrays `[n_query, ...]`, likewise.
       support_mask: `[n_support]` booleans, False on padding; None where every example is real.
       query_mask: `[n_query]` booleans, False on padding; None where every example is real.
@@ -40,13 +40,13 @@ class Task(NamedTuple):
 
 
 class PerTask(NamedTuple):
-    """What belongs to a task and is no example, as coordinates or a PRNG key: a node anywhere in `support` or `query`.
+    """What belongs to a task but is not an example, such as coordinates or a PRNG key: a node in `support` or `query`.
 
-    Functions of the problem are given it as it stands. It has no weights, is not padded, and has the same shapes in
-    all tasks.
+    The problem's functions receive it unchanged. It may stand anywhere in the pytree, has no weights, is not padded,
+    and has the same shapes in all tasks.
 
     Attributes:
-      value: pytree of arrays of any shape; stacked tasks have a leading axis `[T]` on them.
+      value: pytree of arrays of any shape; in stacked tasks they have a leading axis `[T]`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -69,17 +69,17 @@ def _is_per_task(node: Any) -> bool:
 
 
 def map_examples(function: Callable[..., Any], side: PyTree) -> PyTree:
-    """`jax.tree.map` over the arrays of examples; what is per task stays as it is."""
+    """`jax.tree.map` over the arrays of examples; each `PerTask` stays as it is."""
     return jax.tree.map(lambda leaf: leaf if _is_per_task(leaf) else function(leaf), side, is_leaf=_is_per_task)
 
 
 def examples_of(side: PyTree) -> PyTree:
-    """The side with None in the place of what is per task."""
+    """The side with None in place of each `PerTask`."""
     return jax.tree.map(lambda leaf: None if _is_per_task(leaf) else leaf, side, is_leaf=_is_per_task)
 
 
 def repeated(side: PyTree) -> PyTree:
-    """The side of stacked tasks with what is per task at every example, `[T, n, ...]`, as examples are."""
+    """The side of stacked tasks with each `PerTask` repeated for every example, `[T, n, ...]`."""
     lead = next((jnp.shape(leaf)[:2] for leaf in jax.tree.leaves(examples_of(side))), ())
 
     def at_examples(node: Any) -> Any:
@@ -149,7 +149,7 @@ def sizes(tasks: Task, *, stacked: bool = True, name: str = "tasks") -> Sizes:
     """Reads and checks the sizes of stacked tasks, or of one task.
 
     Raises:
-      TypeError: `tasks` is no `Task`, or a mask does not hold booleans.
+      TypeError: `tasks` is not a `Task`, or a mask does not hold booleans.
       ValueError: leaves disagree in their leading axes, or a side is empty.
     """
     if not isinstance(tasks, Task):
@@ -178,7 +178,7 @@ def sizes(tasks: Task, *, stacked: bool = True, name: str = "tasks") -> Sizes:
         if mask is not None and concrete(mask) and not np.all(np.any(np.asarray(mask), axis=-1)):
             where = np.flatnonzero(~np.any(np.atleast_2d(np.asarray(mask)), axis=-1))
             raise ValueError(f"{name}.{side}_mask: expected a real example in every task, got none in tasks {where}")
-    # A support pytree without leaves is a problem whose inner level reads no data.
+    # A support pytree without leaves means that the inner level reads no data.
     return Sizes(query[:-1], support[-1] if support else 0, query[-1])
 
 
@@ -192,11 +192,11 @@ def _check_per_task(name: str, side: PyTree, count: int) -> None:
 
 
 def not_finite(tasks: Task, name: str = "tasks") -> str | None:
-    """Names the first leaf of stacked tasks with NaN or infinity outside the padding, and the tasks; None without."""
+    """Names the first leaf of stacked tasks with NaN or infinity outside the padding, and the tasks; None if finite."""
     for side in ("support", "query"):
         mask = getattr(tasks, f"{side}_mask")
         for path, leaf, of_examples in leaves_by_kind(getattr(tasks, side)):
-            # Of arrays that lie on other hosts too, this one cannot see all.
+            # Arrays that lie partly on other hosts cannot be seen in full from this one.
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or not getattr(
                 leaf, "is_fully_addressable", True
             ):
@@ -216,7 +216,7 @@ def not_finite(tasks: Task, name: str = "tasks") -> str | None:
 
 
 def name_not_finite(derivative: PyTree, data: PyTree, name: str) -> None:
-    """Raises, naming task and leaf, where a derivative that has come out NaN or infinite can be laid to the tasks."""
+    """Raises, naming task and leaf, where the tasks' data explain why a derivative is NaN or infinite."""
     if not isinstance(data, Task) or not concrete(derivative, data):
         return
     finite = all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(derivative))
@@ -228,18 +228,18 @@ def name_not_finite(derivative: PyTree, data: PyTree, name: str) -> None:
 def stack_tasks(tasks: Sequence[Task]) -> Task:
     """Stacks single tasks on a new leading axis, padding ragged ones.
 
-    Padding repeats a task's last example, so that it is valid input for any loss, and the masks tell it apart. Masks
-    stay None on a side where all tasks have the same number of examples and none has a mask.
+    Padding repeats a task's last example, so that it is valid input for any loss; the masks mark it. Masks stay None on
+    a side where all tasks have the same number of examples and none has a mask.
 
     Args:
-      tasks: single tasks with equal pytree structures, trailing shapes and dtypes; of JAX's arrays, NumPy's, or
-        whatever NumPy takes for one, as PyTorch's.
+      tasks: single tasks with equal pytree structures, trailing shapes and dtypes. Their leaves are arrays of JAX or
+        NumPy, or whatever NumPy converts to one, such as PyTorch's tensors.
 
     Returns:
       Task with leaves `[T, n_max, ...]`.
 
     Raises:
-      TypeError: an iterator, which may never end; a task that is none.
+      TypeError: an iterator, which may never end; an element that is not a `Task`.
       ValueError: no tasks, or tasks that differ in structure, trailing shapes or dtypes.
 
     Examples:
@@ -304,7 +304,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
 
 
 def _array(leaf: Any) -> Any:
-    """Another library's array, as PyTorch's, as NumPy's; anything else as it is."""
+    """Converts another library's array, such as PyTorch's, to NumPy's; returns anything else as it is."""
     foreign = hasattr(leaf, "__array__") and not isinstance(leaf, (jax.Array, np.ndarray, np.generic))
     return np.asarray(leaf) if foreign else leaf
 
@@ -330,7 +330,7 @@ def resolve_weights(weights: Weights | None, tasks: Task, *, stacked: bool = Tru
     """Checks `weights` against `tasks`; None means 1 for every datum.
 
     Raises:
-      TypeError: `weights` is no `Weights`, or holds no floating-point numbers.
+      TypeError: `weights` is not a `Weights`, or does not hold floating-point numbers.
       ValueError: a wrong shape, or a value that is not finite.
     """
     size = sizes(tasks, stacked=stacked)
@@ -376,7 +376,7 @@ def drop(weights: Weights, tasks: Any = (), support: Any = (), query: Any = ()) 
     def clear(field: str, index: Any, argument: str) -> Array:
         values = jnp.asarray(getattr(weights, field))
         width = values.ndim
-        # NumPy's, since under jit JAX would make a tracer of it, whose range cannot be checked.
+        # In NumPy, since under jit JAX would make it a tracer, whose range cannot be checked.
         index = index if isinstance(index, Array) else np.asarray(index)
         if index.size == 0:
             return values
@@ -403,7 +403,7 @@ def coefficients(weights: Array, mask: Array | None) -> Array:
 
 
 def fill_padding(batch: PyTree, mask: Array | None) -> PyTree:
-    """Replaces padded rows by the first real one, so that whatever stands in the padding cannot reach a result."""
+    """Replaces padded rows by the first real one, so that whatever is in the padding cannot reach a result."""
     if mask is None:
         return batch
     rows = jnp.where(mask, jnp.arange(mask.shape[0]), jnp.argmax(mask))

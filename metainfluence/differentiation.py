@@ -1,8 +1,8 @@
 """How derivatives of gradients are taken: forward over reverse, or reverse over reverse.
 
-Forward over reverse is cheaper. Functions whose derivative is a `custom_vjp`, as jaxopt's solvers, have none in forward
-mode. What is differentiated here is always a gradient, so that its derivative is symmetric and one pullback,
-v ↦ ∇⟨gradient, v⟩, is the same product.
+Forward over reverse is cheaper. Functions with a `custom_vjp`, such as jaxopt's solvers, have no derivative in forward
+mode. What is differentiated here is always a gradient. So its derivative is symmetric, and one pullback,
+v ↦ ∇⟨gradient, v⟩, gives the same product.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def check_hvp(hvp: Any) -> None:
 
 
 def check_forward(loss: Callable[[PyTree], Array], at: PyTree, jaxpr: Any, *, twice: bool) -> None:
-    """Raises where forward mode meets a `custom_vjp`, which under jit JAX says only when it compiles, far from here.
+    """Raises where forward mode meets a `custom_vjp`; under jit JAX says so only when it compiles, far from here.
 
     Args:
       loss: (point) -> scalar.
       at: the point; may be traced.
       jaxpr: of the loss there.
-      twice: whether forward mode is taken of the loss's gradient, in which the `custom_vjp` may have been replaced by
-        functions that have a derivative, or of the loss itself.
+      twice: whether forward mode is applied to the loss's gradient and not to the loss itself. In the gradient,
+        functions with a derivative may have taken the place of the `custom_vjp`.
 
     Raises:
       TypeError: naming the argument to change.
@@ -43,7 +43,7 @@ def check_forward(loss: Callable[[PyTree], Array], at: PyTree, jaxpr: Any, *, tw
     fn = jax.grad(loss) if twice else loss
     vectors = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)), jnp.result_type(leaf)), at)
     try:
-        # Of what it refuses to compile JAX refuses to trace the vmap.
+        # What JAX would refuse to compile, it refuses to trace under vmap.
         jax.eval_shape(jax.vmap(lambda vector: jax.jvp(fn, (at,), (vector,))[1]), vectors)
     except TypeError as error:
         if "custom_vjp" not in str(error):
@@ -55,7 +55,7 @@ def check_forward(loss: Callable[[PyTree], Array], at: PyTree, jaxpr: Any, *, tw
 
 
 def _holds(jaxpr: Any, name: str) -> bool:
-    """Whether a primitive whose name starts so is in a jaxpr or in one inside it."""
+    """Whether a jaxpr, or one inside it, holds a primitive whose name starts with `name`."""
     return any(
         equation.primitive.name.startswith(name) or any(_holds(inner, name) for inner in inner_jaxprs(equation.params))
         for equation in jaxpr.eqns
@@ -82,12 +82,12 @@ def hessian_product(gradient: Callable[[PyTree], PyTree], at: PyTree, vector: Py
 def hessian_map(
     gradient: Callable[[PyTree], Any], at: PyTree, hvp: str
 ) -> tuple[PyTree, Callable[[PyTree], PyTree], Any]:
-    """The gradient with its aux, and v ↦ its derivative along v as a pytree, with all that does not depend on v done.
+    """The gradient with its aux, and v ↦ its derivative along v as a pytree; what v does not affect is computed once.
 
     Args:
       gradient: (point) -> (gradient, aux).
       at: the point.
-      hvp: the way.
+      hvp: how the derivative is taken.
 
     Returns:
       Gradient, map, aux.

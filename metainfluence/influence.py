@@ -1,10 +1,11 @@
-"""Influence: questions to the response of a stationary point, a few lines each.
+"""Influence: functions that query the response of a stationary point, a few lines each.
 
 Forward (a direction in the data weights w) gives the change of λ: `task_if`, `instance_if`, `group_influence`, `edit`.
-Reverse (a target φ(λ)) gives the scores of all data together: `influence_scores`.
+Reverse (a target φ(λ)) gives the scores of all data at once: `influence_scores`.
 
 Signs: `delta` is dλ*/dw, the change on up-weighting, so removal is λ − delta. A score is the predicted change of the
-target on removal, − w · dφ/dw: positive, the datum helps (removing it raises the target loss); negative, it harms.
+target on removal, − w · dφ/dw. A datum with a positive score helps (removing it raises the target loss); one with a
+negative score harms.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class ScoresOfData(Protocol):
     """What `self_influence` makes."""
 
     def __call__(self, meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> Scores:
-        """Scores of all tasks and examples on their own terms."""
+        """Scores of all tasks and examples, each on its own term of F."""
 
 
 class EditOfWeights(Protocol):
@@ -113,26 +114,27 @@ def task_if(
     """Makes (meta_params, tasks, weights=None) -> Influence of every task: task-IF.
 
     delta[k] = dλ*/dw_k = − H⁻¹ D_λ L_k / T, so that λ − delta[k] predicts λ without task k (arXiv 2501.15963, §4). All
-    T right-hand sides are stepped together, with one batched Hessian product per step.
+    T right-hand sides are solved together, with one batched Hessian product per step.
 
     Args:
       problem: the problem.
       solver: one of `metainfluence.solvers`; None for `auto()`.
       curvature: one of `metainfluence.curvature`; None for `exact()`.
       damping: non-negative number added to every eigenvalue of H, or "auto" for the rule of `damping.auto`.
-      batch_size: tasks per chunk, which bounds the memory; None for a choice by shapes alone: a chunk that stays in the
-        cache of a CPU, all tasks that fit an accelerator.
-      mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
+      batch_size: tasks per chunk, which bounds the memory. None chooses by shapes alone: on a CPU a chunk that stays in
+        its cache, on an accelerator all tasks that fit.
+      mesh: devices over which tasks are sharded, along all axes of the mesh; None leaves tasks where they are.
       hvp: how derivatives of gradients are taken, "forward_over_reverse" or "reverse_over_reverse", see `bilevel`; None
-        for the problem's own, which is the first unless it was told otherwise.
-      precision: of matrix products, the problem's own included, see `jax.default_matmul_precision`; None for JAX's.
+        for the problem's own, which by default is the first.
+      precision: of matrix products, also the problem's, see `jax.default_matmul_precision`; None for JAX's setting.
 
     Returns:
-      Function whose delta has leaves `[T, ...]`, and info `[T]`.
+      Function that returns delta with leaves `[T, ...]` and info with leaves `[T]`.
 
     Warns:
-      SpoiltTaskWarning: outside jit, tasks whose gradients are NaN although their data are not, as where a norm is
-        taken at 0; named with the place. They are taken for absent, with answers of NaN, and the others keep theirs.
+      SpoiltTaskWarning: outside jit, tasks whose gradients are NaN although their data are not, for example where a
+        norm is taken at 0. The warning names the tasks and the place. They are treated as absent and get NaN; the other
+        tasks keep their answers.
 
     Raises:
       ValueError: as `total_hessian`; and for tasks, weights or meta_params that are malformed or not finite.
@@ -184,14 +186,14 @@ def instance_if(
 ) -> InfluenceOfExamples:
     """Makes (meta_params, tasks, index, weights=None) -> Influence of every example on one side of task `index`.
 
-    delta[j] = dλ*/dw of example j. For a query example − H⁻¹ (w_k b_kj/T) D_λ ℓ_out; for a support example − H⁻¹ ∂_u
-    D_λF, the mixed derivative through the adapted parameters, which contains every term of the paper's D_λP with the
-    opposite sign. λ − delta[j] predicts λ without the example, on either side.
+    delta[j] = dλ*/dw of example j. For a query example it is − H⁻¹ (w_k b_kj/T) D_λ ℓ_out. For a support example it is
+    − H⁻¹ ∂_u D_λF, with the mixed derivative through the adapted parameters, which contains every term of the paper's
+    D_λP with the opposite sign. λ − delta[j] predicts λ without the example, on either side.
 
     Args:
       problem: the problem.
       side: "support" or "query".
-      solver: as in `task_if`, like the other arguments.
+      solver: as in `task_if`.
       curvature: as in `task_if`.
       damping: as in `task_if`.
       batch_size: as in `task_if`.
@@ -200,7 +202,7 @@ def instance_if(
       precision: as in `task_if`.
 
     Returns:
-      Function whose delta has leaves `[n, ...]`, and info `[n]`; 0 for padding.
+      Function that returns delta with leaves `[n, ...]` and info with leaves `[n]`; 0 for padding.
 
     Raises:
       ValueError: an unknown side, an index out of range, and as `task_if`.
@@ -261,7 +263,7 @@ def group_influence(
 
     Args:
       problem: the problem.
-      solver: as in `task_if`, like the other arguments.
+      solver: as in `task_if`.
       curvature: as in `task_if`.
       damping: as in `task_if`.
       batch_size: as in `task_if`.
@@ -314,38 +316,38 @@ def influence_scores(
 ) -> ScoresForTarget:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores of all tasks and all examples, by one solve.
 
-    Solves H s = ∇φ, then − dφ/dw = ∂_w ⟨D_λF, s⟩ by one transposed product with the mixed derivative ∂_w D_λF. The
-    same as `scores(optimum(problem, …)(meta_params, tasks), target)(*target_args)`.
+    Solves H s = ∇φ, then computes − dφ/dw = ∂_w ⟨D_λF, s⟩ by one transposed product with the mixed derivative ∂_w D_λF.
+    The result is that of `scores(optimum(problem, …)(meta_params, tasks), target)(*target_args)`.
 
-    Where a removed example leaves the target's own tasks too, as where λ are hyperparameters and the target is the test
-    loss of the model that they train, φ depends on w itself, and `total_effect=True` adds that part: − w · (∂_wφ +
-    (dλ*/dw)ᵀ ∂_λφ).
+    A removed example may leave the target's own tasks too, for example where λ are hyperparameters and the target is
+    the test loss of the model that they train. Then φ depends on w directly, and `total_effect=True` adds that part:
+    − w · (∂_wφ + (dλ*/dw)ᵀ ∂_λφ).
 
     Args:
       problem: the problem.
-      target: φ: (meta_params, *target_args) -> scalar, as made by `query_loss`. Its arguments are passed on at the
-        call, so that held-out data are data to jit.
-      solver: as in `task_if`, like the other arguments.
+      target: φ: (meta_params, *target_args) -> scalar, as made by `query_loss`. Its arguments are passed at the call,
+        so that jit sees held-out data as arguments, not as constants.
+      solver: as in `task_if`.
       curvature: as in `task_if`.
       damping: as in `task_if`.
       batch_size: as in `task_if`.
       mesh: as in `task_if`.
       hvp: as in `task_if`.
       precision: as in `task_if`.
-      total_effect: whether φ is a function of the data weights, too: it is then called with `weights=`, those of the
-        training tasks. `query_loss` adapts its k-th task to the support weights of the k-th training task.
+      total_effect: whether φ also depends on the data weights. It is then called with `weights=`, the weights of the
+        training tasks. `query_loss` adapts its k-th task with the support weights of the k-th training task.
 
     Returns:
-      Function whose scores are − w · dφ/dw at the current weights: the predicted change of φ on removal, in its units.
+      Function whose scores are − w · dφ/dw at the current weights: the predicted change of φ on removal, in φ's units.
 
     Warns:
       DirectEffectWarning: outside jit, a target whose tasks share support data with training, without `total_effect`;
-        `check` warns of it whatever the scores were made by.
+        `check` gives the same warning, however the scores were made.
       SpoiltTaskWarning: as `task_if`.
 
     Raises:
-      TypeError: a target that takes no `weights`, with `total_effect`.
-      ValueError: a target that is no scalar, and as `task_if`.
+      TypeError: a target that takes no `weights`, although `total_effect` is set.
+      ValueError: a target that is not a scalar, and as `task_if`.
 
     Examples:
       >>> import jax
@@ -367,7 +369,7 @@ def influence_scores(
     def run(meta_params: PyTree, tasks: Task, *target_args: Any, weights: Weights | None = None) -> Scores:
         with options.traced():
             point = checked(meta_params, tasks, weights)
-            # What is wrong with the target is told before the longer part.
+            # Errors of the target are raised before the long part.
             slope, direct = slopes_of(target, point[0], target_args, point[2], total_effect)
             at = options.expanded(*point, options.chunks(*point[:2]))
             solution, info = solve_once(options, at, slope)
@@ -398,12 +400,12 @@ def self_influence(
     """Makes (meta_params, tasks, weights=None) -> Scores of every datum on its own term of F.
 
     With g = ∂_w D_λF of a datum, its score is w · gᵀ H⁻¹ g: the predicted change of ∂F/∂w, the datum's own term of F,
-    on its removal. Not negative where H is positive definite. High values mark data that λ had to be bent for. One
-    solve per datum, all of a task's in step.
+    when it is removed. Scores are not negative where H is positive definite. High values mark data that pull λ
+    strongly. This takes one solve per datum; those of one task are solved together.
 
     Args:
       problem: the problem.
-      solver: as in `task_if`, like the other arguments.
+      solver: as in `task_if`.
       curvature: as in `task_if`.
       damping: as in `task_if`.
       batch_size: as in `task_if`.
@@ -412,7 +414,7 @@ def self_influence(
       precision: as in `task_if`.
 
     Returns:
-      Function whose info has leaves `[T, 1 + n_support + n_query]`: the task, its support and its query examples.
+      Function that returns info with leaves `[T, 1 + n_support + n_query]`: the task, its support and query examples.
 
     Examples:
       >>> import jax
@@ -473,14 +475,14 @@ def edit(
     First order: λ + (dλ*/dw) · (new_weights − weights). Then `num_newton_steps` Newton steps on F at the new weights,
     λ − H⁻¹ D_λF, each with the Hessian at the point reached.
 
-    With Newton steps to follow, a step is taken as far as F at the new weights falls along it: all of it, or half, a
-    quarter, and so on; where H is indefinite and the step leads uphill, the other way; where F falls nowhere, not at
-    all. `objective`, `step_lengths` and `info.outer_gradient_norm` say how far each got. With `num_newton_steps=0` the
-    first-order step is taken as it is, which is `group_influence`.
+    With `num_newton_steps` above 0, each step is shortened until F at the new weights falls: all of it is tried, then
+    half, a quarter, and so on. A Newton step that leads uphill, because H is indefinite, is reversed. A step along
+    which F does not fall is not taken. `objective`, `step_lengths` and `info.outer_gradient_norm` say how far each step
+    got. With `num_newton_steps=0` the first-order step is taken in full, as in `group_influence`.
 
     Args:
       problem: the problem.
-      solver: as in `task_if`, like the other arguments.
+      solver: as in `task_if`.
       curvature: as in `task_if`.
       damping: as in `task_if`.
       batch_size: as in `task_if`.
@@ -540,7 +542,7 @@ def _term(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights, c
 
 
 def _present(own: Weights, columns: PyTree) -> PyTree:
-    """Derivatives by the weights of a task's examples, which are 0 at a task's weight of 0, though it be spoilt."""
+    """Derivatives by the weights of a task's examples; 0 where the task's weight is 0, even if the task is spoilt."""
     return jax.tree.map(lambda leaf: jnp.where(own.task == 0, 0, leaf), columns)
 
 

@@ -1,7 +1,7 @@
 """Krylov subspaces, and how they are grown until they hold the solutions of systems.
 
-From a random vector they show the spectrum (Lanczos' method), from residuals they solve (conjugate gradients); one loop
-does both, one after the other.
+Grown from a random vector they show the spectrum (Lanczos' method); grown from residuals they solve (conjugate
+gradients). One loop does both, one after the other.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ class Growth(NamedTuple):
 
     Attributes:
       subspace: the subspace.
-      coordinates: of the solutions, those of the smallest residuals that were met, `[k, m]`.
+      coordinates: coordinates of the solutions with the smallest residuals so far, `[k, m]`.
       sizes: relative residuals of these, `[k]`.
       open: which right-hand sides are not solved yet, `[k]`.
       residuals: b − A x of the solutions in the whole subspace, `[k, n]`.
       num_products: vectors multiplied.
       indefinite: whether the projected operator was not positive definite.
       turned: whether the solutions are those of |A| + shift.
-      finite: whether all directions and products were.
+      finite: whether all directions and products were finite.
       whitener: U with U (V A Vᵀ + shift) Uᵀ = I, where that is positive definite.
-      whitened: its rows.
+      whitened: number of the whitener's rows.
       damping: what an exploration has chosen, else 0.
-      turns: how many there were.
+      turns: number of turns so far.
     """
 
     subspace: Subspace
@@ -92,23 +92,24 @@ def grow(
 ) -> Growth:
     """Grows a subspace until every right-hand side has a solution of relative residual `tol` in it.
 
-    Each turn adds the `block_size` directions that carry most of the residuals that are still too large; the first one
-    the `guesses` at solutions, where there are any, no more than a block. It ends early where there is room for no more
-    than `capacity` new vectors, where no residual adds a direction, and where the projected operator is not positive
-    definite; unless `absolute`, which solves with |A| + shift, or `turn`, which does so from there on.
+    Each turn adds the `block_size` directions that carry most of the residuals that are still too large. The first turn
+    adds the `guesses` at solutions instead, where there are any, no more than a block. Growth ends early after
+    `capacity` new vectors, where no residual adds a direction, and where the projected operator is not positive
+    definite. `absolute` solves with |A| + shift instead, and `turn` does so from there on.
 
-    A subspace that is `known` is grown from. An `exploration`, for one right-hand side, comes first: as many turns of
-    Lanczos' method, after which the damping is chosen. All are turns of one loop, which holds the product once.
+    Growth starts from the subspace `known`, where there is one. An `exploration`, for one right-hand side, comes first:
+    `rank` turns of Lanczos' method, after which the damping is chosen. All turns share one loop, which holds the
+    product once.
     """
     scale = jnp.linalg.norm(rhs, axis=1)
     weight = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
     block = min(block_size, len(rhs))
     explored = 0 if exploration is None else exploration.rank
     before = explored if known is None else len(known.basis)
-    # The last block may need more rows than it has room for to be tried.
+    # The last block may go beyond `capacity`, and needs rows to be tried.
     rows = before + capacity + block
     fresh = guesses is None and before == 0
-    # A block of one row is whitened without a loop, where no rows wait for it.
+    # A block of one row is whitened without a loop, where no earlier rows are left to whiten.
     alone = block == 1 and before == 0
     start = start_of(operator) if explored else rhs[0]
 
@@ -178,14 +179,14 @@ def grow(
             )
         finite = growth.finite & jnp.all(jnp.isfinite(wanted)) & jnp.all(jnp.isfinite(extended.gram))
         size = relative(residuals)
-        # Residuals rise and fall where an operator is turned round.
+        # Residuals rise and fall once the operator is replaced by |A|.
         better = ~stuck & ~((growth.turns > explored) & (size > held))
         best = select(better, size, held)
-        # |A| is known by the subspace alone: a solution counts once the next direction has left it one.
+        # |A| is known only in the subspace: a solution counts once it is still one after the next direction.
         still = (best > tol) | (turned & (held > tol))
         more = count > growth.num_products
         if not fresh:
-            # What is known or guessed may hold the solution, and give nothing to grow by.
+            # What is known or guessed may already hold the solution, and then adds no direction.
             more = more | (growth.turns <= explored)
         grown = Growth(
             extended,
@@ -244,8 +245,8 @@ def explore(operator: Operator, rank: int) -> tuple[Subspace, RitzValues]:
 def lanczos(operator: Operator, rank: int, start: Float[Array, " n"]) -> Subspace:
     """The Krylov subspace of a random start vector, by Lanczos' method with full reorthogonalisation.
 
-    Where it closes early, it goes on from another vector, the start with its entries moved on, so that eigenvalues of
-    any multiplicity are met and no ghost or spurious value takes a row. `rank` products.
+    Where the space closes early, it goes on from another vector, the start with its entries shifted. So eigenvalues of
+    any multiplicity are found, and no ghost or spurious value takes a row. `rank` products.
     """
 
     def step(turn: Array, subspace: Subspace) -> Subspace:
@@ -258,7 +259,7 @@ def lanczos(operator: Operator, rank: int, start: Float[Array, " n"]) -> Subspac
 
 def start_of(operator: Operator) -> Float[Array, " n"]:
     """The random vector that an exploration starts from."""
-    # `jax.random.split(jax.random.key(0))[0]`, since to split a key takes as many lines as many a solver.
+    # This is `jax.random.split(jax.random.key(0))[0]`: splitting a key takes as many lines of program as many a solver.
     key = jax.random.wrap_key_data(jnp.asarray([1797259609, 2579123966], jnp.uint32), impl="threefry2x32")
     return jax.random.normal(key, (operator.size,), operator.domain.dtype)
 
@@ -290,7 +291,7 @@ def _spare(start: Array, turn: Array) -> Array:
 
 
 def _continued(basis: Array, direction: Array, spare: Array, allowed: Array) -> tuple[Array, Array]:
-    """A row by a direction, or, where that adds nothing and it is allowed, by the spare one; and if there is one."""
+    """A row from a direction, or, if that adds nothing and it is allowed, from the spare one; and whether it exists."""
     rows, kept = orthogonal(basis, jnp.stack([direction, spare]))
     other = allowed & ~kept[0]
     return select(other, rows[1:], rows[:1]), select(other, kept[1:], kept[:1])
@@ -302,7 +303,7 @@ def _whiten(subspace: Subspace, shift: Array, index: Any, carry: tuple[Array, Ar
     Matrix products only: a factorisation by LAPACK in every step would have its threads wait for XLA's.
     """
     whitener, indefinite = carry
-    # Rows and entries by products with the unit vector: to index takes more lines.
+    # Rows and entries are read by products with the unit vector: indexing takes more lines of program.
     here = jnp.arange(len(whitener), dtype=jnp.int32) == jnp.asarray(index, jnp.int32)
     unit = here.astype(whitener.dtype)
     column = matmul(unit, subspace.gram) + shift * unit

@@ -1,4 +1,4 @@
-"""Minimisers of a task's inner objective, and whether a point is a minimum at all.
+"""Minimisers of a task's inner objective, and a check of whether a point is a minimum at all.
 
 A minimiser is a function (objective, params) -> params. `adaptation.implicit` takes one, and differentiates the minimum
 that it finds, not its steps.
@@ -73,15 +73,15 @@ def newton_cg(*, tol: float | None = None, max_steps: int = 100) -> Minimizer:
             grad, product, value = jax.linearize(gradient, carry.candidate, has_aux=True)
             norm, first = optax.tree.norm(grad), carry.steps_left == max_steps
             scale = jnp.where(first, jnp.maximum(1, norm), carry.scale)
-            # Near the minimum differences of values drown in rounding, which must not stop the last steps.
+            # Near the minimum, differences of values drown in rounding, which must not stop the last steps.
             stalled = ~first & ~(norm < carry.norm) & (value >= carry.value - 10 * eps * jnp.abs(carry.value))
             here = _Newton(carry.candidate, value, norm, carry.candidate, scale, carry.steps_left, carry.active)
             here = optax.tree.where(stalled, carry, here)
             finite = jnp.isfinite(here.norm) & jnp.isfinite(here.value)
             active = ~stalled & finite & (here.norm > goal * scale) & (here.steps_left > 0)
 
-            # The forcing term of Eisenstat and Walker makes the convergence superlinear. Where all is done nothing is
-            # left to solve for.
+            # The forcing term of Eisenstat and Walker makes the convergence superlinear. Once the search is done,
+            # nothing is left to solve for.
             forcing = jnp.clip(jnp.sqrt(here.norm / scale), 1e-4, 0.1)
             downhill = jax.tree.map(lambda leaf: jnp.where(active, -leaf, 0), grad)
             operator = operators.from_matvec(product, params)
@@ -116,16 +116,17 @@ def newton_cg(*, tol: float | None = None, max_steps: int = 100) -> Minimizer:
 
 
 def newton(*, dense: bool = True, num_steps: int = 12) -> Minimizer:
-    """Newton's method with the Hessian formed and factorised, for few parameters on an accelerator: a head, say.
+    """Newton's method with the Hessian formed and factorised, for few parameters on an accelerator, such as a head.
 
-    Steps are of a fixed number and each is a few large operations, over all tasks at once under vmap, where `newton_cg`
-    waits for hundreds of small ones. Lengths 1, 1/2, ..., 2⁻¹¹ are tried together, and the longest that lowers the
-    objective enough is taken. Where the Hessian is not positive definite, twice as much is added to its diagonal as
-    Gershgorin's theorem asks for. Strictly convex objectives, as of a logistic head with a penalty, are at their
-    minimum to rounding after six to ten steps; how near others come is reported as `SolveInfo.inner_gradient_norm`.
+    The number of steps is fixed. Each step is a few large operations, over all tasks at once under vmap, where
+    `newton_cg` waits for hundreds of small ones. Lengths 1, 1/2, ..., 2⁻¹¹ are tried together, and the longest that
+    lowers the objective enough is taken. Where the Hessian is not positive definite, twice what Gershgorin's theorem
+    asks for is added to its diagonal. Strictly convex objectives, such as that of a logistic head with a penalty, reach
+    their minimum to rounding after six to ten steps. How near others come is reported as
+    `SolveInfo.inner_gradient_norm`.
 
     Args:
-      dense: False for `newton_cg(max_steps=num_steps)`, for parameters too many to form a matrix of.
+      dense: False for `newton_cg(max_steps=num_steps)`, where the parameters are too many to form the matrix.
       num_steps: steps taken.
 
     Raises:
@@ -166,7 +167,7 @@ def newton(*, dense: bool = True, num_steps: int = 12) -> Minimizer:
             factor = jnp.where(jnp.all(jnp.isfinite(plain)), plain, lifted)
             direction = -_lapack.cho_solve(factor, slope)
             direction = jnp.where(jnp.all(jnp.isfinite(direction)), direction, -slope)
-            # Near the minimum differences of values drown in rounding, which must not stop the last steps.
+            # Near the minimum, differences of values drown in rounding, which must not stop the last steps.
             rounding = 10 * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
             tried = point[None] + lengths[:, None] * direction[None]
             most = value + (1e-4 * lengths * jnp.vdot(slope, direction)).astype(value.dtype) + rounding
@@ -183,7 +184,7 @@ def newton(*, dense: bool = True, num_steps: int = 12) -> Minimizer:
 
 
 def optax_minimizer(optimizer: optax.GradientTransformation, num_steps: int, *, tol: float | None = None) -> Minimizer:
-    """Up to `num_steps` steps of an optax optimiser, its L-BFGS included.
+    """Up to `num_steps` steps of an optax optimiser, L-BFGS included.
 
     Args:
       optimizer: an optax optimiser.
@@ -211,7 +212,7 @@ def optax_minimizer(optimizer: optax.GradientTransformation, num_steps: int, *, 
 
         def running(carry: Any) -> Array:
             _, _, (_, grad), steps_left = carry
-            # Not `>`, which NaN would end, with a start that passes for a minimum.
+            # Not `>`: NaN would end the loop, and the start would pass for a minimum.
             active = jnp.bool_(True) if tol is None else ~(optax.tree.norm(grad) <= tol)
             return active & (steps_left > 0)
 
@@ -228,10 +229,10 @@ def optax_minimizer(optimizer: optax.GradientTransformation, num_steps: int, *, 
 
 
 def given() -> Minimizer:
-    """Takes what `init` returns for the minimum: parameters that the user's own loop has already adapted.
+    """Treats what `init` returns as the minimum: parameters that the user's own loop has already adapted.
 
-    How good a minimum they are is reported as `SolveInfo.inner_gradient_norm`. `init` sees no weights, so results at
-    weights other than 1 on the support set are not re-adapted.
+    How good a minimum they are is reported as `SolveInfo.inner_gradient_norm`. `init` sees no weights, so parameters
+    are not re-adapted to support weights other than 1.
 
     Examples:
       >>> import metainfluence as mi
@@ -247,11 +248,11 @@ def accurate_tol(tree: PyTree) -> float:
 
 
 def gradient_norm(slope: PyTree, product: Callable[[PyTree], PyTree], params: PyTree) -> Float[Array, ""]:
-    """‖∇f‖ at `params`, or infinity where these are seen to be near no minimum of f.
+    """‖∇f‖ at `params`, or infinity where these are found to be near no minimum of f.
 
-    That is so where the Hessian H has a negative eigenvalue, or where the gradient is too long for the curvature along
-    it to end it: the step to the minimum along the gradient, ‖∇f‖³ / ∇fᵀH∇f, is longer than max(1, ‖params‖). An
-    eigenvalue above −√eps of the root mean square of all passes for zero.
+    It is infinite where the Hessian H has a negative eigenvalue, or where the gradient is too long for the curvature
+    along it: the step to the minimum along the gradient, ‖∇f‖³ / ∇fᵀH∇f, is longer than max(1, ‖params‖). An eigenvalue
+    above −√eps times the root mean square of all eigenvalues counts as zero.
 
     Args:
       slope: ∇f at `params`.
@@ -272,8 +273,8 @@ def gradient_norm(slope: PyTree, product: Callable[[PyTree], PyTree], params: Py
     endless = length > (along + rounding) * jnp.maximum(1, optax.tree.norm(params)).astype(dtype)
 
     # Residuals of conjugate gradients are Π(1 − A/θ_i) b with Ritz values θ_i, which are positive as long as all
-    # curvatures met are. Along an eigenvector of a negative eigenvalue that product only grows, so that a solve whose
-    # residual is less than the probe's part there has met a negative curvature.
+    # curvatures met are. Along an eigenvector of a negative eigenvalue that product only grows, so a solve whose
+    # residual is less than the probe's part along it has met a negative curvature.
     tol = 1e-3 / jnp.sqrt(jnp.asarray(domain.size, dtype))
     solver = solvers.cg(tol=tol, max_steps=min(2 * domain.size + 10, 100))
     shifted = operator.damped(jnp.where(size > 0, rounding, 1))
@@ -283,7 +284,7 @@ def gradient_norm(slope: PyTree, product: Callable[[PyTree], PyTree], params: Py
 
 
 def _probe(size: int, dtype: Any) -> Float[Array, " size"]:
-    """Numbers between -1 and 1 without a pattern, by one operation: JAX's own take a loop of many."""
+    """Numbers between -1 and 1 without a pattern, by few operations; JAX's own generator takes a loop of many."""
     mixed = jnp.arange(1, size + 1, dtype=jnp.uint32) * jnp.uint32(2654435769)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)

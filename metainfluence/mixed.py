@@ -1,8 +1,7 @@
-"""Mixed precision: networks whose matrix products are of half precision, and a probe of whether scores bear it.
+"""Mixed precision: networks with matrix products in half precision, and a probe of whether scores survive it.
 
-`compute_in` goes around the network, and never around a whole loss: norms, distances, softmax, heads and their solves
-stay in λ's own precision. `probe` compares scores of a few tasks with those of the same problem without it, and raises
-where they differ in their ranks.
+`compute_in` wraps the network, never a complete loss: norms, distances, softmax, heads and their solves stay in λ's own
+precision. `probe` compares the scores of a few tasks with those in full precision, and raises where their ranks differ.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ LEAST = 0.999
 
 
 class PrecisionError(RuntimeError):
-    """Scores that are no longer the same ranking in less precision."""
+    """Scores no longer have the same ranking in lower precision."""
 
 
 class Probe(NamedTuple):
-    """How scores of some tasks differ between a problem in mixed precision and the same in full.
+    """How scores of some tasks differ between a problem in mixed precision and the same problem in full precision.
 
     Attributes:
-      rank_correlation: Spearman's, of the scores of all tasks, support and query examples; NaN where some are not
-        finite or all are the same.
+      rank_correlation: Spearman's correlation of the scores of all tasks, support and query examples; NaN where some
+        are not finite or all are the same.
       error: norm of the difference over the norm of the scores in full precision.
       num_scores: how many were compared.
     """
@@ -48,22 +47,22 @@ class Probe(NamedTuple):
 
 
 def compute_in(dtype: Any) -> Callable[[F], F]:
-    """Makes a function from networks to networks whose matrix products and convolutions are of half precision.
+    """Makes a wrapper that computes a network's matrix products and convolutions in half precision.
 
-    Both operands of each product are rounded to `dtype`, in derivatives of every order too; sums within a product are
-    taken in float32, and everything else stays as it is: parameters, activations, normalisation, cotangents, and sums
-    over examples and tasks. So an optimiser, a Hessian product and a solve get numbers of λ's own dtype. The same on
-    every device; on a CPU it is slower than without.
+    Both operands of each product are rounded to `dtype`, in derivatives of every order too. Sums within a product are
+    taken in float32. Everything else stays as it is: parameters, activations, normalisation, cotangents, and sums over
+    examples and tasks. So an optimiser, a Hessian product and a solve get numbers of λ's own dtype. This holds on every
+    device; on a CPU it takes longer than full precision.
 
     Args:
       dtype: `jnp.bfloat16`, which has float32's range, or `jnp.float16`, which has more digits and overflows at 65504.
 
     Returns:
-      Function of any (params, inputs, ...) -> outputs, as of `model.apply`.
+      Function that wraps any (params, inputs, ...) -> outputs, such as `model.apply`.
 
     Raises:
       ValueError: another dtype.
-      TypeError: when called, products inside of a `custom_vjp`, a `custom_jvp`, a branch or a loop of unknown length.
+      TypeError: when called, products inside a `custom_vjp`, a `custom_jvp`, a branch or a loop of unknown length.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -105,22 +104,22 @@ def probe(
 ) -> ProbeOf:
     """Makes (meta_params, tasks, *target_args) -> Probe, to be called before a run in mixed precision, outside jit.
 
-    Scores a few tasks twice, by the problem and by the same one in full precision, and compares their ranks. Whatever
-    makes a ranking meaningless shows there: a loss that overflows, a norm that is lost below the smallest number, a
-    distance of which rounding leaves nothing.
+    Scores a few tasks twice, with the problem and with the same problem in full precision, and compares the ranks.
+    Whatever makes a ranking meaningless shows there: a loss that overflows, a norm that underflows, a distance that
+    rounding wipes out.
 
     Args:
-      problem: with a network by `compute_in`, or one of the user's own that computes in half precision.
-      full: the same, made with the network itself.
-      target: φ: (meta_params, *target_args) -> scalar, as in `influence_scores`; where it is made of a problem, of
-        `full`.
-      num_tasks: how many, spread evenly over all.
+      problem: with a network wrapped by `compute_in`, or one that computes in half precision by itself.
+      full: the same problem, made with the network itself.
+      target: φ: (meta_params, *target_args) -> scalar, as in `influence_scores`; if it is made from a problem, then
+        from `full`.
+      num_tasks: how many tasks to score, spread evenly over all.
       least: rank correlation below which it raises.
-      damping: as in `influence_scores`; "auto" for what the rule chooses for `full`, for both.
-      **options: of `influence_scores`: those of the run that follows.
+      damping: as in `influence_scores`; with "auto" both use what the rule chooses for `full`.
+      **options: options of `influence_scores`, those of the run that follows.
 
     Raises:
-      PrecisionError: with the rank correlation, where it is under `least`.
+      PrecisionError: the rank correlation, which the message names, is below `least`.
       ValueError: as `influence_scores`; fewer than two scores.
       TypeError: under jit.
 
@@ -196,7 +195,7 @@ def _compared(found: np.ndarray, wanted: np.ndarray) -> Probe:
 
 
 def _checked(found: Probe, least: float) -> Probe:
-    """Raises unless the ranking is the same."""
+    """Raises unless the rankings agree."""
     if found.rank_correlation >= least:
         return found
     told = f"{found.rank_correlation:.5f}"

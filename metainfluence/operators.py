@@ -47,11 +47,11 @@ class Domain:
 
     @property
     def coarsest(self) -> Any:
-        """The dtype of the leaves of the least precision, which products have, too."""
+        """The dtype of the least precise leaves; products have that precision, too."""
         return max((leaf.dtype for leaf in self.leaves), key=lambda dtype: jnp.finfo(dtype).eps)
 
     def ravel(self, tree: PyTree) -> Float[Array, " size"]:
-        """Concatenates a pytree of this domain to one vector."""
+        """Concatenates a pytree of this domain into one vector."""
         return ravel_pytree(tree)[0]
 
     def unravel(self, vector: Float[Array, " size"]) -> PyTree:
@@ -73,10 +73,10 @@ class Domain:
 
 
 class Losses(NamedTuple):
-    """Losses of whose sum an operator is the Hessian, or nearly: Σ_g Σ_j c_gj ℓ(point, data_g)_j + r(point).
+    """The losses whose summed Hessian an operator represents, or nearly: Σ_g Σ_j c_gj ℓ(point, data_g)_j + r(point).
 
-    What factorisations need that know layers, and not only products. Data come in groups, the tasks of the outer
-    objective, or a single one of an inner objective.
+    For factorisations that need the layers, not only products. Data come in groups: the tasks of the outer objective,
+    or a single group for an inner objective.
 
     Attributes:
       function: ℓ, (point, data of one group) -> losses `[n]`.
@@ -94,7 +94,7 @@ class Losses(NamedTuple):
 
 
 def flat_norm(tree: PyTree) -> Float[Array, ""]:
-    """Euclidean norm of all of a pytree's leaves, by a shorter program than one sum for each."""
+    """Euclidean norm of all leaves of a pytree, by a shorter program than one sum per leaf."""
     vector = ravel_pytree(tree)[0]
     return jnp.sqrt(jnp.vdot(vector, vector, precision=jax.lax.Precision.HIGHEST))
 
@@ -102,11 +102,11 @@ def flat_norm(tree: PyTree) -> Float[Array, ""]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FlatProduct:
-    """A product that is made in flat coordinates, for an operator that is asked for it there; a pytree.
+    """A product computed in flat coordinates, for an operator that is applied to flat vectors; a pytree.
 
     Attributes:
       flat: v ↦ A v, both flat.
-      domain: of the vectors.
+      domain: the vectors' domain.
     """
 
     flat: Callable[[Float[Array, " size"]], Float[Array, " size"]]
@@ -126,10 +126,10 @@ class Operator:
       product: v ↦ A v, a callable that is itself a pytree (`jax.tree_util.Partial`).
       shift: scalar; damping, and whatever multiple of the identity the curvature adds.
       domain: structure, shapes and dtypes of v.
-      losses: () -> `Losses`, for solvers that need more than products; None where the operator has none to show.
-      sample: (number) -> the operator of that many groups, chosen at random: a cheaper one that resembles it; None
-        where it is not a sum over groups.
-      num_groups: how many groups it is a sum over; 1 where it is not.
+      losses: () -> `Losses`, for solvers that need more than products; None where the operator has none.
+      sample: (number) -> the operator of that many groups, chosen at random: cheaper than this one and similar to it.
+        None where this one is not a sum over groups.
+      num_groups: how many groups it is a sum over; 1 where it is not a sum.
     """
 
     product: Callable[[PyTree], PyTree]
@@ -153,7 +153,7 @@ class Operator:
         return product + self.shift.astype(product.dtype) * vector
 
     def flat_matvecs(self, vectors: Float[Array, "k size"]) -> Float[Array, "k size"]:
-        """Products with vectors on a leading axis, in one batch; a single one as such, in a smaller program."""
+        """Products with vectors on a leading axis, in one batch; a single vector takes a smaller program."""
         if len(vectors) == 1:
             return self.flat_matvec(vectors[0])[None]
         return jax.vmap(self.flat_matvec)(vectors)
@@ -173,10 +173,10 @@ class Operator:
         return 0.5 * (rows + rows.T)
 
     def rows(self, batch_size: int = 64) -> Float[Array, "size size"]:
-        """The matrix as its products with the unit vectors, one a row, symmetric but for rounding; `size` products."""
+        """The matrix as products with the unit vectors, one per row, symmetric but for rounding; `size` products."""
         chunks = -(-self.size // batch_size)
         each = -(-self.size // chunks)
-        # Chunks of equal size: a remainder would be compiled apart.
+        # Chunks of equal size: a remainder would be compiled separately.
         basis = jnp.eye(chunks * each, self.size, dtype=self.domain.dtype).reshape(chunks, each, self.size)
         if chunks == 1:
             return jax.vmap(self.flat_matvec)(basis[0])
@@ -184,12 +184,12 @@ class Operator:
 
 
 def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
-    """Makes an operator of a symmetric linear function.
+    """Makes an operator from a symmetric linear function.
 
     Args:
       matvec: v ↦ A v. Pass a `jax.tree_util.Partial` whose arguments are the arrays that A depends on, or a
-        `FlatProduct`, to have them travel as data through jit; arrays that a plain function closes over are
-        compiled in as constants.
+        `FlatProduct`, so that these pass through jit as data. Arrays that a plain function closes over are compiled in
+        as constants.
       like: pytree with the structure, shapes and dtypes of v.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The problem: pure functions put together to the outer objective.
+"""The problem: pure functions combined into the outer objective.
 
 F(λ, w) = (1/T) Σ_k w_k · L_k(λ, w) + R(λ),    L_k = Σ_j b_kj v_kj · ℓ_out(θ_k(λ, w), λ; query_kj)
 """
@@ -66,7 +66,7 @@ class Bilevel(NamedTuple):
     Attributes:
       outer: (params, meta_params, task, weights) -> L_k.
       adapt: (meta_params, task, weights) -> params; None where the task loss is not split into levels.
-      query_losses: (params, meta_params, task) -> losses `[n_query]`; None where adapt is.
+      query_losses: (params, meta_params, task) -> losses `[n_query]`; None where `adapt` is None.
       inner_gradient_norm: (params, meta_params, task, weights) -> ‖∂_θ L_in‖; None unless adaptation is implicit.
       outputs: (params, meta_params, task) -> the model's outputs on the query set; None without a head.
       head: (outputs, task, weights) -> L_k; None without a head.
@@ -92,7 +92,7 @@ def bilevel(
     outer_head: Callable[[PyTree, PyTree], Float[Array, " n"]] | None = None,
     hvp: str = FORWARD,
 ) -> Bilevel:
-    """Puts a problem together.
+    """Makes a problem from an outer loss and an adaptation.
 
     Args:
       outer_loss: (params, meta_params, query) -> losses `[n_query]`; with `outer_head`, the model: (params,
@@ -101,12 +101,12 @@ def bilevel(
       meta_regularizer: (meta_params) -> scalar R, as made by `l2`.
       outer_head: (outputs, query) -> losses `[n_query]`, which makes the outer loss head ∘ model, as Gauss–Newton
         needs.
-      hvp: "forward_over_reverse", or "reverse_over_reverse" where a function has a `custom_vjp`, whose derivative
-        forward mode cannot take; it costs more. For the Hessian products and mixed derivatives of whatever is made of
-        the problem.
+      hvp: how Hessian products and mixed derivatives of everything made from the problem are taken:
+        "forward_over_reverse", or "reverse_over_reverse" where a function has a `custom_vjp`, which forward mode cannot
+        differentiate. The second costs more.
 
     Raises:
-      TypeError: a function that cannot be called so.
+      TypeError: a function that does not take these arguments.
       ValueError: an unknown `hvp`; at trace time, losses that are not one per example.
 
     Examples:
@@ -170,7 +170,7 @@ def bilevel(
     def outer(params: PyTree, meta_params: PyTree, task: Task, weights: Weights) -> Array:
         return head(outputs(params, meta_params, task), task, weights)
 
-    # Kept at the function itself, so that a problem whose `adapt` was replaced is not asked for what it did before.
+    # Kept on the function itself, so that a problem whose `adapt` was replaced loses them with it.
     adapted.measured = measured  # type: ignore[attr-defined]
     if chosen.step_norms is not None:
         step_norms = chosen.step_norms
@@ -199,20 +199,20 @@ def from_task_loss(
     meta_regularizer: Callable[[PyTree], Array] | None = None,
     hvp: str = FORWARD,
 ) -> Bilevel:
-    """Makes a problem of an existing meta-learning loss, adaptation included.
+    """Makes a problem from an existing meta-learning loss, adaptation included.
 
-    Only the exact curvature is to be had, since the levels cannot be told apart.
+    Only the exact curvature is available, since the two levels cannot be told apart.
 
     Args:
       task_loss: (meta_params, task, weights) -> scalar L_k, for one task and its weights. The function itself
         multiplies the losses of its support and query examples by `weights.support` and `weights.query`, which are 0 on
-        padding; the task's own weight enters outside.
+        padding. The task's own weight is applied outside.
       meta_regularizer: (meta_params) -> scalar R.
       hvp: as in `bilevel`.
 
     Raises:
-      TypeError: a function that cannot be called so.
-      ValueError: an unknown `hvp`; at trace time, a loss that is no scalar.
+      TypeError: a function that does not take these arguments.
+      ValueError: an unknown `hvp`; at trace time, a loss that is not a scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -273,8 +273,8 @@ def with_hvp(problem: Bilevel, hvp: str | None) -> Bilevel:
 def per_example(scalar_loss: Callable[[PyTree, PyTree, PyTree], Array]) -> Loss:
     """Turns a mean-reduced loss (params, meta_params, batch) -> scalar into one loss per example.
 
-    The loss is run on batches of one example each, under vmap; a loss whose examples influence each other, as through
-    batch normalisation, is not the mean of these.
+    The loss is run on batches of one example each, under vmap. A loss whose examples influence each other, as through
+    batch normalisation, is not the mean of these losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -340,9 +340,9 @@ def evaluate(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights
 
 
 def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weights, *, twice: bool) -> float:
-    """Traces the loss of a task: the machine epsilon of the lowest precision in which what hangs on λ is computed.
+    """Traces a task's loss, and returns the machine epsilon of the lowest precision in what depends on λ.
 
-    Derivatives by a leaf of λ are rounded to its dtype.
+    That includes λ itself: derivatives by a leaf of λ are rounded to its dtype.
 
     Raises:
       TypeError: the problem is to be differentiated in forward mode and cannot, see `check_forward`.
@@ -355,7 +355,7 @@ def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weight
         def loss(meta_params: PyTree) -> Array:
             return evaluate(problem, meta_params, *first)[0]
 
-        # A trace of the loss is cheap beside those of its second derivatives.
+        # A trace of the loss is cheap compared with those of its second derivatives.
         jaxpr = jax.make_jaxpr(loss)(at).jaxpr
         found.append(working_eps(jaxpr))
         if problem.hvp == FORWARD:
@@ -367,7 +367,7 @@ def check_derivatives(problem: Bilevel, at: PyTree, tasks: Task, weights: Weight
 
 
 def adapted(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights) -> tuple[PyTree, Array | None]:
-    """θ_k, and ‖∂_θ L_in‖ there, through which no derivative runs; None where there is no inner minimum."""
+    """θ_k, and ‖∂_θ L_in‖ there, which is not differentiated; None where there is no inner minimum."""
     assert problem.adapt is not None
     measured = getattr(problem.adapt, "measured", None)
     if measured is not None:
@@ -381,7 +381,7 @@ def adapted(problem: Bilevel, meta_params: PyTree, task: Task, weights: Weights)
 
 
 def knows_inner(problem: Bilevel) -> bool:
-    """Whether it is known how well tasks are adapted to, and not left to a program of the user's."""
+    """Whether it is known how well tasks are adapted; False where that is left to the user's own program."""
     return problem.adapt is not None and bool(getattr(problem.adapt, "known", True))
 
 
@@ -422,17 +422,18 @@ class Target(Protocol):
     """What `query_loss` makes."""
 
     def __call__(self, meta_params: PyTree, test_tasks: Task, weights: Weights | None = None) -> Float[Array, ""]:
-        """The mean of L_k; of given weights those of support examples count."""
+        """The mean of L_k; of the weights given, only those of support examples count."""
 
 
 def task_loss(problem: Bilevel, *, precision: str | None = "highest") -> TaskLoss:
     """Makes (meta_params, task, weights=None) -> L_k, the adapted task's loss on its query set.
 
-    The task's own weight w_k does not enter here but in the objective. Differentiable in meta_params and weights.
+    The task's own weight w_k enters only in the objective, not here. The loss is differentiable in meta_params and
+    weights.
 
     Args:
       problem: the problem.
-      precision: of matrix products, the problem's own included, see `jax.default_matmul_precision`; None for JAX's.
+      precision: of matrix products, also the problem's, see `jax.default_matmul_precision`; None for JAX's setting.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -474,7 +475,7 @@ def total_gradient(problem: Bilevel, *, precision: str | None = "highest") -> Ta
     gradient = jax.grad(task_loss(problem, precision=precision))
 
     def run(meta_params: PyTree, task: Task, weights: Weights | None = None) -> PyTree:
-        # Under grad these values are traced, and cannot be looked at.
+        # Under grad these values are traced, and cannot be checked.
         check_meta_params(meta_params)
         with traced_at(precision):
             return gradient(meta_params, task, resolve_weights(weights, task, stacked=False))
@@ -494,7 +495,7 @@ def total_objective(
     Args:
       problem: the problem.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
-      mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
+      mesh: devices over which tasks are sharded, along all axes of the mesh; None leaves tasks where they are.
       precision: as in `task_loss`.
 
     Examples:
@@ -532,9 +533,9 @@ def weighted_losses(problem: Bilevel, meta_params: PyTree, tasks: Task, weights:
 def query_loss(problem: Bilevel, *, batch_size: int | None = None, precision: str | None = "highest") -> Target:
     """Makes the usual target (meta_params, test_tasks, weights=None) -> mean of L_k, without the meta-regulariser.
 
-    Weights are those of training tasks with the same support sets, whose examples then count in the adaptation to the
-    test tasks as they do in training, as for `influence_scores(..., total_effect=True)`. Test tasks and their query
-    examples have weight 1 throughout.
+    `weights` are those of training tasks with the same support sets, as `influence_scores(..., total_effect=True)`
+    passes them. Support examples then count in the adaptation to the test tasks as they do in training. Test tasks and
+    their query examples always have weight 1.
 
     Args:
       problem: the problem.
@@ -542,7 +543,7 @@ def query_loss(problem: Bilevel, *, batch_size: int | None = None, precision: st
       precision: as in `task_loss`.
 
     Raises:
-      ValueError: at the call, weights of other support sets than those of the test tasks.
+      ValueError: at the call, weights whose support sets have other shapes than those of the test tasks.
 
     Examples:
       >>> import jax.numpy as jnp

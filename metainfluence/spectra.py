@@ -20,11 +20,11 @@ class Spectrum(NamedTuple):
 
     Attributes:
       values: Ritz values θ, ascending, `[rank]`.
-      residuals: ‖H y − θ y‖ for the unit Ritz vector y, `[rank]`, from products and not from a recurrence: an
+      residuals: ‖H y − θ y‖ for the unit Ritz vector y, `[rank]`, computed from products, not from a recurrence. An
         eigenvalue lies within that distance of θ.
-      valid: `[rank]`, False behind the last Ritz value, where the operator has fewer dimensions.
+      valid: `[rank]`, False after the last Ritz value, where the operator has fewer dimensions than `rank`.
       nodes: Ritz values of each random probe, `[num_probes, rank]`.
-      weights: of these in the probe, `[num_probes, rank]`; 0 where not valid.
+      weights: the nodes' weights in their probe, `[num_probes, rank]`; 0 where not valid.
     """
 
     values: Float[Array, " rank"]

@@ -1,9 +1,9 @@
-"""A subspace together with what the operator makes of it, from which solves, spectra and dampings are all read.
+"""A subspace together with its products with the operator, from which solves, spectra and dampings are all read.
 
 With an orthonormal basis V and its products W = A V kept side by side, every residual of a solution or of an eigenpair
 in the subspace is a combination of real products, whatever the damping: nothing is read off a recurrence. Grown from
-residuals the subspace is Krylov's, and the Galerkin solution that of conjugate gradients, or, with several right-hand
-sides, of block conjugate gradients (O'Leary, Linear Algebra Appl. 29, 1980).
+residuals, the subspace is a Krylov space, and the Galerkin solution is that of conjugate gradients, or, with several
+right-hand sides, of block conjugate gradients (O'Leary, Linear Algebra Appl. 29, 1980).
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def extend(operator: Operator, subspace: Subspace, at: Int[Array, ""], direction
 
 
 def insert(operator: Operator, subspace: Subspace, at: Array, rows: Array, kept: Array) -> Subspace:
-    """Adds orthonormal rows as rows `at`, `at + 1`, …, those that are kept with their products."""
+    """Adds orthonormal rows as rows `at`, `at + 1`, …; those that are kept get their products."""
     products = select(kept[:, None], unshifted(operator).flat_matvecs(rows), jnp.zeros_like(rows))
-    # An unsigned index is not looked at for being negative, which takes lines of a program.
+    # An unsigned index is not checked for being negative, which takes lines of program.
     at = jnp.asarray(at, jnp.uint32)
     basis = jax.lax.dynamic_update_slice_in_dim(subspace.basis, rows, at, 0)
     block = matmul(basis, products.T)
@@ -132,7 +132,7 @@ def ritz_values(subspace: Subspace, shift: Float[Array, ""]) -> RitzValues:
 
 
 def smallest_value(subspace: Subspace, shift: Float[Array, ""]) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The smallest Ritz value, shift included, that is not zero to rounding, infinite without one; and the zeros."""
+    """The smallest Ritz value, shift included, that is not zero to rounding, infinite if none; and how many zeros."""
     bordered = _bordered(subspace, 2 * jnp.max(jnp.abs(subspace.gram)) + 1)
     values = _lapack.eigh(bordered)[0] + shift
     valid = jnp.arange(len(values)) < jnp.sum(subspace.filled)
@@ -149,7 +149,7 @@ def flat(values: Float[Array, " m"], valid: Bool[Array, " m"] | None = None, dty
 
 
 def rounding(size: int, dtype: Any) -> float:
-    """Up to which share of the largest one an eigenvalue of a matrix of that size may be rounding's."""
+    """The share of the largest eigenvalue up to which another may be rounding, for a matrix of that size."""
     return max(size, 10 * size**0.5) * float(jnp.finfo(dtype).eps)
 
 
@@ -158,7 +158,7 @@ def low_rank_inverse(
 ) -> Float[Array, " n"]:
     """The product with Σ_i y_i y_iᵀ / (θ_i + shift) + (I − Σ_i y_i y_iᵀ) / (complement · shift), |θ_i| if `absolute`.
 
-    Without shift the smallest |θ_i| stands in its place.
+    Without a shift the smallest |θ_i| takes its place.
     """
     size = jnp.abs(ritz.values)
     values = jnp.where(ritz.valid, (size if absolute else ritz.values) + shift, 1)
@@ -171,7 +171,7 @@ def low_rank_inverse(
 
 
 def turned(operator: Operator, ritz: Ritz) -> Operator:
-    """The operator with the signs of the given negative Ritz values turned round: A + 2 Σ_{θ<0} |θ| y yᵀ."""
+    """The operator with the signs of the given negative Ritz values flipped: A + 2 Σ_{θ<0} |θ| y yᵀ."""
     extra = jnp.where(ritz.valid, jnp.maximum(-2 * ritz.values, 0), 0)
     product = jax.tree_util.Partial(_turned_product, operator.product, extra, ritz.vectors)
     return dataclasses.replace(operator, product=product, losses=None, sample=None)
@@ -189,7 +189,7 @@ def nystrom(operator: Operator, rank: int, key: Array) -> Ritz:
     """Eigenpairs of the randomised Nyström approximation (A Ω)(Ωᵀ A Ω)⁺(A Ω)ᵀ; `rank` products, all in one batch.
 
     Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44, 2023, Algorithm 2.1. Directions along which A is not
-    positive are left out; `residuals` are not known here, and infinite.
+    positive are left out; `residuals` are unknown here, and infinite.
     """
     directions = jax.random.normal(key, (rank, operator.size), operator.domain.dtype)
     sketch = extend(operator, empty(operator, rank), jnp.int32(0), directions)
@@ -214,14 +214,14 @@ def galerkin(
 ) -> tuple[Float[Array, "k m"], Float[Array, "k n"], Bool[Array, ""]]:
     """Solves (A + shift) x = b, or (|A| + shift) x = b, in the subspace.
 
-    |A| is A with the signs of the subspace's negative Ritz values turned round, so that its residual, too, is a
-    combination of products.
+    |A| is A with the signs of the subspace's negative Ritz values flipped, so that its residual is also a combination
+    of products.
 
     Along Ritz values that are zero to rounding the solution with |A| is 0.
 
     Returns:
-      Coordinates of x, residuals b − A x, followed by those of other solutions where their coordinates are given, and
-      whether the projected operator was not positive definite or, with |A|, not finite (the coordinates are then 0).
+      Coordinates of x; residuals b − A x, followed by those of `others` where these are given; and whether the
+      projected operator was not positive definite or, with |A|, not finite (the coordinates are then 0).
     """
     inside = matmul(rhs, subspace.basis.T)
     if absolute:
@@ -254,10 +254,10 @@ def asymmetry(
 ) -> Float[Array, " k"]:
     """‖V (Ax − Aᵀx)‖ / ‖(A + shift) x‖ for solutions x in the subspace, 0 for x = 0."""
     products = matmul(coordinates, subspace.products)
-    # The basis's products hold Aᵀ of it as seen by x.
+    # The basis's products give the projection of Aᵀx, too.
     difference = jnp.linalg.norm(matmul(products, subspace.basis.T) - matmul(solutions, subspace.products.T), axis=1)
     size = jnp.linalg.norm(products + shift * solutions, axis=1)
-    # Of an x that has run off along a flat direction rounding is all that Ax and Aᵀx hold.
+    # For an x that has run off along a flat direction, Ax and Aᵀx hold nothing but rounding.
     noise = 10 * float(jnp.finfo(size.dtype).eps) * jnp.linalg.norm(subspace.products)
     rounded = difference <= noise * jnp.linalg.norm(solutions, axis=1)
     return select(rounded, 0, difference / select(size > 0, size, 1))
@@ -286,7 +286,7 @@ def matmul(left: Array, right: Array) -> Array:
 
 
 def select(condition: Array, value: Any, other: Any) -> Array:
-    """`jnp.where`, which lowers to a function of its own for each shape; a condition with axes has the result's."""
+    """`jnp.where` without its separate function for each shape; a condition with axes has the result's axes."""
     dtype = jnp.result_type(value, other)
     shape = jnp.broadcast_shapes(jnp.shape(value), jnp.shape(other))
     if condition.ndim:
@@ -314,7 +314,7 @@ def _orthonormal(basis: Array, directions: Array) -> tuple[Array, Array]:
         rows, _ = _projected(basis, rows, noise)
         values, mixing = _lapack.eigh(matmul(rows, rows.T))
         values, mixing = values[::-1], mixing[:, ::-1]
-        # A Gram matrix knows directions down to the root of its rounding.
+        # A Gram matrix resolves directions down to the square root of its rounding.
         kept = values > noise
         rows = matmul(mixing.T, rows) * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)[:, None]
     return _projected(basis, rows, 0.0)[0], kept
@@ -340,7 +340,7 @@ def _projected(basis: Array, rows: Array, least: Array | float) -> tuple[Array, 
 
 
 def _normalized(rows: Array, least: Array | float) -> tuple[Array, Array]:
-    """Rows of norm 1, or 0 where the norm is not above `least` or not finite, and which ones these are not."""
+    """Rows of norm 1, or 0 where the norm is not above `least` or not finite; and which rows are not 0."""
     size = jnp.linalg.norm(rows, axis=1)
     kept = (size > least) & jnp.isfinite(size)
     unit = rows / select(kept, size, jnp.ones_like(size))[:, None]

@@ -1,7 +1,7 @@
 """A training run as a pure function of where it starts, the tasks and their data weights.
 
 A run is what `mi.trajectory` differentiates: N steps state ← step(state, tasks of the step, their weights). It is made
-of a problem and an optax optimiser (`training`), or of the user's own update (`training_loop`).
+from a problem and an optax optimiser (`training`), or from the user's own update (`training_loop`).
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def with_floats(state: PyTree, floats: Floats) -> PyTree:
 class Run(abc.ABC):
     """A training run; callable as (start, tasks, weights=None) -> λ at its end, differentiable in start and weights.
 
-    `tasks` and `weights` of the methods below are those of the step's batch. A *record* is what `pull` wants of a step
-    besides its state, so that it need not compute it again.
+    In the methods below, `tasks` and `weights` are those of the step's batch. A *record* is what `pull` needs from a
+    step besides its state, so that it need not compute it again.
 
     Attributes:
       num_steps: N.
-      seed: of the order of the tasks, or of the keys.
+      seed: for the order of the tasks, or for the keys.
     """
 
     num_steps: int
@@ -115,24 +115,24 @@ class Run(abc.ABC):
         cotangent: Floats,
         mesh: Mesh | None = None,
     ) -> tuple[Floats, Weights]:
-        """The transpose of `push`: of a cotangent of the state after the step, that of the state before and dφ/dw."""
+        """The transpose of `push`: from a cotangent of the state after the step to that before it, and dφ/dw."""
 
     @abc.abstractmethod
     def pullback(
         self, state: PyTree, record: PyTree, number: Array, tasks: Task, weights: Weights, mesh: Mesh | None = None
     ) -> Callable[[Floats], tuple[Floats, Weights]]:
-        """`pull` as a map of cotangents, a pytree, with all that does not depend on them done."""
+        """`pull` as a map of cotangents, itself a pytree; what does not depend on them is computed once."""
 
     @abc.abstractmethod
     def check(self, state: PyTree, tasks: Task, weights: Weights) -> None:
-        """Raises what is wrong with the run at a start and the first step's tasks."""
+        """Checks the run at a start with the first step's tasks, and raises what is wrong."""
 
     def __call__(
         self, start: PyTree, tasks: Task, weights: Weights | None = None, *, precision: str | None = "highest"
     ) -> PyTree:
-        """Trains at a precision of matrix products, JAX's if None, and returns λ.
+        """Trains, with matrix products at `precision` (JAX's setting if None), and returns λ.
 
-        Outside jit, a task whose program makes NaN at the start is taken for absent, as by `rest`.
+        Outside jit, a task whose program gives NaN at the start is treated as absent, see `rest`.
         """
         check_precision(precision)
         weights = resolve_weights(weights, tasks)
@@ -142,13 +142,13 @@ class Run(abc.ABC):
             return end if rest is None else self._trained(start, rest.tasks, rest.weights(weights))
 
     def rest(self, start: PyTree, end: PyTree, tasks: Task, weights: Weights) -> Rest | None:
-        """Data without the tasks by which a run has ended in NaN; None where it has not, or nothing can be told.
+        """The data without the tasks that made a run end in NaN; None where it did not, or these cannot be told.
 
         Warns:
-          SpoiltTaskWarning: tasks of other weights than 0 are left out.
+          SpoiltTaskWarning: tasks with weights other than 0 are left out.
 
         Raises:
-          ValueError: data that are not finite, named.
+          ValueError: data that are not finite; the message names them.
         """
         if not concrete(start, end, tasks, weights):
             return None
@@ -172,7 +172,7 @@ class Run(abc.ABC):
 
 
 def taken(row: Array | None, *stacked: Any) -> tuple[Any, ...]:
-    """The tasks of one step, of pytrees with all tasks on their leading axes."""
+    """The tasks of one step, from pytrees with all tasks on their leading axes."""
     return stacked if row is None else tuple(jax.tree.map(lambda leaf: leaf[row], tree) for tree in stacked)
 
 
@@ -213,7 +213,7 @@ class _Training(Run):
         return jax.vmap(epoch)(epochs).reshape(-1, size)[: self.num_steps]
 
     def check(self, state: PyTree, tasks: Task, weights: Weights) -> None:
-        # A step back takes forward mode of the objective, see `pull`.
+        # A step back applies forward mode to the objective, see `pull`.
         check_derivatives(self.objective_of, state[0], tasks, weights, twice=False)
         after = jax.eval_shape(self._update, state[0], state)
         _check_alike(after, state, "optimizer")
@@ -272,7 +272,7 @@ class _Training(Run):
         of_gradient, before = self._update_pullback(state, record)(cotangent)
 
         def slope(meta_params: PyTree, weights: Weights) -> Array:
-            """⟨D_λF, v⟩: its gradient is Hv in λ, and in w the scores'; one reverse pass gives both."""
+            """⟨D_λF, v⟩: its gradient in λ is Hv, and its gradient in w the scores; one reverse pass gives both."""
             return jax.jvp(lambda m: objective(m, tasks, weights), (meta_params,), (of_gradient,))[1]
 
         product, scores = jax.grad(slope, argnums=(0, 1))(state[0], weights)
@@ -331,7 +331,7 @@ class _Loop(Run):
     def batches(self, num_tasks: int) -> Array | None:
         if self.batch is None:
             return None
-        # Under jit what the user's function computes would be traced, and could not be looked at.
+        # Under jit what the user's function computes would be traced, and could not be checked.
         with jax.ensure_compile_time_eval():
             rows, again = ([np.asarray(self.batch(k)) for k in range(self.num_steps)] for _ in range(2))
         for k, (row, other) in enumerate(zip(rows, again, strict=True)):
@@ -429,23 +429,23 @@ def training(
 ) -> Run:
     """Meta-training by an optax optimiser on the outer objective, or on that of batches of tasks.
 
-    A step's objective is (1/b) Σ_k w_k L_k + R over its b tasks. Every epoch is a new order of all tasks, cut into
-    batches; what is left over at its end is not used in it. The order is made by JAX's threefry from (seed, epoch), so
+    A step's objective is (1/b) Σ_k w_k L_k + R over its b tasks. Every epoch cuts a new order of all tasks into
+    batches; tasks left over at its end are not used in it. The order comes from JAX's threefry with (seed, epoch), so
     it is the same on every machine.
 
     Args:
-      problem: the problem. One with `hvp="reverse_over_reverse"` is differentiated so, at more cost.
+      problem: the problem. One with `hvp="reverse_over_reverse"` is differentiated that way, at more cost.
       optimizer: any optax optimiser whose update takes (gradient, state, params): schedules, clipping and weight decay
-        included. Adam divides by √(v + eps_root): give it eps_root > 0, without which its derivative is infinite where
-        a gradient is exactly 0.
+        included. Adam divides by √(v + eps_root): give it eps_root > 0, or its derivative is infinite where a gradient
+        is exactly 0.
       num_steps: N, at least 1.
       tasks_per_step: b; None for all tasks in every step.
-      seed: of the order of the tasks.
+      seed: for the order of the tasks.
 
     Raises:
-      TypeError: no problem, or no optax optimiser.
-      ValueError: `num_steps` or `tasks_per_step` no positive integer, `seed` no integer; at the call, more tasks per
-        step than there are.
+      TypeError: not a problem, or not an optax optimiser.
+      ValueError: `num_steps` or `tasks_per_step` is not a positive integer, or `seed` not an integer; at the call, more
+        tasks per step than there are.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -481,20 +481,21 @@ def training_loop(
     """Meta-training by the user's own update.
 
     Args:
-      step: (state, tasks, weights, key) -> state, pure, for the tasks of one step and their `Weights`. The state is any
-        pytree: λ, an optimiser's state, averages, running statistics; the step keeps its structure, shapes and dtypes.
-        The key is another one in every step, made from `seed` and the step's number.
+      step: (state, tasks, weights, key) -> state, a pure function, for the tasks of one step and their `Weights`. The
+        state is any pytree: λ, an optimiser's state, averages, running statistics. The step must keep its structure,
+        shapes and dtypes. The key differs in every step; it is made from `seed` and the step's number.
       num_steps: N, at least 1.
       meta_params: (state) -> λ.
-      batch: (step number) -> indices of that step's tasks, `[b]`, the same whenever and wherever it is asked; None for
+      batch: (step number) -> indices of that step's tasks, `[b]`, the same whenever and wherever it is called; None for
         all tasks in every step.
-      seed: of the keys.
+      seed: for the keys.
 
     Raises:
-      TypeError: a function that cannot be called so; at the call, a λ that holds no floating-point numbers.
-      ValueError: `num_steps` no positive integer, `seed` no integer; at the call, a step that changes the structure, a
-        shape or a dtype of its state, indices that are out of range, of another number than in step 0, or not the same
-        when asked twice.
+      TypeError: a function that does not take these arguments; at the call, a λ that does not hold floating-point
+        numbers.
+      ValueError: `num_steps` is not a positive integer, or `seed` not an integer; at the call, a step that changes the
+        structure, a shape or a dtype of its state, or indices that are out of range, differ in number from those of
+        step 0, or change when asked twice.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,7 +1,7 @@
-"""The response: how trained meta-parameters λ answer the data weights w, as an object.
+"""The response: how trained meta-parameters λ respond to the data weights w, as an object.
 
-Every influence is one derivative of one map, w ↦ λ(w). A response offers its two linear maps: `jvp`, from a direction
-in w to the change of λ, and `vjp`, from the slope of a target to dφ/dw of every datum together.
+Every influence is a derivative of one map, w ↦ λ(w). A response offers two linear maps: `jvp`, from a direction in w to
+the change of λ, and `vjp`, from the slope of a target to dφ/dw of all data at once.
 """
 
 from metainfluence.response._by_datum import DatumScores as DatumScores

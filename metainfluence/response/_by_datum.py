@@ -1,4 +1,4 @@
-"""Scores of the data behind the examples: one datum may stand in many tasks, on either side."""
+"""Scores of the data behind the examples: one datum may appear in many tasks, on either side."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class DatumScores(NamedTuple):
     """Scores summed by datum, in the order of the ids.
 
     Attributes:
-      ids: `[n]`, each once.
-      score: `[n]`, the sum of the datum's scores over both sides of all tasks: to first order the change of the target
-        when it leaves all its places.
-      places: `[n]`, how many those are.
+      ids: `[n]`, each id once.
+      score: `[n]`, the sum of the datum's scores over both sides of all tasks: to first order, the change of the target
+        when the datum is removed everywhere.
+      places: `[n]`, how often the datum appears.
     """
 
     ids: Shaped[np.ndarray, " n"]
@@ -29,20 +29,20 @@ class DatumScores(NamedTuple):
 
 
 def by_datum(scores: Scores, tasks: Task, ids: str | Callable[[PyTree], Any] = "id") -> DatumScores:
-    """Adds up the scores of examples by the ids of the data that they are, over both sides and all tasks.
+    """Adds up the scores of examples that are the same datum, by its id, over both sides and all tasks.
 
-    For tasks that an episodic sampler has drawn from one data set, with the ids as a leaf of each side. Padding is left
-    out. For use outside jit.
+    For tasks that an episodic sampler drew from one data set, with the ids as a leaf of each side. Padding is left out.
+    For use outside jit.
 
     Args:
       scores: of `tasks`, as `influence_scores` returns.
       tasks: stacked tasks.
       ids: the key of the leaf that holds the ids `[T, n]` on both sides; or (support or query) -> ids, None for a side
-        that has none.
+        without ids.
 
     Raises:
-      TypeError: traced values; sides that hold no such key.
-      ValueError: ids of another shape than the scores.
+      TypeError: traced values; sides without that key.
+      ValueError: ids whose shape is not that of the scores.
 
     Examples:
       >>> import jax.numpy as jnp

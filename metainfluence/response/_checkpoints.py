@@ -1,4 +1,4 @@
-"""Checkpoints: what `segments` must know of a training run, and how to read it from the states that a run leaves."""
+"""Checkpoints: what `segments` must know about a training run, and how to read it from the states that a run kept."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class Checkpoint(NamedTuple):
 
     Attributes:
       meta_params: λ, at the segment's end or anywhere in it.
-      time: τ, the sum of the segment's learning rates, over 1 − momentum where the optimiser has heavy-ball momentum.
+      time: τ, the sum of the segment's learning rates, divided by 1 − momentum where the optimiser has heavy-ball
+        momentum.
       preconditioner: P, a pytree like λ: a step of the optimiser is − rate · P⁻¹ D_λF. Adam's is √v̂ + eps. None for 1.
-      weight_decay: decoupled decay, as AdamW's: a step has − rate · weight_decay · λ beside that.
-      step: number of the step after which λ was kept; None where it is not known. It only guards the order.
+      weight_decay: decoupled decay, such as AdamW's: a step also adds − rate · weight_decay · λ.
+      step: number of the step after which λ was kept; None where it is not known. It is only used to check the order.
     """
 
     meta_params: PyTree
@@ -55,28 +56,28 @@ def checkpoints(
 ) -> tuple[Checkpoint, ...]:
     """Reads checkpoints from pairs (λ, optimiser state) that a run kept, in their order.
 
-    The optimiser's state is optax's, or what orbax makes of it when it restores without a template: fields are found
-    by name, wherever a chain has put them.
+    The optimiser state is optax's, or what orbax makes of it when it restores without a template. Fields are found by
+    name, wherever a chain has put them.
 
         checkpoints(kept, num_steps=100, learning_rate=0.01, second_moments=True, eps_root=1e-5)
 
     Args:
-      states: (meta_params, optimiser state) of each checkpoint, the last one the end of the run. The optimiser state
+      states: (meta_params, optimiser state) of each checkpoint; the last one is the end of the run. The optimiser state
         may be None where neither steps nor moments are read from it.
       learning_rate: number, schedule (step) -> rate, or the rates of all steps.
       num_steps: N of the whole run, where the checkpoints divide it evenly.
-      steps: numbers of steps after which the checkpoints were kept; None to take the even ones of `num_steps`, or else
-        the `count` in each optimiser state.
+      steps: numbers of steps after which the checkpoints were kept; None divides `num_steps` evenly, or, without it,
+        reads the `count` in each optimiser state.
       momentum: of heavy-ball momentum (`optax.sgd`, `optax.trace`), whose steps add up to 1/(1 − momentum) times the
         rate. Adam's averages do not: leave it 0.
       second_moments: whether to read `nu` from the optimiser's states, for P = √(nu/(1 − decayᶜᵒᵘⁿᵗ) + eps_root) + eps.
-      decay: Adam's b2; None for moments that are not corrected for their start, as `optax.rmsprop`'s.
-      eps: as the optimiser's.
-      eps_root: as the optimiser's.
-      weight_decay: decoupled decay, as `optax.adamw`'s.
-      place: "end": a checkpoint stands for the steps since the one before it, and the scores are off by O(1/K) of K
-        checkpoints. "middle": it stands for the steps that are nearer to it than to another, and they are off by
-        O(1/K²) where the run's start, too, is among the states (as step 0).
+      decay: Adam's b2; None for moments that are not corrected for their start, such as `optax.rmsprop`'s.
+      eps: the optimiser's.
+      eps_root: the optimiser's.
+      weight_decay: decoupled decay, such as `optax.adamw`'s.
+      place: "end": a checkpoint represents the steps since the one before it, and with K checkpoints the scores are off
+        by O(1/K). "middle": it represents the steps that are nearest to it, and the scores are off by O(1/K²) if the
+        run's start is also among the states (as step 0).
 
     Raises:
       ValueError: steps that do not rise, are not known, or do not divide evenly; rates that are not positive numbers;
@@ -119,9 +120,9 @@ def check_checkpoints(checkpoints: Any) -> list[Checkpoint]:
     """Checks checkpoints one by one and against each other.
 
     Raises:
-      TypeError: no sequence of `Checkpoint`, or λ that is no λ.
-      ValueError: none; a time that is not positive, or steps that do not rise; λ or a preconditioner whose structure or
-        shapes differ, or that is not finite.
+      TypeError: not a sequence of `Checkpoint`, or a λ without floating-point numbers.
+      ValueError: no checkpoint; a time that is not positive, or steps that do not rise; λ or a preconditioner that is
+        not finite, or whose structure or shapes differ.
     """
     if isinstance(checkpoints, Checkpoint) or not isinstance(checkpoints, Sequence):
         raise TypeError(f"checkpoints: expected a sequence of Checkpoint, got {type(checkpoints).__name__}")

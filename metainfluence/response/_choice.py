@@ -18,28 +18,28 @@ from metainfluence.data import Task, resolve_weights, sizes
 from metainfluence.problem import Bilevel
 from metainfluence.response._sums import batch_pull
 
-# Bytes of the linearisation of a chunk that stays in a core's cache. Through 100 MB a product took 52 ms by 8 MB,
-# 46 ms by 11 to 13, 50 ms by 25 and 64 ms at once (jaxlib 0.12, two cores).
+# Bytes of the linearisation of a chunk that stays in a core's cache. With 100 MB in all, a product took 52 ms in chunks
+# of 8 MB, 46 ms in 11 to 13, 50 ms in 25 and 64 ms at once (jaxlib 0.12, two cores).
 CACHE_BYTES = 13e6
 
-# Bytes of all linearisations below which chunks are no faster on a CPU, and only take longer to compile: through
-# 50 MB a product took as long at once as in chunks of any size.
+# Bytes of all linearisations below which chunks are no faster on a CPU, and only take longer to compile: with 50 MB in
+# all, a product took as long at once as in chunks of any size.
 AT_ONCE_BYTES = 64e6
 
 # Fewer tasks than this are never worth two chunks.
 LEAST_CHUNK = 16
 
-# Bytes that what is kept from product to product may take on a CPU, whatever else runs there; an accelerator gives
-# this share of all that it has.
+# Bytes that may be kept from product to product on a CPU, whatever else runs there; on an accelerator, this share of
+# all its memory.
 HOST_BYTES = 4e9
 DEVICE_SHARE = 0.6
 
 # Bytes of the linearisations that several vectors go through together on a CPU. Beyond, one after the other is faster:
-# 64 through one of 10 MB took 96 ms one by one, 140 in eights, 370 all together.
+# 64 vectors through 10 MB took 96 ms one by one, 140 in groups of eight, 370 all together.
 TOGETHER_BYTES = 1e6
 
-# What `linearised_bytes` has found, by the loss that each problem has of its own: it traces what is then traced again,
-# and takes a third of the time.
+# What `linearised_bytes` has found, by each problem's own loss: it traces what is later traced again, and takes a third
+# of the time.
 _BYTES: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, float]] = weakref.WeakKeyDictionary()
 
 # As many vectors as the default solver multiplies at once.
@@ -58,18 +58,18 @@ def fitting_chunks(
     """Chunks for a function that is given all tasks.
 
     On a CPU a chunk is what stays in its cache, or all tasks where they are small; on an accelerator, or a mesh, all
-    tasks that fit. What the products need of all chunks is kept where it fits: all of it, or else what is dear to
-    compute. Where that does not fit either it is made anew in every product. Neither what else runs on the machine nor
-    any measurement plays a part.
+    tasks that fit. What the products need from all chunks is kept where it fits: all of it, or else only what is
+    expensive to compute. Where that does not fit either, it is recomputed in every product. The choice depends neither
+    on what else runs on the machine nor on any measurement.
 
     Args:
       problem: the problem.
-      curvature: of its products.
+      curvature: of the products.
       meta_params: λ.
       tasks: stacked tasks.
       vectors: right-hand sides.
       mesh: devices that share each chunk; None for one.
-      batch_size: tasks per chunk, where the user has named them.
+      batch_size: tasks per chunk, where the user has set it.
     """
     count = sizes(tasks).lead[0]
     room = usable_bytes() * (1 if mesh is None else mesh.size)
@@ -85,7 +85,7 @@ def fitting_chunks(
         most = room / 4
         if mesh is None and jax.default_backend() == "cpu":
             most = AT_ONCE_BYTES if count * each <= AT_ONCE_BYTES else CACHE_BYTES
-        # What is made anew in a product is there all at once, for a chunk.
+        # What a product recomputes is in memory all at once, for a chunk.
         chunk = evenly(count, max(int(most / each), 1 if lean else LEAST_CHUNK))
     # A vector's tangents take no more than the linearisation that they go through, a chunk at a time.
     at_once = max(int((room - (count * kept if keep else 0)) / (chunk * each + 1)), 1)
@@ -94,7 +94,7 @@ def fitting_chunks(
 
 
 def vectors_at_once(linearisation: float, mesh: Mesh | None) -> int:
-    """How many vectors go through a linearisation of so many bytes together.
+    """How many vectors go together through a linearisation of this many bytes.
 
     On a CPU those whose tangents stay in the cache; on an accelerator, or a mesh, those that fit.
     """
@@ -105,7 +105,7 @@ def vectors_at_once(linearisation: float, mesh: Mesh | None) -> int:
 
 
 def mapped(fn: Callable[[Any], PyTree], vectors: PyTree, most: int) -> PyTree:
-    """`fn` of vectors on a leading axis, at most so many at once; zeros fill up, so that one program serves all."""
+    """`fn` of vectors on a leading axis, at most `most` at once; zeros fill up, so that one program serves all."""
     count = jnp.shape(jax.tree.leaves(vectors)[0])[0]
     size = evenly(count, most)
     if size == count:
@@ -121,7 +121,7 @@ def mapped(fn: Callable[[Any], PyTree], vectors: PyTree, most: int) -> PyTree:
 
 
 def evenly(count: int, most: int) -> int:
-    """The size of equal chunks of at most `most`, as few as there can be."""
+    """The size of equal chunks of at most `most`, with as few chunks as possible."""
     return -(-count // -(-count // most))
 
 
@@ -143,7 +143,7 @@ def linearised_bytes(
       curvature: of the products.
       meta_params: λ.
       tasks: stacked tasks.
-      lean: of what is dear to compute alone.
+      lean: counts only what is expensive to compute.
     """
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), tasks)
     at = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), meta_params)

@@ -17,7 +17,7 @@ _SHIFT = 0.1
 
 
 class Damping(NamedTuple):
-    """A damping, and what it was chosen by.
+    """A damping, and what decided it.
 
     Attributes:
       value: the damping δ, the largest of the three below.
@@ -41,7 +41,7 @@ class Damping(NamedTuple):
 
 
 def rule(operator: Operator, gradient: PyTree, meta_params: PyTree, rank: int = RANK) -> Damping:
-    """The rule of `auto` at a point; arguments are the caller's to check.
+    """The rule of `auto` at a point; the caller checks the arguments.
 
     Examples:
       >>> import jax

@@ -13,12 +13,12 @@ from metainfluence.operators import Operator
 
 
 class Decay(NamedTuple):
-    """Both functions of one vector, negative eigenvalues taken for 0, and what is known of them.
+    """Both functions of one vector, with negative eigenvalues treated as 0, and what is known about them.
 
     Attributes:
       decayed: exp(−τ A) b.
       integrated: φ(A) b, with φ(h) = (1 − exp(−τ h)) / h, and τ at 0.
-      error: estimate of the relative error of φ(A) b, and of τ exp(−τ A) b beside it.
+      error: estimate of the error of φ(A) b, and of that of τ exp(−τ A) b, both relative to ‖φ(A) b‖.
       smallest: the smallest Ritz value.
       num_matvecs: products.
     """
@@ -31,7 +31,7 @@ class Decay(NamedTuple):
 
 
 class _Krylov(NamedTuple):
-    """A Krylov space on its way, with both functions in its coordinates."""
+    """A Krylov space as it grows, with both functions in its coordinates."""
 
     subspace: subspace.Subspace
     direction: Float[Array, " n"]
@@ -47,8 +47,9 @@ def decay(operator: Operator, start: Float[Array, " n"], time: Float[Array, ""],
 
     The error of exp(−t A) b is that of an ODE whose residual is β_m |e_mᵀ exp(−t T) e₁| ‖b‖ (Saad, SIAM J. Numer. Anal.
     29, 1992). For a tridiagonal T the entry keeps its sign, so that its integral is |e_mᵀ φ(T) e₁|. For A ⪰ 0 no error
-    grows, which bounds that of exp(−τ A) b by β_m |e_mᵀ φ(T) e₁| ‖b‖, and that of φ(A) b by τ times as much. Below
-    0, where what is made of A has a kink, it is an estimate alone, and what the last product changed is another.
+    grows, which bounds that of exp(−τ A) b by β_m |e_mᵀ φ(T) e₁| ‖b‖, and that of φ(A) b by τ times as much. Below 0,
+    where the functions of A have a kink, this is only an estimate; what the last product changed is another, and the
+    larger counts.
     """
     rank = min(rank, operator.size)
     dtype = start.dtype
@@ -57,7 +58,7 @@ def decay(operator: Operator, start: Float[Array, " n"], time: Float[Array, ""],
     def step(state: _Krylov) -> _Krylov:
         at = state.num_matvecs
         grown = subspace.extend(operator, state.subspace, at, state.direction[None])
-        # Where the space is closed, or all of it is there, what is there is exact.
+        # Where the space has closed, or is complete, the result is exact.
         closed = ~grown.filled[at]
         whole = at + 1 >= operator.size
         border = 2 * jnp.max(jnp.abs(grown.gram)) + 1
@@ -96,7 +97,7 @@ def decay(operator: Operator, start: Float[Array, " n"], time: Float[Array, ""],
 
 
 def _damp(values: Float[Array, " m"], time: Float[Array, ""]) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    """exp(−τ h) and (1 − exp(−τ h)) / h, negative h taken for 0."""
+    """exp(−τ h) and (1 − exp(−τ h)) / h, with negative h treated as 0."""
     exponents = time * jnp.maximum(values, 0)
     small = exponents < float(jnp.finfo(values.dtype).eps)
     ratio = jnp.where(small, 1, -jnp.expm1(-exponents) / jnp.where(small, 1, exponents))

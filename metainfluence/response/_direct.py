@@ -14,14 +14,14 @@ from jaxtyping import Array, Bool, PyTree, UInt32
 from metainfluence._checks import concrete
 from metainfluence.data import Task, repeated
 
-# Pairs of examples that are compared; where there are more, the first of the target's tasks stand for all.
+# At most this many pairs of examples are compared; where there are more, those of the target's first tasks.
 _MOST_PAIRS = 30_000_000
 
 _MOST_WORDS = 512
 
 
 class DirectEffectWarning(UserWarning):
-    """Scores of support examples that leave out what the examples do to the target's own adapted parameters."""
+    """Scores of support examples leave out the examples' effect on the target's own adapted parameters."""
 
 
 ADVICE = (
@@ -50,8 +50,8 @@ def check_total_effect(total_effect: Any) -> None:
 def shares_support(tasks: Task, target_args: tuple[Any, ...]) -> Bool[Array, ""] | None:
     """Whether a task among the target's arguments adapts to all support examples of a training task.
 
-    Works under jit, by few operations: every program with a target holds them. None where no argument holds tasks of
-    the same kind.
+    Works under jit, in few operations, since every program with a target holds them. None where no argument holds tasks
+    of the same kind.
     """
     is_task = lambda node: isinstance(node, Task)  # noqa: E731
     others = [node for node in jax.tree.leaves(target_args, is_leaf=is_task) if is_task(node)]
@@ -90,7 +90,7 @@ def _contained(tasks: Task, other: Task) -> Bool[Array, ""]:
 
 
 def _numbers(*sides: PyTree) -> UInt32[Array, " examples"]:
-    """A number for each example of the sides, the same for the same data: NH of UMAC (Black et al., CRYPTO 1999)."""
+    """A number for each example of the sides, equal for equal data: NH of UMAC (Black et al., CRYPTO 1999)."""
     leaves = zip(*map(jax.tree.leaves, sides), strict=True)
     words = jnp.concatenate([jnp.concatenate(list(map(_words, each))) for each in leaves], axis=1)
     keys = np.random.default_rng(0).integers(1 << 32, size=(1, words.shape[1]), dtype=np.uint32)
@@ -98,7 +98,7 @@ def _numbers(*sides: PyTree) -> UInt32[Array, " examples"]:
 
 
 def _words(leaf: Any) -> UInt32[Array, "examples size"]:
-    """An array's examples as whole numbers that tell them apart; of large ones a part, evenly spread."""
+    """An array's examples as integers that tell them apart; for large examples only a part, evenly spread."""
     leaf = jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)

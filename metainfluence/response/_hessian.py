@@ -36,19 +36,19 @@ def total_hessian(
 ) -> HessianAt:
     """Makes (meta_params, tasks, weights=None) -> Operator, the total Hessian H = D_λ D_λ F plus damping · I.
 
-    The operator is a pytree that may cross jit; `operator.matvec(v)` takes and returns pytrees like meta_params, and
-    can be mapped over v.
+    The operator is a pytree that can pass through jit; `operator.matvec(v)` takes and returns pytrees like meta_params,
+    and can be vmapped over v.
 
     Args:
       problem: the problem.
       curvature: one of `metainfluence.curvature`; None for `exact()`.
-      damping: non-negative number added to every eigenvalue. F is a mean over tasks, so it does not depend on T.
-      batch_size: tasks per chunk, which bounds the memory; None for a choice by shapes alone. What the products need of
-        all chunks is kept where it fits, see `metainfluence.response`, and else made anew in every product.
-      mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
-      hvp: "forward_over_reverse" or "reverse_over_reverse", see `bilevel`; None for the problem's own, which is the
-        first unless it was told otherwise.
-      precision: of matrix products, the problem's own included, see `jax.default_matmul_precision`; None for JAX's.
+      damping: non-negative number added to every eigenvalue. F is a mean over tasks, so damping does not depend on T.
+      batch_size: tasks per chunk, which bounds the memory; None for a choice by shapes alone. What the products need
+        from all chunks is kept where it fits, see `metainfluence.response`, and otherwise recomputed in every product.
+      mesh: devices over which tasks are sharded, along all axes of the mesh; None leaves tasks where they are.
+      hvp: "forward_over_reverse" or "reverse_over_reverse", see `bilevel`; None for the problem's own, which by default
+        is the first.
+      precision: of matrix products, also the problem's, see `jax.default_matmul_precision`; None for JAX's setting.
 
     Raises:
       ValueError: a curvature that needs what the problem lacks, a negative damping, or an unknown `hvp`.

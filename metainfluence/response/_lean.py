@@ -1,7 +1,7 @@
-"""What a linearisation keeps where all of it would not fit: what is dear to compute, and none of what is cheap.
+"""What a linearisation keeps where all of it would not fit: what is expensive to compute, and nothing cheap.
 
-Products of matrices, convolutions, factorisations and solves are kept. Normalisation, activation, pooling, windows of
-images and what else goes once through its arguments are made anew in every product.
+Matrix products, convolutions, factorisations and solves are kept. Normalisation, activation, pooling, image windows and
+whatever else goes once through its arguments are recomputed in every product.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from metainfluence._rounded import rounded_p
 from metainfluence.differentiation import inner_jaxprs
 
-# One pass over the arguments each, or none.
+# Each makes one pass over its arguments, or none.
 _NAMES = (
     "abs acos acosh add add_any and argmax argmin asin asinh atan atan2 atanh broadcast_in_dim cbrt ceil clamp "
     "concatenate convert_element_type copy copy_p cos cosh cumlogsumexp cummax cummin cumprod cumsum div dynamic_slice "
@@ -24,8 +24,8 @@ _NAMES = (
 )
 _CHEAP = frozenset(_NAMES.split())
 
-# A product of matrices whose result is so many times its larger argument costs little for each number that it gives:
-# the gradient of the windows of a convolution, which is summed to that of its image.
+# A matrix product whose result is more than this many times its larger argument costs little per entry: for example the
+# gradient of a convolution's windows, which is summed to that of the image.
 _SPREAD = 2
 
 
@@ -38,7 +38,7 @@ def dear(primitive: Any, *avals: Any, **params: Any) -> bool:
     if primitive.name in _CHEAP:
         return False
     bodies = inner_jaxprs(params)
-    # The function that a derivative of the user's own belongs to may be as cheap as `relu`, or a minimiser.
+    # A function with a custom derivative may be as cheap as `relu`, or a minimiser.
     return not bodies or any(
         dear(each.primitive, *_avals(each), **each.params) for body in bodies for each in body.eqns
     )
@@ -49,7 +49,7 @@ def _spread(avals: Any, contracted: Any, batched: Any) -> float:
     one, other = (aval.shape for aval in avals[:2])
     inside = math.prod(one[axis] for axis in contracted[0])
     shared = math.prod(one[axis] for axis in batched[0])
-    # Each entry of the one meets those of the other that share its batch and its place in the sum.
+    # Each entry of one argument meets those of the other that share its batch and its place in the sum.
     result = math.prod(one) * math.prod(other) / max(inside**2 * shared, 1)
     return result / max(math.prod(one), math.prod(other), 1)
 

@@ -26,13 +26,13 @@ from metainfluence.solvers import SolveInfo, Solver
 
 
 class OptimumInfo(NamedTuple):
-    """What making the response found.
+    """What was found when the response was made.
 
     Attributes:
-      outer_gradient_norm: ‖D_λF‖, how far λ is from the stationary point that the formula presumes.
+      outer_gradient_norm: ‖D_λF‖, how far λ is from the stationary point that the formula assumes.
       inner_gradient_norm: max over tasks of ‖∂_θ L_in‖, see `SolveInfo`.
       damping: what was added to every eigenvalue of H.
-      num_matvecs: products with H that the choice of the damping took.
+      num_matvecs: products with H used to choose the damping.
       meta_params_norm: ‖λ‖.
       working_eps: machine epsilon of the lowest precision in which the losses are computed.
     """
@@ -48,12 +48,12 @@ class OptimumInfo(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Optimum:
-    """The response of a stationary point; made by `optimum`, a pytree that crosses jit.
+    """The response of a stationary point; made by `optimum`, a pytree that can pass through jit.
 
     Attributes:
       meta_params: λ.
       weights: w.
-      info: what its making found.
+      info: what was found when it was made.
     """
 
     expansion: Expansion
@@ -69,7 +69,7 @@ class Optimum:
 
     @property
     def weights(self) -> Weights:
-        """The weights w at which λ is taken for the optimum."""
+        """The weights w at which λ is treated as the optimum."""
         return self.expansion.given_weights
 
     @property
@@ -79,7 +79,7 @@ class Optimum:
 
     @property
     def spoilt(self) -> Spoilt | None:
-        """What has no derivative; None for nothing."""
+        """What has no derivative; None if nothing."""
         return self.expansion.spoilt
 
     @property
@@ -94,7 +94,7 @@ class Optimum:
           direction: shaped like the weights, or with a leading axis for several.
 
         Raises:
-          TypeError: no `Weights`.
+          TypeError: a direction that is not a `Weights`.
           ValueError: shapes that are not the weights', or numbers that are not finite.
         """
         many = isinstance(direction, Weights) and jnp.ndim(direction.task) == jnp.ndim(self.weights.task) + 1
@@ -105,10 +105,10 @@ class Optimum:
         return Influence(*self.solve_many(jax.tree.map(jnp.negative, mixed)))
 
     def vjp(self, slope: PyTree) -> tuple[Weights, SolveInfo]:
-        """dφ/dw for ∇φ: one solve, then the transposed mixed derivative, for all data together.
+        """dφ/dw for ∇φ: one solve, then the transposed mixed derivative, for all data at once.
 
         Args:
-          slope: ∇φ, a pytree like λ, or with a leading axis for several targets, which are stepped together.
+          slope: ∇φ, a pytree like λ, or with a leading axis for several targets, which are solved together.
 
         Returns:
           dφ/dw, and a report on the solve.
@@ -132,7 +132,7 @@ class Optimum:
         return self._solved(rhs, many=False)
 
     def solve_many(self, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
-        """H⁻¹ times pytrees on a leading axis, in step: one batched product per step."""
+        """H⁻¹ times pytrees on a leading axis, solved together: one batched product per step."""
         if self.solver.solve_many is not None and self.solver.shares:
             return self._solved(rhs, many=True)
         if self.vectors_at_once is None:
@@ -167,7 +167,7 @@ def _info_of(expansion: Expansion, damping: Array, matvecs: Any) -> OptimumInfo:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _solve(solver: Solver, many: bool, operator: Operator, state: Any, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
-    """A solve that is differentiated as the solution that it is, and not through the solver's steps."""
+    """A solve that is differentiated as the solution of its system, not through the solver's steps."""
     solve = solver.solve_many if many else solver.solve
     assert solve is not None
     return solve(operator, state, rhs)
@@ -183,7 +183,7 @@ def _(solver: Solver, many: bool, primals: Any, tangents: Any) -> tuple[Any, Any
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _explore_and_solve(solver: Solver, operator: Operator, about: Any, rhs: PyTree) -> tuple[PyTree, SolveInfo, Array]:
-    """As `_solve`, with the damping that the rule chooses along the way, which is taken for a constant."""
+    """As `_solve`, with the damping that the rule chooses along the way, which is treated as a constant."""
     assert solver.explore_and_solve is not None
     return solver.explore_and_solve(operator, RANK, lambda found: rule_of(found, *about).value, rhs)
 
@@ -239,10 +239,10 @@ def optimum(
     hvp: str | None = None,
     precision: str | None = "highest",
 ) -> OptimumAt:
-    """Makes (meta_params, tasks, weights=None) -> the response of λ*(w), the minimum of F, taken to lie at λ.
+    """Makes (meta_params, tasks, weights=None) -> the response of λ*(w), the minimum of F, assumed to lie at λ.
 
-    dλ*/dw = − H⁻¹ ∂_w D_λF (arXiv 2501.15963, §4). Making it linearises the gradient map, chooses the damping and
-    prepares the solver, once for all that is asked of it.
+    dλ*/dw = − H⁻¹ ∂_w D_λF (arXiv 2501.15963, §4). Making the response linearises the gradient map, chooses the damping
+    and prepares the solver, once for all later calls.
 
     Args:
       problem: the problem.
@@ -250,10 +250,10 @@ def optimum(
       curvature: one of `metainfluence.curvature`; None for `exact()`.
       damping: non-negative number added to every eigenvalue of H, or "auto" for the rule of `damping.auto`.
       batch_size: tasks per chunk, which bounds the memory; None for a choice by shapes alone.
-      mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
+      mesh: devices over which tasks are sharded, along all axes of the mesh; None leaves tasks where they are.
       hvp: how derivatives of gradients are taken, "forward_over_reverse" or "reverse_over_reverse", see `bilevel`; None
-        for the problem's own, which is the first unless it was told otherwise.
-      precision: of matrix products, the problem's own included, see `jax.default_matmul_precision`; None for JAX's.
+        for the problem's own, which by default is the first.
+      precision: of matrix products, also the problem's, see `jax.default_matmul_precision`; None for JAX's setting.
 
     Raises:
       ValueError: as `total_hessian`; and for tasks, weights or meta_params that are malformed or not finite.
@@ -288,7 +288,7 @@ def optimum(
 
 
 def checked(meta_params: PyTree, tasks: Task, weights: Weights | None) -> tuple[PyTree, Task, Weights]:
-    """A point's arguments, which are refused where they are malformed; weights of 1 for None."""
+    """A point's arguments, checked; weights of 1 for None."""
     check_meta_params(meta_params)
     resolved = resolve_weights(weights, tasks)
     return jax.tree.map(jnp.asarray, meta_params), tasks, resolved
@@ -304,7 +304,7 @@ def optimum_at(options: Options, meta_params: PyTree, tasks: Task, weights: Weig
 
 
 def solve_once(options: Options, expansion: Expansion, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
-    """H⁻¹ times a pytree like λ, for a response that is asked once."""
+    """H⁻¹ times a pytree like λ, for a response that is used once."""
     about = (expansion.gradient, expansion.meta_params)
     solution, info, damping, matvecs = solve_alone(options.solver, options.damping, expansion.operator, about, rhs)
     solution = solutions_of(expansion.spoilt, rhs, solution, many=False)
@@ -317,7 +317,7 @@ def solve_alone(
     """One solve with an undamped operator, for tasks in memory and for tasks that are read.
 
     Where the solver can, the vectors that choose the damping and those that solve come from one loop, so that the
-    program holds the product once. The numbers are those of making a response and asking it.
+    program holds the product once. The numbers are the same as from making a response and calling it.
 
     Args:
       solver: of the system.
@@ -337,7 +337,7 @@ def solve_alone(
 
 
 def _prepared(solver: Solver, damping: Any, operator: Operator, about: tuple[PyTree, PyTree]) -> tuple[Array, Any, int]:
-    """The damping, the solver's state for the damped operator, and products that neither accounts for."""
+    """The damping, the solver's state for the damped operator, and the products that neither counts."""
     operator, about = jax.lax.stop_gradient((operator, about))
     matvecs = 0
     if isinstance(damping, str) and solver.explore is not None:

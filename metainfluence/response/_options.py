@@ -56,11 +56,11 @@ class Options(NamedTuple):
         hvp: str | None = None,
         precision: str | None = "highest",
     ) -> Options:
-        """Checks the options, and puts the defaults in.
+        """Checks the options, and fills in the defaults.
 
         Raises:
           TypeError: no problem, solver, curvature or mesh where one is expected.
-          ValueError: a curvature that needs what the problem lacks, a damping that is no non-negative number and not
+          ValueError: a curvature that needs what the problem lacks, a damping that is neither a non-negative number nor
             "auto", or an unknown `hvp` or `precision`.
         """
         problem = with_hvp(problem, hvp)
@@ -88,10 +88,10 @@ class Options(NamedTuple):
         return fitting_chunks(self.problem, self.curvature, meta_params, tasks, vectors, self.mesh, self.batch_size)
 
     def expanded(self, meta_params: PyTree, tasks: Task, weights: Weights, chunks: Chunks) -> Expansion:
-        """The gradient map to first order; arguments are the caller's to check.
+        """The gradient map to first order; the caller checks the arguments.
 
         Warns:
-          SpoiltTaskWarning: outside jit, a gradient that is not finite and can be laid to tasks with finite data.
+          SpoiltTaskWarning: outside jit, a gradient that is not finite because of tasks whose data are finite.
 
         Raises:
           ValueError: outside jit, a gradient that is not finite because of data that are not.

@@ -1,4 +1,4 @@
-"""The compiled programs of a trajectory: made once for a run, used by all that is asked of it."""
+"""The compiled programs of a trajectory: made once for a run, used by all calls on it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Programs:
 
     Args:
       run: the run.
-      store: as in `trajectory`, like the others.
-      keep: see there.
-      mesh: see there.
-      precision: see there.
+      store: as in `trajectory`.
+      keep: as in `trajectory`.
+      mesh: as in `trajectory`.
+      precision: as in `trajectory`.
     """
 
     def __init__(self, run: Run, store: str, keep: int | str, mesh: Mesh | None, precision: str | None):
@@ -86,7 +86,7 @@ class Programs:
     def segment_back(
         self, many: bool, returned: Returned, state: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Returned, Array]:
-        """Comes back through one segment of which the first state is given."""
+        """Comes back through one segment whose first state is given."""
         return self._back(self.sweeps(state, many), returned, state, steps, tasks, weights)
 
     @at_own_precision
@@ -98,7 +98,7 @@ class Programs:
 
     @at_own_precision
     def step(self, passed: Passed, number: Array, tasks: Task, weights: Weights) -> tuple[Passed, PyTree]:
-        """Goes through one step with its own tasks; also gives what `step_back` wants of it."""
+        """Goes through one step with its own tasks; also gives what `step_back` needs from it."""
         return self._one(self.sweeps(passed.state), passed, number, tasks, weights)
 
     @at_own_precision
@@ -208,7 +208,7 @@ class Programs:
 
 
 def _mapped(fn: Callable[..., Any], many: bool) -> Callable[..., Any]:
-    """The function, or for many of its first arguments on a leading axis."""
+    """The function, or its `vmap` over a leading axis of its first argument."""
     if not many:
         return fn
 
@@ -219,13 +219,13 @@ def _mapped(fn: Callable[..., Any], many: bool) -> Callable[..., Any]:
 
 
 def growth(norms: Array, last: Array) -> Array:
-    """The largest norm on the last axis over that at the end; 1 where that is 0, as for a target without a gradient."""
+    """The largest norm on the last axis over the norm at the end; 1 where the latter is 0, as without a gradient."""
     largest = jnp.maximum(jnp.max(norms, axis=-1), last)
     return jnp.where(last == 0, jnp.ones_like(last), largest / jnp.where(last == 0, jnp.ones_like(last), last))
 
 
 def steps_per_segment(keep: int | str, store: str, run: Run, state: PyTree) -> int:
-    """Steps between two states that are kept, from shapes alone; all of them where every state is."""
+    """Steps between two states that are kept, from shapes alone; all steps where every state is kept."""
     count = run.num_steps
     if isinstance(keep, int):
         return min(keep, count)

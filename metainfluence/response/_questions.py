@@ -13,7 +13,7 @@ from metainfluence.response._run_info import RunInfo, problems_of_run
 
 
 def direction_of(direction: Weights, tasks: Task, weights: Weights) -> tuple[bool, Weights]:
-    """Whether there are many directions in the weights of `tasks`, and these, checked."""
+    """Whether there are many directions in the weights of `tasks`, and the checked directions."""
     many = isinstance(direction, Weights) and jnp.ndim(direction.task) == 2
     if many:
         _check_lead("direction", direction)
@@ -23,7 +23,7 @@ def direction_of(direction: Weights, tasks: Task, weights: Weights) -> tuple[boo
 
 
 def slope_of(slope: PyTree, meta_params: PyTree, info: RunInfo) -> tuple[bool, PyTree]:
-    """Whether there are many slopes at the end λ of a run, and these, checked."""
+    """Whether there are many slopes at the end λ of a run, and the checked slopes."""
     domain = Domain.of(meta_params)
     leaves = jax.tree.leaves(slope)
     ranks = [len(like.shape) for like in domain.leaves]
@@ -34,7 +34,7 @@ def slope_of(slope: PyTree, meta_params: PyTree, info: RunInfo) -> tuple[bool, P
     try:
         check_finite("slope", slope)
     except ValueError as error:
-        # A target at a λ that is NaN has no slope, which is no fault of the target's.
+        # A target at a λ that is NaN has no slope, which is not the target's fault.
         known = problems_of_run(info._replace(replay_difference=None)) if concrete(info) else []
         raise ValueError(f"{error}{f': {known[0]}' if known else ''}") from error
     return many, jax.tree.map(lambda s, like: jnp.asarray(s, like.dtype), slope, meta_params)

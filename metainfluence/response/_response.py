@@ -1,4 +1,4 @@
-"""How trained meta-parameters answer the data weights: two linear maps, whatever they are made of."""
+"""How trained meta-parameters respond to the data weights: two linear maps, however they are computed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Scores(NamedTuple):
 
 @runtime_checkable
 class Response(Protocol):
-    """λ(w) to first order in the data weights: made once, asked as often as wanted."""
+    """λ(w) to first order in the data weights: made once, called as often as needed."""
 
     @property
     def meta_params(self) -> PyTree:
@@ -60,7 +60,7 @@ class Response(Protocol):
 
     @property
     def info(self) -> Any:
-        """What its making found."""
+        """What was found when it was made."""
 
     def jvp(self, direction: Weights) -> Influence:
         """The change of λ along a direction in w, or along several on a leading axis."""
@@ -80,7 +80,7 @@ class ScoresOfTarget(Protocol):
 def scores(
     at: Response, target: Callable[..., Array], *, precision: str | None = "highest", total_effect: bool = False
 ) -> ScoresOfTarget:
-    """Makes (*target_args) -> Scores of all tasks and all examples, by one question to a response.
+    """Makes (*target_args) -> Scores of all tasks and all examples, by one `vjp` of a response.
 
     A score is − w · dφ/dw at the response's weights.
 
@@ -94,8 +94,8 @@ def scores(
       DirectEffectWarning: as `influence_scores`.
 
     Raises:
-      TypeError: `at` is no response, or `target` cannot be called so.
-      ValueError: a target that is no scalar.
+      TypeError: `at` is not a response, or `target` does not take these arguments.
+      ValueError: a target that is not a scalar.
 
     Examples:
       >>> import jax

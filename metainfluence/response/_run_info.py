@@ -1,4 +1,4 @@
-"""What the derivative of a training run rests on, and what is wrong with it."""
+"""How far the derivative of a training run can be trusted, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _NO_DIGITS = 1e-3
 
 
 class RunInfo(NamedTuple):
-    """What a run's derivative rests on.
+    """How far a run's derivative can be trusted.
 
     Attributes:
       num_steps: N.
-      outer_gradient_norm: ‖D_λF‖ at the end, over all tasks; None where the objective is not known, as of a
+      outer_gradient_norm: ‖D_λF‖ at the end, over all tasks; None where the objective is not known, as for a
         `training_loop`.
-      replay_difference: ‖λ_N − end‖ / ‖end‖, from the λ that was recorded; None where none was given.
+      replay_difference: ‖λ_N − end‖ / ‖end‖, where `end` is the λ that was recorded; None where none was given.
       first_nonfinite_step: number of the first step after which λ is not finite; −1 for none.
-      cotangent_norms: before each step `[N]`, ‖c ⊙ s‖ with the state s: the change of φ by relative changes of the
-        state, in which leaves of different units compare; None but from `vjp`.
-      growth: the largest of these over that at the end; None but from `vjp`. Rounding grows as much.
-      smoothness: as measured by `mi.smoothness`; None where it was not.
+      cotangent_norms: `[N]`, ‖c ⊙ s‖ of the cotangent c and the state s before each step: the change of φ by relative
+        changes of the state, so that leaves of different units compare. None except from `vjp`.
+      growth: the largest of these norms over the norm at the end; rounding grows as much. None except from `vjp`.
+      smoothness: as measured by `mi.smoothness`; None where it was not measured.
     """
 
     num_steps: int | Int[Array, ""]

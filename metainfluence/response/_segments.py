@@ -1,15 +1,16 @@
-"""The response of a training run that is known by a few checkpoints.
+"""The response of a training run of which a few checkpoints are known.
 
-Between checkpoints the optimiser is taken for the gradient flow of a quadratic: with the curvature H and the mixed
-derivative g = ∂_w D_λF of one checkpoint, over the time τ, dψ/dt = − P⁻¹ (H ψ + g) for ψ = dλ/dw, so that
+Between checkpoints the optimiser is treated as the gradient flow of a quadratic, with the curvature H and the mixed
+derivative g = ∂_w D_λF of one checkpoint: over the time τ, dψ/dt = − P⁻¹ (H ψ + g) for ψ = dλ/dw, so that
 
     ψ ← P^-½ [exp(−τ H̃) P^½ ψ − φ(H̃) P^-½ g],    H̃ = P^-½ H P^-½,    φ(h) = (1 − exp(−τ h)) / h,
 
 and, backwards along a target's slope v, dφ/dw −= gᵀ P^-½ φ(H̃) P^-½ v, then v ← P^½ exp(−τ H̃) P^-½ v. Negative
-eigenvalues are taken for 0, where φ is τ: along them a run is no answer to the data, but a departure.
+eigenvalues are treated as 0, where φ is τ: along them a run does not respond to the data, but departs.
 
 Bae, Lin, Lorraine and Grosse, Training Data Attribution via Approximate Unrolled Differentiation, NeurIPS 2024, with
-the total Hessian itself in place of its Kronecker factors. What P owes to the weights is left out, as there.
+the total Hessian itself in place of its Kronecker factors. The dependence of P on the weights is left out, as in that
+paper.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ TOL = 1e-2
 
 
 class SegmentsInfo(NamedTuple):
-    """Report on a response by K segments; on several questions with a leading axis.
+    """Report on a response by K segments; with a leading axis for several directions or slopes.
 
     Attributes:
       status: `[]`, see `SolveStatus`: CONVERGED where the errors of the segments add up to at most `tol`, MAX_STEPS
         where `rank` products were too few for that.
       num_matvecs: `[]`, products with Hessians, of all segments.
-      relative_error: `[K]`, estimate of the relative error by which each segment's functions of H̃ are off, from the
-        last Lanczos coefficient; a bound where H is positive semidefinite.
-      min_curvature: `[K]`, the smallest Ritz value of H̃ that was seen; a negative one was taken for 0.
+      relative_error: `[K]`, estimated relative error of each segment's functions of H̃, from the last Lanczos
+        coefficient; a bound where H is positive semidefinite.
+      min_curvature: `[K]`, the smallest Ritz value of H̃ that was seen; a negative one was treated as 0.
       outer_gradient_norm: `[K]`, ‖D_λF‖ at the checkpoints.
     """
 
@@ -67,7 +68,7 @@ class SegmentsInfo(NamedTuple):
 
 
 class _Method(NamedTuple):
-    """What a response does not need as data."""
+    """The static part of a response."""
 
     options: Options
     chunks: Chunks
@@ -87,7 +88,7 @@ class _Run(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """How the end of a run answers the data weights, by its checkpoints; made by `segments`, a registered pytree.
+    """How the end of a run responds to the data weights, by its checkpoints; made by `segments`, a registered pytree.
 
     Attributes:
       meta_params: λ of the last checkpoint.
@@ -109,13 +110,13 @@ class Segments:
 
     @property
     def info(self) -> SegmentsInfo:
-        """What is known before a question: the gradients' norms."""
+        """What is known before `jvp` or `vjp`: the gradients' norms."""
         zeros = jnp.zeros_like(self.outer_gradient_norm)
         count = jnp.zeros((), jnp.int32)
         return SegmentsInfo(count, count, zeros, jnp.full_like(zeros, jnp.inf), self.outer_gradient_norm)
 
     def vjp(self, slope: PyTree) -> tuple[Weights, SegmentsInfo]:
-        """dφ/dw of a target with the slope ∇φ at `meta_params`; of several targets, on a leading axis, in step.
+        """dφ/dw of a target with the slope ∇φ at `meta_params`; of several targets, on a leading axis, together.
 
         Raises:
           ValueError: a slope whose structure or shapes are not λ's.
@@ -147,12 +148,12 @@ class Segments:
         return sensitivity_of(self.spoilt, total, many), self._report(found)
 
     def jvp(self, direction: Weights) -> Influence:
-        """The change of λ along a direction in the data weights; along several, on a leading axis, in step.
+        """The change of λ along a direction in the data weights; along several, on a leading axis, together.
 
         λ + delta predicts the end of a run at the weights w + direction.
 
         Raises:
-          ValueError: a direction whose shapes are not those of the weights, or not finite.
+          ValueError: a direction whose shapes are not those of the weights, or that is not finite.
         """
         many = isinstance(direction, Weights) and jnp.ndim(direction.task) == 2
         for each in _rows(direction) if many else (direction,):
@@ -224,20 +225,20 @@ def segments(
     precision: str | None = "highest",
     hvp: str | None = None,
 ) -> SegmentsOf:
-    """Makes (checkpoints, tasks, weights=None) -> Segments, how the end of a run answers the data weights.
+    """Makes (checkpoints, tasks, weights=None) -> Segments, how the end of a run responds to the data weights.
 
-    For a run of which only a few λ are left, or which is too rough for its derivative to mean anything, and for the
-    removal of many data at once. One segment with τ → ∞ is the response of the optimum, many short ones are that of
-    the gradient flow. The functions of H are those of Lanczos' method, which ends early where it is exact enough.
+    For a run of which only a few λ are left, for one too rough for its derivative to mean anything, and for the removal
+    of many data at once. One segment with τ → ∞ gives the response of the optimum, many short ones that of the gradient
+    flow. The functions of H are computed by Lanczos' method, which ends early where it is exact enough.
 
     Args:
       problem: the problem.
       curvature: one of `metainfluence.curvature`; None for `exact()`.
-      rank: Hessian products at most for a segment and a vector. About √(τ ‖H̃‖) are needed, and a stable run has
+      rank: maximum number of Hessian products per segment and vector. About √(τ ‖H̃‖) are needed, and a stable run has
         τ ‖H̃‖ ≤ 2 · steps of the segment.
-      tol: relative error, as estimated, that the segments may have together; the products of each end at its share.
+      tol: estimated relative error that all segments together may have; each segment stops at its share.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once where they fit.
-      mesh: devices over which the task axis is sharded, over all axes of the mesh; None for where the tasks are.
+      mesh: devices over which tasks are sharded, along all axes of the mesh; None leaves tasks where they are.
       precision: of matrix products; None for JAX's own, which on some devices is less than float32.
       hvp: how derivatives of gradients are taken, see `bilevel`; None for the problem's own.
 
@@ -245,9 +246,9 @@ def segments(
       Function of a sequence of `Checkpoint` in the order of training, stacked tasks and weights.
 
     Raises:
-      TypeError: no `Bilevel`, `Curvature` or sequence of `Checkpoint`.
-      ValueError: a rank or a tol that is not positive; checkpoints out of order, that differ in structure or shapes, or
-        are not finite; tasks or weights that are malformed or not finite.
+      TypeError: not a `Bilevel`, `Curvature` or sequence of `Checkpoint`.
+      ValueError: a rank that is not positive or a negative tol; checkpoints that are out of order, differ in structure
+        or shapes, or are not finite; tasks or weights that are malformed or not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -318,7 +319,7 @@ def _stacked(checkpoints: Sequence[Checkpoint]) -> _Run:
 
 
 def _scaled_operator(operator: Operator, run: _Run) -> Operator:
-    """H̃ = P^-½ H P^-½, and what decoupled decay adds: in these coordinates a multiple of the identity."""
+    """H̃ = P^-½ H P^-½, plus what decoupled decay adds: in these coordinates a multiple of the identity."""
     return from_matvec(Partial(_scaled_product, operator, run.scale, run.weight_decay), operator.domain.zeros())
 
 
@@ -336,7 +337,7 @@ def _multiplied(tree: PyTree, scale: PyTree | None) -> PyTree:
 
 
 def _share(tol: float, times: Float[Array, " K"]) -> float:
-    """The error that one of K segments may have, and no less than rounding makes of it."""
+    """The error that one of K segments may have, but no less than rounding causes."""
     return max(tol / len(times), 100 * float(jnp.finfo(times.dtype).eps))
 
 
@@ -362,7 +363,7 @@ def _leading(name: str, tree: PyTree, like: PyTree) -> bool:
 
 
 def problems_of_segments(info: SegmentsInfo) -> list[str]:
-    """What is wrong with an answer of `Segments`, in words; empty where nothing is. For use outside jit."""
+    """What is wrong with a result of `Segments`, in words; empty where nothing is. For use outside jit."""
     found, status = [], np.asarray(info.status)
     if np.any(status == SolveStatus.NONFINITE):
         found.append(

@@ -1,7 +1,7 @@
-"""A trajectory whose states are in host memory or on disk: its segments in a Python loop, taken up where it ended.
+"""A trajectory whose states are in host memory or on disk: its segments in a Python loop, resumed where it ended.
 
-On disk each state and, while a sweep comes back, its cotangent and scores so far are files that are whole or not there:
-a run killed at any moment goes on where it was, to the same numbers.
+On disk, each state is a file that is either complete or absent, and the cotangent and scores of a reverse sweep are
+kept likewise. A run killed at any moment goes on where it was, and reaches the same numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Kept(Protocol):
         """The state before a segment."""
 
     def last(self) -> int | None:
-        """The last that is kept, with none missing before it."""
+        """The number of the last state kept, with none missing before it."""
 
 
 class Memory:
@@ -57,7 +57,7 @@ class Memory:
         return self._states[number]
 
     def last(self) -> int | None:
-        """The last that is kept."""
+        """The number of the last state kept."""
         return len(self._states) - 1 if self._states else None
 
     def stacked(self) -> PyTree:
@@ -94,18 +94,18 @@ class Folder:
         return _unpacked(found, like)
 
     def last(self) -> int | None:
-        """The last that is kept, with none missing before it."""
+        """The number of the last state kept, with none missing before it."""
         whole = [number for place, number in enumerate(self._store.numbers(_STATE)) if place == number]
         while whole and self._store.read(_STATE, whole[-1]) is None:
             whole.pop()
         return whole[-1] if whole else None
 
     def save(self, done: int, sweep: PyTree) -> None:
-        """Writes where a sweep is, in the place of where it was."""
+        """Writes a sweep's progress, in place of the earlier one."""
         self._store.replace(_SWEEP, done, _packed(sweep))
 
     def saved(self, slope: str, like: PyTree) -> tuple[int, PyTree] | None:
-        """Segments that the sweep for a slope has done, and where it is; another slope's is removed."""
+        """How many segments the sweep for a slope has done, and its progress; that of another slope is removed."""
         found = self._store.latest(_SWEEP)
         if found is None:
             return None
@@ -126,14 +126,14 @@ class Place(NamedTuple):
 
     @contextlib.contextmanager
     def opened(self, resume: bool = True, *, new: bool = False) -> Iterator[Folder]:
-        """The folder's files, once it is sure that they are this run's.
+        """The folder's files, once checked to be this run's.
 
         Args:
           resume: False removes what is there.
-          new: whether there may be none yet.
+          new: whether the folder may still be empty.
 
         Raises:
-          ValueError: another run's are there, with the difference named; or none where there should be.
+          ValueError: they are another run's, with the difference named; or there are none although there should be.
         """
         with Store.opened(self.folder) as store:
             if not resume:
@@ -152,7 +152,7 @@ class Place(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Where a sweep is: the digest of its slope, what comes back, and the norms of the cotangents so far."""
+    """A sweep's progress: the digest of its slope, what comes back, and the norms of the cotangents so far."""
 
     slope: Any
     returned: Returned
@@ -160,7 +160,7 @@ class Sweep(NamedTuple):
 
 
 def begun(state: PyTree, kept: Kept) -> tuple[int, Passed]:
-    """How many segments are done, and where the last of them ended: the start, which is kept, where none is."""
+    """How many segments are done, and the state after the last; if none, the start, which is then kept."""
     passed, done = Passed(state, jnp.asarray(-1, jnp.int32)), kept.last()
     if done is not None:
         return done, kept.state(done, passed)
@@ -171,7 +171,7 @@ def begun(state: PyTree, kept: Kept) -> tuple[int, Passed]:
 def train(
     programs: Programs, state: PyTree, steps: Steps, tasks: Task, weights: Weights, kept: Kept, report: Reporter
 ) -> Passed:
-    """Goes through the run from where its states end, and returns the last."""
+    """Goes through the run from the last state kept, and returns the final one."""
     done, passed = begun(state, kept)
     total = steps.number.shape[0]
     report.phase("training")
@@ -221,7 +221,7 @@ def pull(
 
 
 def manifest_of(programs: Programs, state: PyTree, length: int, first: tuple[Task, Weights], data: Any) -> str:
-    """What a trajectory's numbers depend on, as JSON; `data` says it of the tasks, `first` are those of one step."""
+    """What a trajectory's numbers depend on, as JSON; `data` says it for the tasks, `first` are those of one step."""
     run = programs.run
 
     def step(state: PyTree, number: Array, tasks: Task, weights: Weights) -> PyTree:
@@ -243,7 +243,7 @@ def manifest_of(programs: Programs, state: PyTree, length: int, first: tuple[Tas
 
 
 def about(steps: Steps, tasks: Task, weights: Weights) -> dict[str, Any]:
-    """What the manifest says of tasks in memory."""
+    """What the manifest says about tasks in memory."""
     return {
         "tasks": _disk.of_arrays(tasks),
         "weights": _disk.of_arrays(weights),
@@ -281,5 +281,5 @@ def _unpacked(arrays: dict[str, np.ndarray], like: PyTree) -> Any:
 def _restored(array: np.ndarray, like: Any) -> Any:
     if _is_key(like):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
-    # NumPy's files know bfloat16 and its like as bytes alone.
+    # NumPy's files store bfloat16 and similar dtypes as bare bytes.
     return array.view(like.dtype) if array.dtype.kind == "V" else array

@@ -1,7 +1,7 @@
-"""The response of a training run whose tasks are read from a source, those of one step at a time.
+"""The response of a training run whose tasks are read from a source, one step's at a time.
 
-The same steps forward and back as in memory, in a Python loop: within a segment the states are computed again from the
-one that is kept, and each step's tasks are read again.
+The steps forward and back are the same as in memory, in a Python loop. Within a segment the states are recomputed from
+the one that is kept, and each step's tasks are read again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Stream:
       num_steps: N.
 
     Attributes:
-      reader: what reads them, and sees whether they change.
+      reader: reads them, and notices whether they change.
       rows: `[N, b]`.
       shapes: of all tasks, stacked; no values.
     """
@@ -56,7 +56,7 @@ class Stream:
         count = len(self.reader.ids)
         every = np.broadcast_to(np.arange(count), (num_steps, count))
         self.rows: Any = every if rows is None else np.asarray(rows)
-        # Read once before all else: to pad every step's tasks alike, and to see later on whether they have changed.
+        # All are read once first: to pad every step's tasks equally, and to notice later whether they have changed.
         template = self.reader.template()
         own, longest, masked = sizes(template, stacked=False), {"support": 0, "query": 0}, set()
         for index in range(count):
@@ -81,11 +81,11 @@ class Stream:
         self.shapes = Task(shaped("support"), shaped("query"))
 
     def steps(self, numbers: Sequence[int]) -> Generator[tuple[int, Batch]]:
-        """The tasks of these steps, one thread ahead."""
+        """The tasks of these steps, read ahead by one thread."""
         return self.reader.ahead(lambda number: self._stacked(self.rows[number]), numbers)
 
     def all(self) -> Generator[tuple[int, Batch]]:
-        """All tasks, as many at a time as a step takes; the last ones filled up at weight 0."""
+        """All tasks, as many at a time as a step takes; the last batch is filled up with weight 0."""
         size, count = self.rows.shape[1], len(self.reader.ids)
 
         def read(number: int) -> Batch:
@@ -100,7 +100,7 @@ class Stream:
         return self._stacked(self.rows[0])
 
     def ids(self) -> np.ndarray:
-        """Of all tasks."""
+        """The ids of all tasks."""
         return np.asarray(self.reader.ids)
 
     def name_not_finite(self, run: Run, start: PyTree, end: PyTree) -> None:
@@ -125,12 +125,12 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """How the end of a training run answers the data weights of tasks in a source; for use outside jit.
+    """How the end of a training run responds to the data weights of tasks in a source; for use outside jit.
 
     Attributes:
       meta_params: λ_N, where the run ends.
-      info: what was seen on the way.
-      ids: of the tasks, in the order of the scores and weights, `[T]`.
+      info: what was seen during the run.
+      ids: the tasks' ids, in the order of the scores and weights, `[T]`.
       weights: the tasks' weights.
     """
 
@@ -165,7 +165,7 @@ class Streamed:
         return Influence(self.programs.change(many, change, state), cast(Any, self.info))
 
     def vjp(self, slope: PyTree) -> tuple[Weights, RunInfo]:
-        """As `Trajectory.vjp`; taken up again where the states are on disk."""
+        """As `Trajectory.vjp`; an interrupted sweep is resumed where the states are on disk."""
         many, slope = slope_of(slope, self.meta_params, self.info)
         with reporter(self.progress) as report, contextlib.ExitStack() as stack:
             folder = None if self.place is None else stack.enter_context(self.place.opened())
@@ -185,7 +185,7 @@ class Streamed:
             found = folder.saved(digest, _stored.Sweep(np.zeros(8, np.uint8), returned, norms))
             if found is not None:
                 done, (_, returned, norms) = found
-                # What is read from a file cannot be written to.
+                # Arrays read from a file cannot be written to.
                 returned, norms = returned._replace(scores=jax.tree.map(np.array, returned.scores)), np.array(norms)
         report.phase("sweep")
         like = Passed(self.end, jnp.asarray(-1, jnp.int32))
@@ -250,7 +250,7 @@ def streamed(
 def _trained(
     programs: Programs, state: PyTree, steps: Steps, stream: Stream, weights: Weights, kept: Any, report: Reporter
 ) -> Passed:
-    """Goes through the run from where its states end, and returns the last."""
+    """Goes through the run from the last state kept, and returns the final one."""
     done, passed = _stored.begun(state, kept)
     total, length = steps.number.shape
     last_step = programs.run.num_steps
@@ -293,6 +293,6 @@ def _rows(weights: Weights, row: Any) -> Weights:
 
 
 def _add(many: bool, totals: Weights, row: Any, parts: Weights) -> None:
-    """Adds a step's part in place; a task may come twice in a step."""
+    """Adds a step's part in place; a task may occur twice in a step."""
     for total, part in zip(totals, parts, strict=True):
         np.add.at(total, (slice(None), row) if many else row, np.asarray(part))

@@ -1,7 +1,7 @@
 """Sums over tasks: the gradient, the linear map behind products and scores, and what a curvature adds.
 
 Every formula is written here once, for one batch of tasks. `Sums` adds them up over tasks that are in memory, at once,
-in chunks, or sharded; `metainfluence.scoring` adds up the same ones over batches that it reads.
+in chunks, or sharded; `metainfluence.scoring` adds up the same formulas over batches that it reads.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Pull:
 
     Attributes:
       turned: the same map, leaf by leaf.
-      domain: of λ.
-      both: of λ and w.
-      outlined: whether it is a function of its own in the program, which it cannot be with traced values in it.
+      domain: domain of λ.
+      both: domain of λ and w together.
+      outlined: whether it is a separate function in the program, which it cannot be with traced values in it.
     """
 
     turned: Callable[[PyTree], Any]
@@ -73,10 +73,10 @@ class Expansion:
       objective: F.
       gradient: D_λF, a pytree like λ.
       inner_gradient_norm: max over tasks of ‖∂_θ L_in‖; None where it is not known.
-      linear: the map's derivative as a pytree: of forward mode, or, in reverse mode, its pullback.
+      linear: the map's derivative as a pytree: in forward mode, or, in reverse mode, its pullback.
       shift: what the curvature adds to the diagonal.
       working_eps: machine epsilon of the lowest precision in which the losses are computed.
-      spoilt: what was left out because it has no derivative; None for nothing.
+      spoilt: what was left out because it has no derivative; None if nothing.
     """
 
     meta_params: PyTree
@@ -93,7 +93,7 @@ class Expansion:
 
     @property
     def given_weights(self) -> Weights:
-        """The weights as they were given, those of tasks that were left out, too."""
+        """The weights as they were given, including those of tasks that were left out."""
         return self.weights if self.spoilt is None else self.spoilt.weights
 
     @property
@@ -133,7 +133,7 @@ def _mixed_transposed(at: Expansion, vector: PyTree) -> Weights:
 
 
 class Seen(NamedTuple):
-    """What a gradient's evaluation shows besides; no derivative runs through it.
+    """What else evaluating a gradient yields; it is not differentiated.
 
     Attributes:
       objective: Σ_k w_k L_k of a batch, or F.
@@ -147,7 +147,7 @@ class Seen(NamedTuple):
 def batch_gradient(
     problem: Bilevel, curvature: Curvature, at: PyTree, meta_params: PyTree, tasks: Task, weights: Weights
 ) -> tuple[PyTree, Seen]:
-    """Σ_k w_k times the gradient of task k's surrogate built at `at`, and what its evaluation shows."""
+    """Σ_k w_k times the gradient of task k's surrogate built at `at`, and what else that yields."""
 
     def total(meta_params: PyTree) -> tuple[Array, Array]:
         def single(task: Task, weights: Weights) -> tuple[Array, Array]:
@@ -163,9 +163,9 @@ def batch_gradient(
 def batch_pull(
     problem: Bilevel, curvature: Curvature, at: PyTree, tasks: Task, weights: Weights, *, lean: bool = False
 ) -> Pull:
-    """The pullback of a batch's gradient map, with all that does not depend on the vector done.
+    """The pullback of a batch's gradient map; what does not depend on the vector is computed once.
 
-    Or, where it is to be `lean`, all of that which is dear.
+    With `lean`, only the expensive part of that is kept.
     """
 
     def gradient(meta_params: PyTree, weights: Weights) -> tuple[PyTree, Seen]:
@@ -190,7 +190,7 @@ def batch_sensitivities(problem: Bilevel, at: PyTree, vector: PyTree, tasks: Tas
 
 
 def mean(total: PyTree, count: Any, regularizer: PyTree) -> PyTree:
-    """A sum over tasks as its mean, plus the share of the meta-regulariser, which is no sum over tasks."""
+    """A sum over tasks as its mean, plus the share of the meta-regulariser, which is not a sum over tasks."""
     return jax.tree.map(lambda t, r: t / jnp.asarray(count, t.dtype) + r, total, regularizer)
 
 
@@ -205,7 +205,7 @@ def regularizer_product(problem: Bilevel, meta_params: PyTree, vector: PyTree) -
 
 
 def gradient_map(problem: Bilevel, chunks: Chunks, mesh: Mesh | None = None) -> Callable[..., tuple[PyTree, Seen]]:
-    """Makes (curvature, at, tasks, meta_params, weights) -> (∇F by the surrogates built at `at`, what that shows)."""
+    """Makes (curvature, at, tasks, meta_params, weights) -> (∇F by the surrogates built at `at`, its `Seen`)."""
 
     def gradient(
         curvature: Curvature, at: PyTree, tasks: Task, meta_params: PyTree, weights: Weights
@@ -225,7 +225,7 @@ def gradient_map(problem: Bilevel, chunks: Chunks, mesh: Mesh | None = None) -> 
 
 
 class Sums(NamedTuple):
-    """How sums over tasks in memory are taken, and what is made of them."""
+    """How sums over tasks in memory are taken, and what is made from them."""
 
     problem: Bilevel
     curvature: Curvature
@@ -237,7 +237,7 @@ class Sums(NamedTuple):
     def expand(self, meta_params: PyTree, tasks: Task, weights: Weights) -> Expansion:
         """The gradient map to first order, linearised once."""
         at, gradient = meta_params, gradient_map(self.problem, self.chunks, self.mesh)
-        # The other curvatures take forward mode of the adaptation itself, and not of a gradient.
+        # The other curvatures apply forward mode to the adaptation itself, not to a gradient.
         eps = check_derivatives(self.problem, at, tasks, weights, twice=self.curvature.is_exact)
         slope, linear, seen = _linearised(
             self.problem, functools.partial(gradient, self.curvature, at, tasks), at, weights
@@ -340,8 +340,8 @@ def _pull(problem: Bilevel, linear: Callable[..., Any], at: PyTree, weights: Wei
     return Pull(Partial(turn, both, linear), Domain.of(at), both, not closes_over_traced(problem, set()))
 
 
-# These take the linear map as an argument, since Partial(linear) of a map that is itself a Partial would take its
-# arrays for constants.
+# These take the linear map as an argument, since Partial(linear) of a map that is itself a Partial would treat its
+# arrays as constants.
 
 
 def _call(domain: Domain, pullback: Callable[[PyTree], Any], vector: PyTree) -> Any:
@@ -354,7 +354,7 @@ def _transposed(domain: Domain, linear: Callable[..., PyTree], vector: PyTree) -
 
 
 def _pulled_in_place(domain: Domain, turned: Callable[[PyTree], Any], vector: Float[Array, " size"]) -> Array:
-    """One function of one flat result, whichever part of it is asked for.
+    """One function with one flat result, whichever part of it is needed.
 
     A program that multiplies in one place and scores in another then holds it once.
     """

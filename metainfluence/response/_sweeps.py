@@ -1,8 +1,8 @@
 """The programs of a trajectory: forward through a run, and back through it with few of its states kept.
 
 Steps come in segments of equal length, filled up with steps that do nothing; the state before each segment is kept, and
-those within are computed again (Griewank and Walther, Evaluating Derivatives, 2008, ch. 12). Each program holds one
-copy of the step, or of its transpose, per loop.
+those within it are recomputed (Griewank and Walther, Evaluating Derivatives, 2008, ch. 12). Each program holds one copy
+of the step, or of its transpose, per loop.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ class Sweeps:
     Attributes:
       run: the run.
       length: steps in a segment.
-      keeps_all: whether every step's state and record is kept, so that nothing is computed again; one segment then.
+      keeps_all: whether every step's state and record is kept, so that nothing is recomputed; then there is one
+        segment.
       mesh: devices for each step's tasks.
-      many: whether cotangents, and what comes of them, have a leading axis.
+      many: whether cotangents, and what is computed from them, have a leading axis.
     """
 
     run: Run
@@ -68,7 +69,7 @@ class Sweeps:
         return math.ceil(self.run.num_steps / self.length)
 
     def steps(self, table: Array | None) -> Steps:
-        """All steps, `[segments, length]`; what fills up has numbers from N on."""
+        """All steps, `[segments, length]`; filler steps have numbers from N on."""
         number = jnp.arange(self.segments * self.length, dtype=jnp.int32)
         row = None
         if table is not None:
@@ -107,9 +108,9 @@ class Sweeps:
     def back(
         self, returned: Returned, kept: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Returned, Array]:
-        """Comes back through some steps of which all states and records are given.
+        """Comes back through some steps whose states and records are all given.
 
-        Also gives the norms of the cotangents, the steps on the first axis.
+        Also gives the norms of the cotangents, with the steps on the first axis.
         """
 
         def step(returned: Returned, each: tuple[Steps, tuple[PyTree, PyTree]]) -> tuple[Returned, Array]:
@@ -128,7 +129,7 @@ class Sweeps:
     def back_again(
         self, returned: Returned, start: PyTree, steps: Steps, tasks: Task, weights: Weights
     ) -> tuple[Returned, Array]:
-        """Comes back through a segment of which the first state is given."""
+        """Comes back through a segment whose first state is given."""
         passed = Passed(start, jnp.asarray(-1, jnp.int32))
         _, kept = self.forward(passed, steps, tasks, weights)
         return self.back(returned, kept, steps, tasks, weights)
@@ -154,8 +155,8 @@ class Sweeps:
     ) -> tuple[Floats, Weights]:
         """Comes back through one step with its own tasks.
 
-        Many cotangents go through one linearisation, as many at once as stay in the cache: all of them together would
-        take their number times the memory, and the longer for it.
+        Many cotangents go through one linearisation, as many at once as stay in the cache. All of them together would
+        take that many times the memory, and more time.
         """
         data = (state, record, number, tasks, weights)
         if not self.many:
@@ -202,7 +203,7 @@ def relative_norm(cotangent: Floats, state: PyTree) -> Array:
 
 
 def cotangent_of(run: Run, state: PyTree, slope: PyTree) -> Floats:
-    """The cotangent of a state of which λ has the cotangent `slope`."""
+    """The cotangent of a state whose λ has the cotangent `slope`."""
     return jax.vjp(lambda floats: run.meta_params(with_floats(state, floats)), floats_of(state))[1](slope)[0]
 
 

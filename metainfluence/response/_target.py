@@ -1,4 +1,4 @@
-"""The target φ: checked, called and differentiated in one way by all that score."""
+"""The target φ: checked, called and differentiated in one way for all scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def target_gradient(target: Callable[..., Array], meta_params: PyTree, target_ar
 
     Raises:
       TypeError: `target` does not take meta_params and these arguments.
-      ValueError: `target` gives no scalar, or NaN and infinity that can be laid to a leaf of held-out tasks.
+      ValueError: `target` does not give a scalar, or its gradient is NaN or infinite because of a leaf of held-out
+        tasks.
     """
     passed = "(meta_params, *target_args), where the call passes them: scores(meta_params, tasks, *target_args)"
     check_function("target", target, passed, meta_params, *target_args)
@@ -60,7 +61,7 @@ def slopes_of(
     weights: Weights,
     total_effect: bool,
 ) -> tuple[PyTree, Weights | None]:
-    """∂_λφ, and ∂_wφ where the target is asked for its total effect."""
+    """∂_λφ, and ∂_wφ where `total_effect` is set."""
     if total_effect:
         return target_gradients(target, meta_params, target_args, weights)
     return target_gradient(target, meta_params, target_args), None

@@ -5,7 +5,7 @@ same steps; reverse mode carries a cotangent back through them,
 
     c_k = (∂s_{k+1}/∂s_k)ᵀ c_{k+1},    dφ/dw += (∂s_{k+1}/∂w)ᵀ c_{k+1}
 
-and gives the scores of all tasks and examples at once. Both are exact: nothing is assumed of where the run ends.
+and gives the scores of all tasks and examples at once. Both are exact: nothing is assumed about where the run ends.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ __all__ = ["Streamed", "Trajectory", "trajectory"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """How the end of a training run answers the data weights; a registered pytree, which may cross jit.
+    """How the end of a training run responds to the data weights; a registered pytree, which can pass through jit.
 
     Attributes:
       meta_params: λ_N, where the run ends.
-      info: what was seen on the way.
+      info: what was seen during the run.
       start: the state before the first step.
       end: the state after the last.
       kept: the states before each segment, or all of them and their gradients; None where they are on disk.
       steps: the steps' numbers and tasks, by segment.
-      tasks: the tasks, in which others stand for those that are left out.
+      tasks: the tasks, with others in place of those that are left out.
       used_weights: the weights that the run had.
-      spoilt: what has no derivative; None for nothing.
-      programs: what computes the rest.
+      spoilt: what has no derivative; None if nothing.
+      programs: the compiled programs for the rest.
       place: the folder of the states; None where they are in memory.
       progress: as in `trajectory`.
     """
@@ -89,7 +89,7 @@ class Trajectory:
           Influence; λ_N + delta predicts the end at the weights w + direction.
 
         Raises:
-          TypeError: no `Weights` of floating-point numbers.
+          TypeError: not a `Weights` of floating-point numbers.
           ValueError: a wrong shape, or values that are not finite.
         """
         many, direction = direction_of(direction, self.tasks, self.weights)
@@ -108,7 +108,7 @@ class Trajectory:
 
         Raises:
           ValueError: another structure or shape, or values that are not finite.
-          TypeError: states on disk, and a call that is traced.
+          TypeError: a traced call, with states on disk.
         """
         many, slope = slope_of(slope, self.meta_params, self.info)
         scores, norms, growth = self._pulled(many, slope)
@@ -159,21 +159,22 @@ def trajectory(
 ) -> TrajectoryOf:
     """Makes (start, tasks, weights=None, end=None) -> Trajectory, the response of a training run.
 
-    It runs the training: `at.meta_params` is its end λ_N, and `at.jvp`, `at.vjp` are the exact derivative of λ_N(w).
-    Where every state is kept, a target costs at most about three times the training, else four times. Many targets
-    share what does not depend on them.
+    Calling it runs the training: `at.meta_params` is the end λ_N, and `at.jvp`, `at.vjp` are the exact derivative of
+    λ_N(w). Where every state is kept, a target costs at most about three times the training, otherwise four times. Many
+    targets share the work that does not depend on them.
 
-    Tasks that do not fit in memory are given as a source, see `scoring.Source`: each step reads its own, one thread
-    ahead, and no others are held. All tasks are read once before, to know their sizes and that they stay what they
-    are, and once after for the gradient at the end. The answer is then a `Streamed`, whose scores lie as its `ids` do.
+    Tasks that do not fit in memory are passed as a source, see `scoring.Source`. Each step reads its own tasks, one
+    thread ahead, and no others are held. All tasks are read once before, to learn their sizes and to notice later
+    changes, and once after, for the gradient at the end. The result is then a `Streamed`, whose scores are in the order
+    of its `ids`.
 
     Args:
       run: made by `metainfluence.training` or `training_loop`.
-      store: where states are kept: "device", within one compiled program; "host", memory of the host; or a folder, as a
-        `pathlib.Path`, where a run or a sweep that was cut short, for whatever reason, goes on when it is called again.
-        With a source "device" is "host".
-      keep: "all" keeps every step's state and gradient, on the device only, and computes nothing again; "sqrt" keeps
-        every √N-th state; a number keeps one in so many steps; "auto" is "all" on the device where they take up to
+      store: where states are kept: "device", within one compiled program; "host", in the host's memory; or a folder, as
+        a `pathlib.Path`. With a folder, a run or a sweep that was cut short, for whatever reason, goes on when it is
+        called again. With a source, "device" means "host".
+      keep: "all" keeps every step's state and gradient, on the device only, and recomputes nothing; "sqrt" keeps every
+        √N-th state; a number keeps one state in so many steps; "auto" is "all" on the device where they take up to
         `KEEP_ALL_BYTES`, 256 MiB, by their shapes, else "sqrt".
       precision: of matrix products, see `jax.default_matmul_precision`; None for JAX's setting.
       mesh: devices over which each step's tasks are sharded, over all axes of the mesh; for `training`.
@@ -181,19 +182,19 @@ def trajectory(
       progress: True shows a bar where states are on the host or on disk; or a function of `scoring.Progress`.
 
     Returns:
-      Function of where the run starts, λ for `training` and the state for `training_loop`, of stacked tasks, or a
-      source of single ones, and of their `Weights`; `end` is the λ that was recorded when the run was made, to which
+      Function of where the run starts (λ for `training`, the state for `training_loop`), of stacked tasks or a source
+      of single ones, and of their `Weights`. `end` is the λ recorded in the original run, from which
       `info.replay_difference` is measured.
 
     Warns:
       SpoiltTaskWarning: at the call, outside jit, a run that ends in NaN because of tasks whose gradients at its start
-        are NaN, although their data are not: it is gone through without them, and their scores are NaN.
+        are NaN, although their data are not. The run is repeated without them, and their scores are NaN.
 
     Raises:
-      TypeError: no run; a λ without floating-point numbers; a mesh for a `training_loop`; at the call, a store other
-        than the device and values that are traced.
+      TypeError: not a run; a λ without floating-point numbers; a mesh for a `training_loop`; at the call, traced values
+        with a store other than the device.
       ValueError: an unknown `store`, `keep` or `precision`; at the call, a start that is not finite, a folder that
-        holds another run, with the difference named; keep="all" with a source; and as the run's maker says.
+        holds another run, with the difference named, or keep="all" with a source; and as the run's maker.
       SourceError: a task that cannot be read, or a source that has changed.
       BlockingIOError: another process is writing to the folder.
 
@@ -243,7 +244,7 @@ def trajectory(
 
 
 def _compared(at: Trajectory | Streamed, end: PyTree) -> RunInfo:
-    """What was seen, with the distance from the end that was recorded."""
+    """The run's info, with the distance from the end that was recorded."""
     Domain.of(at.meta_params).check("end", end)
     difference = optax.tree.norm(jax.tree.map(jnp.subtract, at.meta_params, end)) / optax.tree.norm(end)
     return at.info._replace(replay_difference=difference)
