@@ -1,4 +1,4 @@
-"""The command line's entry point, which also a core-only install has: it names the extra that the rest needs."""
+"""The command line's entry point. A core-only install has it too; there it names the missing extra."""
 
 import sys
 
@@ -24,7 +24,7 @@ def main() -> None:
     """Run the command line.
 
     Raises:
-      SystemExit: as the command line ends; also where a package of the lab extra is not installed.
+      SystemExit: when the command line ends, and where a package of the lab extra is not installed.
     """
     try:
         with waiting(" ".join(["metainfluence", *sys.argv[1:2]])) as line:
@@ -34,7 +34,7 @@ def main() -> None:
                 line.phase("preparing")
             cli.entry()
     except KeyboardInterrupt:
-        # While the packages were imported.
+        # Interrupted while the packages were imported.
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in LAB_MODULES:

@@ -1,4 +1,4 @@
-"""Checks of arguments: what was expected, and what came."""
+"""Checks of arguments, with messages on what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def is_half(value: Any) -> bool:
 
 
 def refuse_half(tree: PyTree, name: str) -> None:
-    """Raises TypeError, naming the leaf, where a leaf is in half precision, in which no Hessian can be solved with."""
+    """Raises TypeError, naming the leaf, where a leaf is in half precision, in which no Hessian can be solved."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if is_array(leaf) and is_half(leaf):
             raise TypeError(
@@ -97,12 +97,12 @@ def check_precision(precision: Any) -> None:
 
 
 def traced_at(precision: str | None) -> contextlib.AbstractContextManager[Any]:
-    """The setting in which all is traced, the user's functions included: a precision of matrix products, or JAX's."""
+    """The setting for all tracing, the user's functions included: a precision of matrix products; None for JAX's."""
     return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
 
 
 def at_own_precision(method: Callable[P, T]) -> Callable[P, T]:
-    """A method that traces at its object's `precision`, whoever asks and when."""
+    """A method that traces at its object's `precision`, whoever calls it and when."""
 
     @functools.wraps(method)
     def traced(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -147,11 +147,11 @@ def check_function(name: str, value: Any, expected: str, *arguments: Any, **keyw
 
 @contextlib.contextmanager
 def calling(name: str, signature: str) -> Iterator[None]:
-    """Notes at an error that arguments of another kind than a function expects make, how it is called."""
+    """Adds how a function is called to an error that arguments of the wrong kind may have caused."""
     try:
         yield
     except (TypeError, KeyError, IndexError, AttributeError) as error:
-        # Of functions that call each other, the innermost is meant.
+        # If functions call each other, the innermost is meant.
         if not getattr(error, "__notes__", None):
             error.add_note(f"{name} is called as {name}{signature}")
             if "'list'" in str(error):
@@ -209,9 +209,9 @@ def check_losses(losses: Any, count: int, name: str) -> Array:
 
 
 def maker(fn: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a function that makes a function, to be told how both are called where a call mixes them up.
+    """Decorates a function that makes a function: a call that mixes the two up is told how both are called.
 
-    What is made is called as the Protocol says that the maker's return annotation names.
+    The Protocol named in the maker's return annotation says how the made function is called.
     """
     signature = inspect.signature(fn)
     first = ", ".join(
@@ -231,7 +231,7 @@ def maker(fn: Callable[P, T]) -> Callable[P, T]:
 
 
 def _call_of(fn: Callable[..., Any]) -> str:
-    """The arguments of what a maker returns that have no default, "(meta_params, tasks)"."""
+    """The arguments without a default of what a maker returns, such as "(meta_params, tasks)"."""
     made = typing.get_type_hints(fn)["return"]
     parameters = list(inspect.signature(made.__call__).parameters.values())[1:]
     needed = [each for each in parameters if each.default is inspect.Parameter.empty]

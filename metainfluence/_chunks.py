@@ -20,9 +20,9 @@ class Chunks(NamedTuple):
     Attributes:
       tasks: per chunk; None for all.
       vectors: that are multiplied at once; None for all.
-      keep: whether the linearisation of all chunks is kept, so that a product runs its linear part only, or made anew
-        in every product.
-      lean: whether of a linearisation only what is dear to compute is stored.
+      keep: whether the linearisation of all chunks is kept, so that a product runs only its linear part; else every
+        product makes it anew.
+      lean: whether only the expensive part of a linearisation is stored.
     """
 
     tasks: int | None
@@ -49,7 +49,7 @@ def reduce_tasks(
       data: pytree of arrays with the tasks on the leading axis, and `Weights` among them.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
       mesh: devices over which each chunk's tasks are sharded, over all axes of the mesh. Where the tasks do not divide
-        evenly, tasks of weight 0 fill up.
+        evenly, tasks of weight 0 are added.
       keep: whether derivatives keep what they need of every chunk, or run each chunk again.
     """
     given = jax.tree.leaves(data)[0].shape[0]
@@ -102,6 +102,6 @@ def shard(data: PyTree, mesh: Mesh | None) -> PyTree:
 
 def task_sharding(mesh: Mesh, *, replicated: bool = False) -> NamedSharding:
     """Lays a leading axis of tasks over all axes of the mesh; or everything on every device."""
-    # Axes by which XLA shards on its own, whatever the user's own are for.
+    # Axes over which XLA shards automatically, whatever the type of the user's own.
     automatic = Mesh(mesh.devices, mesh.axis_names)
     return NamedSharding(automatic, PartitionSpec() if replicated else PartitionSpec(mesh.axis_names))

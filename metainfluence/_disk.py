@@ -1,4 +1,4 @@
-"""What is written to disk: whole files, a store of them behind a lock, and what tells one run from another."""
+"""Writing to disk: complete files, a locked store of them, and what tells one run from another."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is there as a whole or not at all, even if the machine loses power."""
+    """Writes a file that is complete or absent, even if the machine loses power."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives another name to write to, which becomes `path` at the end, or nothing if an exception is raised."""
-    # A name of its own, since not all who write have a lock.
+    """Gives another name to write to; that file becomes `path` at the end, or is removed if an exception is raised."""
+    # A unique name, since not all who write have a lock.
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
@@ -50,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def missing(folder: Path) -> list[Path]:
-    """The folder and those above it that are not there yet, the lowest first."""
+    """The folder and those above it that do not exist yet, the lowest first."""
     found = []
     while not folder.exists():
         found.append(folder)
@@ -66,12 +66,12 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 def write_manifest(path: Path, parts: Mapping[str, Any]) -> None:
-    """Writes what a run is about."""
+    """Writes what identifies a run."""
     write_atomically(path, json.dumps(dict(parts), indent=1).encode())
 
 
 def read_manifest(path: Path) -> Any:
-    """What a run is about; None where there is no file.
+    """What identifies a run; None where there is no file.
 
     Raises:
       ValueError: the file is damaged.
@@ -90,11 +90,11 @@ def _sync(path: Path) -> None:
 class Store:
     """Numbered files of several kinds in one folder.
 
-    A file is written under another name and renamed, so that a process killed at any moment leaves whole files only;
-    the digest in its name tells damage that came later. Arrays are kept as .npz without pickles.
+    A file is written under another name and renamed, so that a process killed at any moment leaves only complete files;
+    the digest in its name reveals later damage. Arrays are stored as .npz without pickles.
 
     Args:
-      folder: which `opened` has made and locked; None keeps nothing.
+      folder: made and locked by `opened`; None stores nothing.
       agree: gives every process what the first one read, where several run in step and only that one has a folder.
     """
 
@@ -134,7 +134,8 @@ class Store:
                 try:
                     yield cls(folder, agree)
                 except BaseException:
-                    # A run that ends before it has anything to go on with leaves nothing, so that it may be mended.
+                    # A run that ends before it has saved any progress leaves nothing, so that its arguments may be
+                    # corrected.
                     if {path.name for path in folder.iterdir()} <= {"lock", _MANIFEST}:
                         shutil.rmtree(folder)
                         remove_empty(made[1:])
@@ -144,7 +145,7 @@ class Store:
                 os.close(descriptor)
 
     def write(self, kind: str, number: int, content: bytes | Mapping[str, np.ndarray], suffix: str = "npz") -> None:
-        """Writes one file in the place of those of the same kind and number."""
+        """Writes one file in place of those of the same kind and number."""
         if self.folder is None:
             return
         if not isinstance(content, bytes):
@@ -171,13 +172,13 @@ class Store:
         return json.loads(self._agree(json.dumps(found).encode()))
 
     def read(self, kind: str, number: int) -> bytes | None:
-        """Content of a file, or None where there is none that is whole; a damaged one is removed."""
+        """Content of a file, or None where there is no undamaged one; a damaged one is removed."""
         here = self.read_here(kind, number)
         content = self._agree(b"" if here is None else _FOUND + here)
         return content[1:] if content else None
 
     def arrays(self, kind: str, number: int) -> dict[str, np.ndarray] | None:
-        """Arrays of a file, or None where there is none that is whole."""
+        """Arrays of a file, or None where there is no undamaged one."""
         content = self.read(kind, number)
         if content is None:
             return None
@@ -185,7 +186,7 @@ class Store:
             return dict(archive)
 
     def latest(self, kind: str) -> tuple[int, dict[str, np.ndarray]] | None:
-        """Number and arrays of the last file of a kind that is whole."""
+        """Number and arrays of the last undamaged file of a kind."""
         for number in reversed(self.numbers(kind)):
             arrays = self.arrays(kind, number)
             if arrays is not None:
@@ -217,7 +218,7 @@ class Store:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """What the run is about; None where there is none, or where it was killed before it had kept anything."""
+        """What identifies the run; None where there is none, or where it was killed before it had saved anything."""
         folder = self.folder
         return self.shared(lambda: read_manifest(folder / _MANIFEST) if folder is not None and self._known else None)
 
@@ -227,7 +228,7 @@ class Store:
             write_manifest(self.folder / _MANIFEST, value)
 
     def read_here(self, kind: str, number: int) -> bytes | None:
-        """As `read`, for the process with the folder alone."""
+        """As `read`, but only for the process with the folder."""
         for path in self._known.get((kind, number), []):
             content = path.read_bytes()
             match = _NAME.fullmatch(path.name)
@@ -299,9 +300,9 @@ def of_function(fn: Callable[..., Any], *args: Any) -> str:
 
 
 def of_strategy(strategy: Any) -> Any:
-    """What a strategy is, as JSON: the call that made it, or, where that is not all, what its functions close over.
+    """A strategy's identity as JSON: the call that made it or, where that is not all, what its functions close over.
 
-    Another Python says the same of the same strategy: no bytecode is looked at.
+    Another Python gives the same for the same strategy: no bytecode is used.
     """
     call = getattr(strategy, "called", None)
     if call is not None and call.named and repr(strategy) == call.text:
@@ -340,7 +341,7 @@ def _described(value: Any, above: frozenset[int]) -> Any:
 
 
 def _source(function: types.FunctionType) -> str | None:
-    """Digest of a function's text; None where there is none, and for this library's, which has a digest of its own."""
+    """Digest of a function's text; None where there is none, and for this library's code, which has its own digest."""
     if (function.__module__ or "").partition(".")[0] == __name__.partition(".")[0]:
         return None
     try:

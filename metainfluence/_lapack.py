@@ -1,7 +1,7 @@
-"""LAPACK's factorisations, on a CPU one matrix at a time under vmap, on accelerators all of a batch together.
+"""LAPACK's factorisations under vmap: on a CPU one matrix at a time, on accelerators the batch together.
 
-jaxlib 0.10.2 runs a batch of LAPACK calls on the threads of the pool that it is run on, and waits there for them. Where
-as many batches run side by side as the pool has threads, two on two cores, all threads wait and none works.
+jaxlib 0.10.2 runs a batch of LAPACK calls on the thread pool that it runs on itself, and blocks one of its threads
+meanwhile. If as many batches run at once as the pool has threads (two on two cores), all threads wait and none works.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _lu_solve_transposed = _one_by_one(lambda lu, pivots, rhs: jax.scipy.linalg.lu_s
 
 
 def linear_solve(matrix: Float[Array, "n n"], rhs: Float[Array, "n *k"]) -> Float[Array, "n *k"]:
-    """Solves A x = b, as `jnp.linalg.solve` does, but safely under vmap: for the closed forms of `closed_form`.
+    """Solves A x = b, as `jnp.linalg.solve` does, but safely under vmap; meant for the closed forms of `closed_form`.
 
-    Differentiable to any order. Under `jax.vmap` matrices are factorised one after the other. `jnp.linalg.solve` there
-    makes batched calls of LAPACK, and on a CPU of two cores two of them side by side, as in the derivatives of a task's
-    closed form, were seen to wait for each other for ever (jaxlib 0.10.2).
+    Differentiable to any order. Under `jax.vmap` on a CPU, matrices are factorised one after the other.
+    `jnp.linalg.solve` makes batched LAPACK calls there. On a CPU with two cores, two such calls at once, as in the
+    derivatives of a task's closed form, can wait for each other forever (jaxlib 0.10.2).
 
     Args:
-      matrix: A, regular.
+      matrix: A, invertible.
       rhs: b, one vector or k of them.
 
     Raises:
@@ -63,7 +63,7 @@ def linear_solve(matrix: Float[Array, "n n"], rhs: Float[Array, "n *k"]) -> Floa
         raise ValueError(f"matrix: expected a square matrix, got shape {matrix.shape}")
     if rhs.ndim not in (1, 2) or rhs.shape[0] != len(matrix):
         raise ValueError(f"rhs: expected shape ({len(matrix)},) or ({len(matrix)}, k), got {rhs.shape}")
-    # The derivative by the matrix comes from `custom_linear_solve`, so that none is taken of its factors.
+    # `custom_linear_solve` gives the derivative with respect to the matrix, so that the factors need none.
     lu, pivots = _lu(jax.lax.stop_gradient(matrix))
     return jax.lax.custom_linear_solve(
         lambda x: matrix @ x,

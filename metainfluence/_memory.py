@@ -16,7 +16,7 @@ _NO_LIMIT = 2**60
 
 
 class _Files(NamedTuple):
-    """How one version of control groups calls its files: the file system, its usual mounts, limits, use and caches."""
+    """The names that one version of control groups uses: the file system, its usual mounts, limits, use and caches."""
 
     system: str
     mounts: tuple[str, ...]
@@ -26,7 +26,7 @@ class _Files(NamedTuple):
 
 
 _V1 = _Files("cgroup", ("memory",), ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
-# Above memory.high the kernel slows the group down until it has given back.
+# Above memory.high the kernel slows the group down until it has given memory back.
 _V2 = _Files("cgroup2", ("", "unified"), ("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 
@@ -57,7 +57,7 @@ def _kernel(name: str, root: Path) -> list[float]:
 
 
 def _process(root: Path) -> Iterator[tuple[float, float]]:
-    """(limit, bytes used) of the process itself, as `ulimit -v` and `ulimit -d`, and queues by them, set it."""
+    """(limit, bytes used) of the process itself, as set by `ulimit -v` and `ulimit -d`, and by queues through these."""
     limits = _text(root / "proc" / "self" / "limits").splitlines()
     status = _text(root / "proc" / "self" / "status").splitlines()
     for name, measure in (("Max address space", "VmSize"), ("Max data size", "VmData")):
@@ -71,8 +71,9 @@ def _process(root: Path) -> Iterator[tuple[float, float]]:
 def _groups(root: Path) -> Iterator[tuple[float, float]]:
     """(limit, bytes used that cannot be taken back) of every control group with a limit that this process is in.
 
-    A limit holds for all groups below its own, so that those above the process's count, too. Inside of a container the
-    kernel may name the group by its path outside, of which only what is below the container's own group is mounted.
+    A limit also holds for all groups below its own, so the limits above the process's group count too. Inside a
+    container, the kernel may name the group by its path outside; only the part below the container's own group is
+    mounted.
     """
     for line in _text(root / "proc" / "self" / "cgroup").splitlines():
         _, controllers, name = line.split(":", 2)

@@ -1,4 +1,4 @@
-"""The user's functions as functions of the program, traced once however often they are called."""
+"""The user's functions as functions in the program, traced once however often they are called."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def outline(*functions: Any) -> Callable[[F], F]:
-    """`jax.jit`, or, where one of the functions closes over a traced value, nothing.
+    """`jax.jit`; where one of the functions closes over a traced value, the identity.
 
-    JAX keeps what it has traced of a function by its identity and the shapes of its arguments. Values that a function
-    closes over are kept with it, and traced ones do not outlive the trace that they belong to.
+    JAX caches what it has traced of a function by its identity and the shapes of its arguments. Values that a function
+    closes over are cached with it, and traced ones are invalid after the trace that they belong to.
     """
     if any(closes_over_traced(function, set()) for function in functions):
         return lambda fn: fn
@@ -30,7 +30,7 @@ def closes_over_traced(value: Any, seen: set[int]) -> bool:
 
 
 def refuse_differentiated(name: str, value: Any) -> None:
-    """Raises TypeError where what a derivative takes for a constant closes over a value that is differentiated."""
+    """Raises TypeError where what a derivative treats as constant closes over a value that is differentiated."""
     for found in _traced_in(value, set()):
         if type(found).__name__ in ("JVPTracer", "LinearizeTracer"):
             raise TypeError(

@@ -21,7 +21,7 @@ class Progress(NamedTuple):
       product: Hessian products of this phase so far.
       done: batches done in this pass.
       total: batches of this pass.
-      residual: the solver's relative residual, where it tells one.
+      residual: the solver's relative residual, where it reports one.
       min_curvature: the smallest curvature that it has met.
       seconds_left: of this pass.
     """
@@ -50,7 +50,7 @@ class Progress(NamedTuple):
 
 
 class Reporter:
-    """Keeps track of where a run is, and tells it.
+    """Keeps track of where a run is, and reports it.
 
     Args:
       tell: called after every batch.

@@ -1,7 +1,7 @@
 """Products of matrices and convolutions of rounded numbers, summed at full precision, in derivatives of every order.
 
-JAX's own casts round cotangents to the dtype of what was cast, and its algorithms for products of less precision are
-taken on a CPU for full precision without a word.
+JAX's own casts round cotangents to the dtype of what was cast, and on a CPU its algorithms for products of less
+precision silently run at full precision.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def rounded(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
     """The function, with both operands of every product of floats in it rounded to `dtype`.
 
     Raises:
-      TypeError: when called, products inside of something that cannot be gone into, as a `custom_vjp`.
+      TypeError: when called, products inside something that cannot be entered, such as a `custom_vjp`.
     """
 
     def run(*args: Any) -> Any:
@@ -68,7 +68,7 @@ def _result(equation: Any, operands: list[Any], dtype: Any) -> list[Any]:
 
 
 def _result_inside(primitive: Any, params: Any, operands: list[Any], dtype: Any) -> list[Any]:
-    """Of an equation that holds products in a function of its own."""
+    """Results of an equation that holds products in a function of its own."""
     name = primitive.name
     inner = params.get("jaxpr", params.get("call_jaxpr"))
     closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()) if inner is not None else None
@@ -99,7 +99,7 @@ def _holds_product(jaxpr: Any) -> bool:
 
 
 def _is_rounded(equation: Any, dtype: Any) -> bool:
-    """Whether a product is of floats that have more digits than they are to have."""
+    """Whether a product is of floats, some with more digits than they should have."""
     operands = [atom.aval.dtype for atom in equation.invars]
     return all(jnp.issubdtype(own, jnp.floating) for own in operands) and any(
         jnp.finfo(own).eps < jnp.finfo(dtype).eps for own in operands
@@ -118,12 +118,12 @@ def _computed(one: Array, other: Array, *, product: Any, options: Any, compute_d
 
 
 def _emulated(one: Array, other: Array, *, product: Any, options: Any, compute_dtype: Any) -> Array:
-    """On a CPU, which has no such products: rounded by what XLA does not simplify away, as it does pairs of casts."""
+    """On a CPU, which lacks such products: rounded in a way that XLA, unlike pairs of casts, does not simplify away."""
     info = jnp.finfo(compute_dtype)
 
     def near(value: Array) -> Array:
         found = jax.lax.reduce_precision(value, info.nexp, info.nmant)
-        # Which takes to 0 what is below the smallest normal number.
+        # `reduce_precision` turns what is below the smallest normal number into 0.
         least = float(info.smallest_subnormal)
         small = jnp.abs(value) < float(info.smallest_normal)
         return jnp.where(small, jnp.round(value / least) * least, found) if info.nexp < 8 else found

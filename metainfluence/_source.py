@@ -27,10 +27,10 @@ class SourceError(RuntimeError):
 class Source(Protocol):
     """Any random-access sequence of single tasks: a list, a `tfds.data_source` or grain source behind a map to `Task`.
 
-    Two attributes are looked for besides: `ids`, one distinct integer or string for each task, else its position; and
-    `columns`, (position) -> mapping from a column's name to its values (of the task, `[n_support]`, `[n_query]`) in the
-    score file, None for null: `{"harm": ("clean", ["clean"] * n_support, ["clean"] * n_query)}`. The column `example`
-    holds the examples' ids, else their positions within the task.
+    Two further attributes are optional. `ids` holds one distinct integer or string for each task; without it, positions
+    are used. `columns` is (position) -> mapping from a column's name to its values (of the task, `[n_support]`,
+    `[n_query]`) in the score file, None for null: `{"harm": ("clean", ["clean"] * n_support, ["clean"] * n_query)}`.
+    The column `example` holds the examples' ids; without it, their positions within the task are used.
     """
 
     def __len__(self) -> int: ...
@@ -39,7 +39,7 @@ class Source(Protocol):
 
 
 class Batch(NamedTuple):
-    """Stacked tasks in host memory, filled up at weight 0.
+    """Stacked tasks in host memory, filled up with tasks of weight 0.
 
     Attributes:
       tasks: leaves `[b, ...]`.
@@ -83,7 +83,7 @@ class Reader:
         return -(-len(self.ids) // self.batch_size)
 
     def template(self) -> Task:
-        """The first task that can be read, by which all others are judged.
+        """The first task that can be read, with which all others are compared.
 
         Raises:
           SourceError: there is none.
@@ -139,7 +139,7 @@ class Reader:
         return digest.hexdigest()
 
     def leave_out(self, reasons: Mapping[int, str]) -> None:
-        """Takes tasks, by their position, for ones that cannot be read."""
+        """Treats tasks, given by position, as ones that cannot be read."""
         if not reasons:
             return
         self.skipped.update(reasons)
@@ -153,7 +153,7 @@ class Reader:
         return {"known": self.known, "checksums": self.checksums, "skipped": positions, "reasons": reasons}
 
     def recall(self, memory: Mapping[str, Any]) -> None:
-        """Takes over what has been read, to go on from there."""
+        """Restores what has been read, to go on from there."""
         self.known, self.checksums = memory["known"], memory["checksums"]
         pairs = zip(memory["skipped"].tolist(), memory["reasons"].tolist(), strict=True)
         self.skipped = {}
@@ -186,7 +186,7 @@ class Reader:
 
     def _checked(self, task: Any, index: int) -> Task:
         """A task in host memory that may be stacked with the others."""
-        # Most tasks are like the first one, and a check of theirs must not take longer than to read them.
+        # Most tasks are like the first one, and to check them must not take longer than to read them.
         if self._template is not None and _is_like(task, self._template):
             return task
         name = f"source[{self.ids[index]!r}]"
@@ -337,7 +337,7 @@ def _is_like(task: Any, template: Task) -> bool:
 
 
 def _check_alike(task: Task, template: Task, name: str) -> None:
-    """Raises ValueError unless the tasks differ in their numbers of examples alone."""
+    """Raises ValueError unless the tasks differ only in their numbers of examples."""
     task, template = (each._replace(support_mask=None, query_mask=None) for each in (task, template))
     structure: Any = jax.tree.structure(task)
     if structure != jax.tree.structure(template):

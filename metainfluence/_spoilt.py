@@ -20,7 +20,7 @@ _AT_ONCE = 64
 
 
 class SpoiltTaskWarning(UserWarning):
-    """Tasks whose own gradients are NaN or infinite though their data are not, and which were taken for absent."""
+    """Tasks whose own gradients are NaN or infinite though their data are not, and which are treated as absent."""
 
 
 def finite_gradients(problem: Bilevel, meta_params: PyTree, tasks: Task, weights: Weights) -> Array:
@@ -36,9 +36,9 @@ class Rest(NamedTuple):
     """Data without what spoils the sum.
 
     Attributes:
-      tasks: in which other data stand in its place.
-      rows: the tasks whose data stand in each task's place.
-      lost: which tasks have a weight and are taken for absent, `[T]`.
+      tasks: with other data in place of what spoils the sum.
+      rows: the task whose data stand in each task's place.
+      lost: which tasks have a weight but are treated as absent, `[T]`.
       undefined: for which weights there is no derivative, as booleans.
     """
 
@@ -48,7 +48,7 @@ class Rest(NamedTuple):
     undefined: Weights
 
     def weights(self, weights: Weights) -> Weights:
-        """Weights of the examples that stand there now, and 0 for the tasks that are taken for absent."""
+        """Weights of the examples that stand there now, and 0 for the tasks that are treated as absent."""
         support, query = (jnp.asarray(leaf)[self.rows] for leaf in (weights.support, weights.query))
         return Weights(jnp.where(self.lost, 0, weights.task), support, query)
 
@@ -94,7 +94,7 @@ def change_along(spoilt: Spoilt | None, direction: Weights, found: PyTree, many:
 
 
 def solutions_of(spoilt: Spoilt | None, rhs: PyTree, solutions: PyTree, many: bool) -> PyTree:
-    """Solutions, NaN where their right-hand side is and spoilt tasks made it so: some solvers then answer 0."""
+    """Solutions, NaN where spoilt tasks made the right-hand side NaN: some solvers answer 0 there."""
     if spoilt is None:
         return solutions
 
@@ -106,7 +106,7 @@ def solutions_of(spoilt: Spoilt | None, rhs: PyTree, solutions: PyTree, many: bo
 
 
 def weighed(weights: Weights, sensitivity: Weights, spoilt: Spoilt | None) -> Weights:
-    """The product w · dφ/dw; 0 where w is 0, although dφ/dw be NaN."""
+    """The product w · dφ/dw; 0 where w is 0, even if dφ/dw is NaN."""
     product = jax.tree.map(jnp.multiply, weights, sensitivity)
     return product if spoilt is None else jax.tree.map(lambda w, p: jnp.where(w == 0, 0, p), weights, product)
 
@@ -119,9 +119,9 @@ def without_spoilt(
     weights: Weights,
     present: Weights | None = None,
 ) -> Rest | None:
-    """Tasks in which those that spoil the sum have another one's data, at weight 0; None where nothing is spoilt.
+    """The tasks, where those that spoil the sum have another one's data at weight 0; None where nothing is spoilt.
 
-    Zero times NaN is NaN, so that to weigh a task by 0 does not take it out of a sum. Under jit nothing can be told.
+    Zero times NaN is NaN, so a weight of 0 does not take a task out of a sum. Under jit nothing can be detected.
 
     Args:
       problem: the problem.
@@ -129,10 +129,10 @@ def without_spoilt(
       meta_params: λ.
       tasks: stacked tasks.
       weights: their weights.
-      present: weights by which a datum counts as absent; None for the same.
+      present: weights by which a datum counts as absent; None for `weights`.
 
     Warns:
-      SpoiltTaskWarning: naming the tasks of other weights than 0, with finite data, whose own gradient is not finite.
+      SpoiltTaskWarning: naming the tasks with non-zero weight and finite data whose own gradient is not finite.
 
     Raises:
       ValueError: naming the leaf and the tasks with data that are not finite.
@@ -164,7 +164,7 @@ def without_spoilt(
 
 
 def told_of_spoilt(problem: Bilevel, meta_params: PyTree, tasks: Task, weights: Weights, lost: np.ndarray) -> str:
-    """Which tasks are taken for absent, why, and what to do."""
+    """Which tasks are treated as absent, why, and what to do."""
     named = f"{'task' if lost.size == 1 else 'tasks'} {', '.join(map(str, lost[:8]))}{' …' if lost.size > 8 else ''}"
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[lost[0]], (tasks, weights))
     where, examples = _place(problem, meta_params, *one)

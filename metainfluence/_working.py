@@ -12,13 +12,14 @@ from metainfluence.differentiation import inner_jaxprs
 def working_eps(jaxpr: Any) -> float:
     """The largest machine epsilon among the values that depend on a program's arguments; 0 where none is a float.
 
-    What is computed of constants alone, as data that are cast and scaled, is exact for what it is and does not count.
+    What is computed from constants alone, such as data that are cast and scaled, is considered exact and does not
+    count.
     """
     return _eps(jaxpr, [True] * len(jaxpr.invars))[0]
 
 
 def _eps(jaxpr: Any, reached: list[bool]) -> tuple[float, list[bool]]:
-    """The largest epsilon of what depends on the arguments that are reached, and which results do."""
+    """The largest epsilon of what depends on the reached arguments, and which results depend on them."""
     known = {var for var, is_reached in zip(jaxpr.invars, reached, strict=True) if is_reached}
     largest = 0.0
     for equation in jaxpr.eqns:
@@ -27,7 +28,7 @@ def _eps(jaxpr: Any, reached: list[bool]) -> tuple[float, list[bool]]:
             continue
         outputs = [True] * len(equation.outvars)
         for inner in inner_jaxprs(equation.params):
-            # Loops and branches take their arguments in an order of their own; there all are taken for reached.
+            # Loops and branches take their arguments in an order of their own; there all count as reached.
             alone = equation.primitive.name not in ("while", "cond") and len(inner.invars) == len(inputs)
             found, ends = _eps(inner, inputs if alone else [True] * len(inner.invars))
             largest = max(largest, found)
@@ -37,7 +38,7 @@ def _eps(jaxpr: Any, reached: list[bool]) -> tuple[float, list[bool]]:
             if is_reached:
                 known.add(var)
                 if jnp.issubdtype(var.aval.dtype, jnp.floating):
-                    # A product of rounded numbers has a result of more digits than it knows.
+                    # The result of a product of rounded numbers has more digits than are accurate.
                     dtype = equation.params.get("compute_dtype", var.aval.dtype)
                     largest = max(largest, float(jnp.finfo(dtype).eps))
     return largest, [hasattr(atom, "aval") and not hasattr(atom, "val") and atom in known for atom in jaxpr.outvars]

@@ -1,8 +1,8 @@
 """What people would use instead of influence through the total Hessian, returning the same `Scores` and `Edit`.
 
-Signs are the library's: a score is a predicted change of the target on removal, or stands for one in order. Reports are
+Signs are the library's: a score is a predicted change of the target on removal, or ranks data as one does. Reports are
 as honest as those of a solve: they hold the residual that a method's direction leaves with the Hessian, or NaN where
-there is no such direction, so that `check` refuses what did not solve.
+there is no such direction, so that `check` rejects what was not solved.
 """
 
 from metainfluence.baselines._direct import direct_if as direct_if

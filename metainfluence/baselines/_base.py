@@ -1,4 +1,4 @@
-"""What baselines share: the report on no solve, and λ on a leading axis."""
+"""What baselines share: the report of a method that solves nothing, and λ on a leading axis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metainfluence.solvers import SolveInfo, Solver, SolveStatus
 
 
 def unsolved(dtype: Any, shape: tuple[int, ...] = ()) -> SolveInfo:
-    """The report of a method that solves nothing: not converged after 0 products, and NaN for what nobody looked at."""
+    """The report of a method that solves nothing: not converged after 0 products, and NaN for what was not measured."""
     nothing = jnp.full(shape, jnp.nan, dtype)
     return SolveInfo(
         status=jnp.full(shape, SolveStatus.MAX_STEPS, jnp.int32),
@@ -30,7 +30,7 @@ def unsolved(dtype: Any, shape: tuple[int, ...] = ()) -> SolveInfo:
 
 
 def no_solve() -> Solver:
-    """Takes H for the identity, as `solvers.identity`, but spends no product on a report, which then nobody may use."""
+    """Replaces H by the identity, as `solvers.identity`, but takes no product for a report, which is empty."""
 
     def solve(operator: Operator, state: Any, rhs: PyTree, x0: PyTree | None = None) -> tuple[PyTree, SolveInfo]:
         del state, x0

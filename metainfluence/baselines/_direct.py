@@ -1,4 +1,4 @@
-"""Influence that takes the adapted parameters for constants of λ."""
+"""Influence that treats the adapted parameters as independent of λ."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def direct_if(
 ) -> Callable[..., Scores]:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores that ignore dθ/dλ, in gradient and Hessian.
 
-    Equation 2 of arXiv 2501.15963: influence as if the adapted parameters were constants of λ. The target's gradient is
-    taken as it is. Where the outer loss sees λ only through θ, as in iMAML, all scores are exactly 0.
+    Equation 2 of arXiv 2501.15963: influence as if the adapted parameters did not depend on λ. The target's gradient is
+    used as it is. Where the outer loss sees λ only through θ, as in iMAML, all scores are exactly 0.
 
     Args:
       problem: the problem, made by `bilevel`.
@@ -75,8 +75,8 @@ def ekfac_if(
 ) -> Callable[..., Scores]:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores: `direct_if`, solved by `solvers.ekfac`.
 
-    Influence as it is computed for large networks (Grosse et al., arXiv 2308.03296), as if the adapted parameters were
-    constants of λ. The outer loss must call the layers that hold the meta-parameters, declared or of Flax.
+    Influence as computed for large networks (Grosse et al., arXiv 2308.03296), as if the adapted parameters did not
+    depend on λ. The outer loss must call the layers that hold the meta-parameters, either declared ones or Flax's.
 
     Args:
       problem: the problem, made by `bilevel`.

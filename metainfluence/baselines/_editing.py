@@ -1,4 +1,4 @@
-"""Editing by a few gradient steps: what is done instead of a solve to forget data."""
+"""Editing by a few gradient steps, a common way to forget data without a solve."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def gradient_ascent(
 ) -> Callable[..., Edit]:
     """Makes (meta_params, tasks, new_weights, weights=None) -> Edit by gradient ascent on what is removed.
 
-    The loss that is climbed is the part of F that the new weights lack, F(λ, weights) − F(λ, new_weights), for whole
-    tasks (1/T) Σ of their losses (the negative gradient of Golatkar, Achille and Soatto, CVPR 2020). It has no maximum
-    in general: with many steps λ runs away.
+    It climbs the part of F that the new weights lack, F(λ, weights) − F(λ, new_weights); for whole tasks that is (1/T)
+    Σ of their losses (the negative gradient of Golatkar, Achille and Soatto, CVPR 2020). It has no maximum in general:
+    with many steps λ diverges.
 
     Args:
       problem: the problem.
       learning_rate: of every step, positive.
-      num_steps: of gradient ascent.
+      num_steps: number of steps.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
 
     Returns:
@@ -41,7 +41,7 @@ def gradient_ascent(
 
     Raises:
       ValueError: a learning rate or a number of steps that is not positive, new weights of the wrong shape or not
-        finite, and for tasks, weights or meta_params that are malformed or not finite.
+        finite, and tasks, weights or meta_params that are malformed or not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -66,12 +66,12 @@ def fine_tune(
 ) -> Callable[..., Edit]:
     """Makes (meta_params, tasks, new_weights, weights=None) -> Edit by a few steps of training on what is left.
 
-    Full-batch steps on F at the new weights, from λ: a warm start cut short.
+    Full-batch steps on F at the new weights, starting from λ: a warm start cut short.
 
     Args:
       problem: the problem.
       optimizer: any optax optimiser; it starts afresh.
-      num_steps: of the optimiser.
+      num_steps: number of steps of the optimiser.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
 
     Returns:
@@ -107,7 +107,7 @@ def _steps(
     batch_size: int | None,
     descent: Callable[[PyTree, Callable[[], PyTree]], PyTree],
 ) -> Callable[..., Edit]:
-    """Steps along `descent`, made of D_λF at the new weights and, where it is called, at the old ones."""
+    """Steps along `descent`, computed from D_λF at the new weights and, if it asks for that, at the old ones."""
     check_positive("num_steps", num_steps, integer=True)
     check_batch_size(batch_size)
     gradient = gradient_map(problem, Chunks(batch_size, keep=False))

@@ -28,9 +28,9 @@ def tracin(
 ) -> Callable[..., Scores]:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores by TracIn, from checkpoints of meta-training.
 
-    Σ_c η_c · w ∂_w⟨D_λF, ∇φ⟩ at λ_c (TracInCP; Pruthi et al., NeurIPS 2020): the change of φ, to first order, if the
-    datum had been missing from one full-batch gradient step at each checkpoint. In the target's units where η_c is the
-    learning rate times the number of steps that the checkpoint stands for.
+    Σ_c η_c · w ∂_w⟨D_λF, ∇φ⟩ at λ_c (TracInCP; Pruthi et al., NeurIPS 2020): to first order, the change of φ if the
+    datum had been missing from one full-batch gradient step at each checkpoint. It is in the target's units if η_c is
+    the learning rate times the number of steps that the checkpoint represents.
 
     Args:
       problem: the problem.
@@ -43,7 +43,7 @@ def tracin(
       `solvers.identity` reports.
 
     Raises:
-      ValueError: learning rates that are no vector or not finite, checkpoints of another number, and as
+      ValueError: learning rates that are not a vector or not finite, another number of checkpoints, and as
         `influence_scores`.
 
     Examples:
@@ -82,8 +82,9 @@ def gradient_similarity(
 ) -> Callable[..., Scores]:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores: the cosine between ∂_w D_λF and ∇φ.
 
-    A proxy from −1 to 1 that ranks as a predicted change on removal does; as `solvers.identity` scores, without the
-    lengths of the gradients (as Hanawa et al., ICLR 2021, compare examples). 0 where the weight or a gradient is 0.
+    A proxy from −1 to 1 that ranks data as a predicted change on removal does: the scores of `solvers.identity` without
+    the lengths of the gradients (as Hanawa et al., ICLR 2021, compare examples). It is 0 where the weight or a gradient
+    is 0.
 
     Args:
       problem: the problem.

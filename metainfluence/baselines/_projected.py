@@ -34,15 +34,15 @@ def trak(
     ensemble: bool = False,
     batch_size: int | None = None,
 ) -> Callable[..., Scores]:
-    """Makes (meta_params, tasks, *target_args, weights=None) -> Scores by TRAK, with total gradients for features.
+    """Makes (meta_params, tasks, *target_args, weights=None) -> Scores by TRAK, with total gradients as features.
 
     A datum's feature is P g with g = ∂_w D_λ(T·F), for a task its total gradient D_λL_k, and a matrix P `[dim, p]` of
-    random signs (Park et al., ICML 2023). The score w ⟨P g, (Φ + μI)⁻¹ P ∇φ⟩ / T, with Φ = (1/T) Σ_k w_k (P g_k)(P
-    g_k)ᵀ over the tasks, is one in the target's units in so far as the tasks' gradient covariance resembles the total
-    Hessian. Tasks, support and query examples share the one Φ. The paper's features are gradients of a model's output
-    and its scores carry the loss's slope beside; gradients of losses, as here, hold it already.
+    random signs (Park et al., ICML 2023). The score is w ⟨P g, (Φ + μI)⁻¹ P ∇φ⟩ / T, with Φ = (1/T) Σ_k w_k (P g_k)(P
+    g_k)ᵀ over the tasks. It is in the target's units in so far as the tasks' gradient covariance resembles the total
+    Hessian. Tasks, support and query examples share one Φ. The paper's features are gradients of a model's output, and
+    its scores carry the loss's slope as a separate factor; the gradients of losses used here already contain it.
 
-    P is made row by row from a key, wherever it is needed, and never stored.
+    P is made row by row from a key wherever it is needed, and never stored.
 
     Args:
       problem: the problem.
@@ -55,11 +55,11 @@ def trak(
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
 
     Returns:
-      Function whose info holds what residual the projected direction leaves with the total Hessian, and the absolute
-      damping μ, which that residual does not count in; `[E]` with `ensemble`.
+      Function whose info holds the residual that the projected direction leaves with the total Hessian, and the
+      absolute damping μ, which that residual does not include; `[E]` with `ensemble`.
 
     Raises:
-      ValueError: `dim` no positive integer, damping negative, and as `influence_scores`.
+      ValueError: `dim` not a positive integer, damping negative, and as `influence_scores`.
 
     Examples:
       >>> import jax
@@ -140,24 +140,24 @@ def tlxml(
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores by Gauss–Newton and a projected inverse.
 
     After TLXML (Mitsuka et al., arXiv 2501.14271), from which these are taken: influence through the total gradient,
-    Gauss–Newton in place of the total Hessian, and in place of damping a pseudo-inverse in the space of the eigenvalues
-    that are not negligible. The threshold's default, Lanczos' vectors for large λ, and scores of examples, where the
-    paper ranks tasks, are this library's. The meta-regulariser's own curvature counts.
+    Gauss–Newton in place of the total Hessian, and, in place of damping, a pseudo-inverse in the space of the
+    eigenvalues that are not negligible. The threshold's default, Lanczos vectors for large λ, and scores of examples
+    (the paper ranks tasks) are this library's additions. The meta-regulariser's own curvature is included.
 
     Args:
       problem: the problem, made by `bilevel(model, adapt, outer_head=head)`.
       target: as in `influence_scores`.
       threshold: eigenvalues above this share of the largest one are inverted, from 0 to 1.
-      rank: vectors of Lanczos' method by whose Ritz pairs to go, as many products; None takes all eigenvectors, by as
-        many products as λ has numbers, and a dense decomposition.
+      rank: number of Lanczos vectors, and so of products, whose Ritz pairs are used; None uses all eigenvectors, with
+        as many products as λ has numbers and a dense decomposition.
       seed: of Lanczos' start vector.
       batch_size: as in `influence_scores`.
 
     Returns:
-      Function whose info holds what residual the direction leaves with the whole Gauss–Newton matrix.
+      Function whose info holds the residual that the direction leaves with the complete Gauss–Newton matrix.
 
     Raises:
-      ValueError: a problem without outer_head, a threshold outside [0, 1), `rank` no positive integer, and as
+      ValueError: a problem without outer_head, a threshold outside [0, 1), `rank` not a positive integer, and as
         `influence_scores`.
 
     Examples:
@@ -194,5 +194,5 @@ def tlxml(
 
 
 def _approximate(init: Callable[[Operator], Any], apply: Callable[..., Outcome]) -> Solver:
-    """A solver that is not expected to leave no residual, and reports the one that it leaves."""
+    """A solver that may leave a residual, and reports the one that it leaves."""
     return from_map(init, apply, tol=lambda dtype: jnp.finfo(dtype).eps ** 0.5)

@@ -1,4 +1,4 @@
-"""Scores without a derivative of anything."""
+"""Scores without any derivative."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def plain_loss(
 ) -> Callable[..., Scores]:
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores: minus the loss; a high one counts as harm.
 
-    A task's score is − w_k L_k, a query example's − v_kj ℓ_out of it at its task's adapted parameters, a support
-    example's − u_kj ℓ_out of it at these: a proxy in order, in the loss's units.
+    A task's score is − w_k L_k, a query example's − v_kj times its ℓ_out at its task's adapted parameters, a support
+    example's − u_kj times its ℓ_out at the same parameters. They are a proxy for the order, in the loss's units.
 
     Args:
-      problem: the problem. Of one made by `from_task_loss` the losses of query examples are read off its derivative in
-        their weights, which takes the task loss for their mean.
-      target: not used; taken so that methods can be exchanged, as its arguments are.
+      problem: the problem. For one made by `from_task_loss`, the losses of query examples are read off its derivative
+        in their weights, which assumes that the task loss is their mean.
+      target: not used; accepted, like its arguments, so that methods can be exchanged.
       batch_size: tasks per chunk, which bounds the memory; None takes all tasks at once.
 
     Returns:
-      Function whose support scores are NaN where the outer loss cannot be had on support examples: where their arrays
-      do not look like those of the query examples, and for a problem of `from_task_loss`. Nothing is solved: see
+      Function whose support scores are NaN where the outer loss cannot be evaluated on support examples: where their
+      arrays are unlike those of the query examples, and for a problem made by `from_task_loss`. Nothing is solved: see
       `metainfluence.baselines` on the report.
 
     Raises:
-      ValueError: for tasks, weights or meta_params that are malformed or not finite.
+      ValueError: tasks, weights or meta_params that are malformed or not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -99,7 +99,7 @@ def random_scores(
     """Makes (meta_params, tasks, *target_args, weights=None) -> Scores: normal random numbers, a random order.
 
     Args:
-      problem: not used; taken so that methods can be exchanged.
+      problem: not used; accepted so that methods can be exchanged.
       target: not used, like its arguments.
       seed: of the numbers, which are the same on every machine.
 
@@ -108,7 +108,7 @@ def random_scores(
       `metainfluence.baselines` on the report.
 
     Raises:
-      ValueError: for tasks, weights or meta_params that are malformed or not finite.
+      ValueError: tasks, weights or meta_params that are malformed or not finite.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,7 +1,8 @@
 """EK-FAC: Kronecker-factored curvature of networks whose layers are declared, or found in Flax models.
 
 Give `metainfluence.solvers.ekfac` an operator whose losses call `Dense` and `Conv` of this module, or Flax's own
-`Dense`, `Linear` and `Conv`, which are seen without a change to the model. A call of a layer computes just the layer.
+`Dense`, `Linear` and `Conv`, which are recognised without a change to the model. Calling a layer computes only the
+layer.
 """
 
 from metainfluence.ekfac._factors import Block as Block

@@ -1,8 +1,8 @@
-"""Kronecker factors of the generalised Gauss–Newton matrix, their eigenbases, and the eigenvalues in these.
+"""Kronecker factors of the generalised Gauss–Newton matrix, their eigenbases, and the eigenvalues in these bases.
 
-A layer with inputs a (and 1, where it has a bias) and outputs' gradients g has per-example gradients Σ_p a_p g_pᵀ,
+A layer with inputs a (and 1, if it has a bias) and gradients g of its outputs has per-example gradients Σ_p a_p g_pᵀ,
 summed over the positions p at which its weights are used. Its block of the matrix is approximated by a Kronecker
-product, and those between layers by 0.
+product, and blocks between layers by 0.
 """
 
 from __future__ import annotations
@@ -104,27 +104,28 @@ class _Moments(NamedTuple):
 def estimate(losses: Losses, domain: Domain, *, reestimate: bool = True, batch_size: int | None = None) -> Factors:
     """Approximates Σ_g Σ_j c_gj Jᵀ ∂²ℓ_gj J + ∂²r, layer by layer, where J is the Jacobian of the model's outputs.
 
-    With A = Σ c Σ_p a_p a_pᵀ and G = Σ c Σ_p g_p g_pᵀ a block is A ⊗ G / Σ c P in K-FAC (Martens and Grosse, ICML 2015;
-    for P positions that share weights, Grosse and Martens, ICML 2016). EK-FAC (George et al., NeurIPS 2018) keeps the
-    eigenvectors, and takes for eigenvalues the second moments of the per-example gradients along them,
-    Σ c (Q_Aᵀ (Σ_p a_p g_pᵀ) Q_G)², on which no other diagonal in this basis improves. The gradients g are not sampled
-    but exact: columns of the square root of the losses' Hessian in the outputs, whose positive semidefinite part is
-    taken, propagated back.
+    With A = Σ c Σ_p a_p a_pᵀ and G = Σ c Σ_p g_p g_pᵀ, a block is A ⊗ G / Σ c P in K-FAC (Martens and Grosse, ICML
+    2015; for P positions that share weights, Grosse and Martens, ICML 2016). EK-FAC (George et al., NeurIPS 2018) keeps
+    the eigenvectors, and uses as eigenvalues the second moments of the per-example gradients along them,
+    Σ c (Q_Aᵀ (Σ_p a_p g_pᵀ) Q_G)²; no other diagonal in this basis is better. The gradients g are not sampled but
+    exact: they are the columns of the square root of the losses' Hessian in the outputs (its positive semidefinite
+    part), propagated back.
 
-    The regulariser enters by its Hessian's diagonal, z ⊙ ∂²r z with z of random signs, and the diagonal of that in the
-    basis: exact for l2 and proximal terms of one weight per layer, and the best diagonal for one weight per parameter.
+    The regulariser enters by its Hessian's diagonal, z ⊙ ∂²r z with random signs z, of which the diagonal in the basis
+    is taken. This is exact for l2 and proximal terms with one weight per layer, and the best diagonal for one weight
+    per parameter.
 
-    Examples must not see each other, as they do through batch normalisation, and lie on the leading axis of the layers'
-    inputs and outputs.
+    Examples must not see each other, as they do through batch normalisation, and must lie on the leading axis of the
+    layers' inputs and outputs.
 
     Args:
-      losses: what the operator is the Hessian of.
-      domain: the operator's.
-      reestimate: whether the eigenvalues are re-estimated in the basis, EK-FAC; False for K-FAC.
+      losses: the losses whose Hessian the operator represents.
+      domain: the operator's domain.
+      reestimate: whether the eigenvalues are re-estimated in the basis (EK-FAC); False for K-FAC.
       batch_size: groups per chunk, which bounds the memory at the cost of a second pass; None takes all at once.
 
     Raises:
-      ValueError: a parameter that no layer covers, and what else of the losses' program EK-FAC cannot treat.
+      ValueError: a parameter that no layer covers, or anything else in the losses' program that EK-FAC cannot treat.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -228,16 +229,16 @@ def _see(program: Program, places: Sequence[_Place], arguments: list[Any], coeff
         losses = run(program, arguments, at_mark)
         return jnp.sum(losses.astype(dtype)), (seen[0], inputs)
 
-    # A unit direction in the outputs of all examples at once: none of them sees another's.
+    # A unit direction in the outputs of all examples at once, since no example sees another's.
     def curvature(direction: Array) -> Array:
         slope = jax.grad(lambda shift: evaluate(no_probes, shift)[0])
         return jax.jvp(slope, (no_shift,), (jnp.broadcast_to(direction[None], no_shift.shape),))[1]
 
     hessian = jax.vmap(curvature, out_axes=2)(jnp.eye(columns, dtype=dtype))
     values, vectors = jax.vmap(_lapack.eigh)((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
-    # What rounding makes of a zero eigenvalue, as softmax has one, would hide that the factors are singular.
+    # A zero eigenvalue, such as softmax has, that rounding makes non-zero would hide that the factors are singular.
     rounding = columns * jnp.finfo(dtype).eps * jnp.max(jnp.abs(values), axis=1, keepdims=True)
-    # Not `values > rounding`, which would make zeros of NaN.
+    # Not `values > rounding`, which would turn NaN into 0.
     root = vectors * jnp.sqrt(jnp.where(values <= rounding, 0, values))[:, None, :]
 
     _, pull_back, inputs = jax.vjp(lambda probes: evaluate(probes, no_shift)[1], no_probes, has_aux=True)

@@ -1,6 +1,6 @@
 """Layers of Flax models, marked during a capture without a change to the model.
 
-Flax is not imported here: a model that uses it has done so.
+Flax is not imported here: a model that uses it has imported it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _replacing = threading.RLock()
 
 @contextlib.contextmanager
 def intercepted() -> Iterator[None]:
-    """Marks linen's `Dense` and `Conv` and nnx's `Linear` and `Conv` while it is entered."""
+    """Marks linen's `Dense` and `Conv` and nnx's `Linear` and `Conv` while the context is active."""
     linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
     with contextlib.ExitStack() as stack:
         if linen is not None:

@@ -71,7 +71,7 @@ class Layer:
 class Dense(Layer):
     """A dense layer, x ↦ x W + b over the last axis: inputs `[n, ..., in]`, kernel W `[in, out]`, bias b `[out]`.
 
-    Axes between the first, which holds the examples, and the last share the weights.
+    Axes between the first, which holds the examples, and the last one share the weights.
 
     Examples:
       >>> layer = Dense(kernel="w", bias="b")
@@ -80,7 +80,7 @@ class Dense(Layer):
       (5, 2)
 
     Raises:
-      ValueError: when called, a name that is not in the parameters, or a kernel that is no matrix.
+      ValueError: when called, a name that is not in the parameters, or a kernel that is not a matrix.
     """
 
     def linear(self, inputs: Array, kernel: Array) -> Array:
@@ -90,7 +90,7 @@ class Dense(Layer):
         return jnp.matmul(inputs, kernel)
 
     def features(self, inputs: Array, kernel_shape: Sequence[int]) -> Float[Array, "n positions in"]:
-        """The inputs, with the axes that share the weights made one."""
+        """The inputs, with the axes that share the weights merged."""
         return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
 
     def matrix(self, kernel: Array) -> Float[Array, "in out"]:
@@ -169,9 +169,9 @@ def _pair(width: Any) -> tuple[int, int]:
 
 
 def outputs(tree: PyTree) -> PyTree:
-    """Marks what the losses read of the model, arrays `[n, ...]`, and returns it.
+    """Marks the model's outputs that the losses read, arrays `[n, ...]`, and returns them.
 
-    The Gauss–Newton matrix that EK-FAC approximates takes the losses' Hessian in these outputs. Without the mark they
+    The Gauss–Newton matrix that EK-FAC approximates uses the losses' Hessian in these outputs. Without the mark they
     are the outputs of the last layer that is called.
 
     Examples:
@@ -219,7 +219,7 @@ def _first(*operands: Any, layer: Layer | None, count: int) -> list[Any]:
 
 
 def _batched(operands: Any, axes: Any, *, layer: Layer | None, count: int) -> tuple[list[Any], list[int]]:
-    """Brings the mapped axis to the front, where examples are looked for."""
+    """Brings the mapped axis to the front, where examples are expected."""
     length = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
     data = count if layer is None else count + 1
     moved = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes, strict=True)]

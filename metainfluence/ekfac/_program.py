@@ -1,4 +1,4 @@
-"""The program of the losses, as JAX traces it: which layers it calls, and that EK-FAC sees all of their parameters."""
+"""The losses' program, as JAX traces it: finds the layers called, and checks that EK-FAC sees all their parameters."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def trace(losses: Losses) -> Program:
     """Traces the losses of one group and checks that layers cover the parameters.
 
     Raises:
-      ValueError: a parameter that no layer covers, or that the losses see in another way too; a layer whose parameters
-        or examples cannot be told; losses that see a layer's outputs other than through the model's.
+      ValueError: a parameter that no layer covers, or that the losses also use in another way; a layer whose parameters
+        or examples cannot be identified; losses that use a layer's outputs other than through the model's.
     """
     point = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), losses.point)
     data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), losses.data)
@@ -192,7 +192,7 @@ def _find_calls(jaxpr: ClosedJaxpr, names: list[str]) -> tuple[dict[int, Call], 
         if layer is None:
             return operands
         outputs, inputs, *parameters = operands
-        # Layers of other parameters, as those of the other level, are constants here.
+        # Layers of other parameters, such as those of the other level, are constants here.
         if not any(origin.params for origin in parameters):
             return [outputs]
         if layer.unsupported is not None:

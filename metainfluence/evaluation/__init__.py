@@ -1,4 +1,4 @@
-"""How good scores are: ground truth by retraining, and what is measured against it."""
+"""How good scores are: ground truth by retraining, and metrics against it."""
 
 from metainfluence.evaluation._agreement import Correlation as Correlation
 from metainfluence.evaluation._agreement import DatamodelingScore as DatamodelingScore

@@ -58,9 +58,9 @@ def linear_datamodeling_score(
 ) -> DatamodelingScore:
     """LDS: Spearman correlation over subsets of predicted and retrained outcomes (Park et al., TRAK, ICML 2023, §2).
 
-    There an attribution is what a datum adds to the target, and the prediction for a subset the sum over what it keeps.
-    A score is the change of the target on removal, minus an attribution, so the prediction is the sum over what the
-    subset *lacks*, which differs by a constant only. Perfect scores give +1.
+    In that paper an attribution is what a datum adds to the target, and the prediction for a subset is the sum over the
+    data it keeps. A score is the change of the target on removal, the negative of an attribution. So the prediction
+    here is the sum over the data the subset *lacks*; the two differ only by a constant. Perfect scores give +1.
 
     Args:
       scores: `[T]` for one target, or `[targets, T]`: predicted change of each target when a datum is removed.
@@ -69,8 +69,7 @@ def linear_datamodeling_score(
       **options: of `bootstrap`, which resamples the subsets.
 
     Returns:
-      NaN for a target whose scores predict the same, or whose outcomes are the same, for all subsets; the mean is then
-      NaN too.
+      NaN for a target whose predictions or whose outcomes are the same for all subsets; the mean is then NaN too.
 
     Raises:
       TypeError: `kept` holds no booleans.
@@ -143,8 +142,8 @@ def loo_correlation(scores: Float[ArrayLike, " n"], changes: Float[ArrayLike, " 
 def seed_agreement(outcomes: Float[ArrayLike, "seeds m"], **options: Any) -> Estimate:
     """The noise floor: mean Spearman correlation over pairs of seeds of the outcomes after the same interventions.
 
-    What training's own randomness leaves of a correlation; no score can be expected to agree better with one seed's
-    outcomes than another seed's outcomes do.
+    It is what training's own randomness leaves of a correlation: no score can be expected to agree better with one
+    seed's outcomes than another seed's outcomes do.
 
     Args:
       outcomes: `[seeds, m]`, as `retrain` gives them for several keys.
@@ -179,7 +178,7 @@ def step_agreement(predicted: PyTree, retrained: PyTree) -> StepAgreement:
     """How predicted changes of λ agree with retrained ones, in direction and in length.
 
     Args:
-      predicted: pytree with leaves `[m, ...]`: changes of λ, as minus the delta of `task_if` for removal.
+      predicted: pytree with leaves `[m, ...]`: changes of λ, such as minus the delta of `task_if` for removal.
       retrained: of the same structure and shapes: λ after retraining minus λ before.
 
     Raises:

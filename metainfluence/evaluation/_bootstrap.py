@@ -28,9 +28,9 @@ def bootstrap(
 ) -> Estimate:
     """A statistic and its percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13).
 
-    Rows are drawn with replacement, the same ones from all arrays: what belongs together stays together, so that the
-    difference of two methods on the same data is resampled in pairs. Draws where the statistic is NaN, as an area under
-    the curve without damaged data, are left out of the interval; where it is NaN in all of them, so are the ends.
+    Rows are drawn with replacement, the same ones from all arrays. What belongs together stays together, so the
+    difference of two methods on the same data is resampled in pairs. Draws where the statistic is NaN, such as an area
+    under the curve without damaged data, are left out of the interval; if it is NaN in all draws, so are the ends.
 
     Args:
       statistic: (*arrays) -> number or array.
@@ -83,7 +83,7 @@ def numbers(name: str, value: Any, axes: tuple[int, ...]) -> Float[np.ndarray, "
     """Values as an array of finite float64.
 
     Raises:
-      ValueError: another number of axes than one of `axes`, an empty axis, or a value that is not finite.
+      ValueError: a number of axes that is not in `axes`, an empty axis, or a value that is not finite.
     """
     array = np.asarray(value, float)
     if array.ndim not in axes or array.size == 0:

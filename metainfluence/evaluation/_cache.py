@@ -1,4 +1,4 @@
-"""Results of a long computation on disk, chunk by chunk: complete or absent, and never somebody else's."""
+"""Results of a long computation on disk, chunk by chunk: complete or absent, and never another computation's."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Cache:
                 arrays = [stored[f"arr_{k}"] for k in range(len(shapes))]
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError):
             return None
-        # Dtypes that NumPy does not know, as bfloat16, come back as bytes.
+        # Dtypes that NumPy does not know, such as bfloat16, come back as bytes.
         arrays = [a.view(s.dtype) if a.dtype.kind == "V" else a for a, s in zip(arrays, shapes, strict=True)]
         matching = all(a.shape == s.shape and a.dtype == s.dtype for a, s in zip(arrays, shapes, strict=True))
         return arrays if matching else None

@@ -39,7 +39,7 @@ def detection_curve(scores: Float[np.ndarray, " N"], damaged: Bool[np.ndarray, "
 
 
 def found_at(scores: Float[np.ndarray, " N"], damaged: Bool[np.ndarray, " N"], share: float) -> float:
-    """The share of damaged data found when the given share of all data, rounded to whole ones, is inspected.
+    """The share of damaged data found when the given share of all data, rounded to a whole number, is inspected.
 
     Raises:
       TypeError: as `detection_curve`.
@@ -98,8 +98,8 @@ def roc_auc_difference(
     """`roc_auc` of one method minus that of another on the same data, with an interval by a paired bootstrap.
 
     Args:
-      scores: `[N]`, of the one.
-      others: `[N]`, of the other.
+      scores: `[N]`, of the first method.
+      others: `[N]`, of the second method.
       damaged: `[N]`, the ground truth.
       **options: of `bootstrap`.
 

@@ -1,4 +1,4 @@
-"""Which data are taken away: stacked `Weights` with a leading axis for the interventions."""
+"""Which data are removed: stacked `Weights` with a leading axis for the interventions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIELDS = (("tasks", "task"), ("support", "support"), ("query", "query"))  # dro
 
 
 def leave_one_out(weights: Weights, tasks: Any = (), support: Any = (), query: Any = ()) -> Weights:
-    """One intervention for each datum named, which takes away that one alone.
+    """One intervention for each named datum, which removes only that one.
 
     Args:
       weights: of stacked tasks.
@@ -50,12 +50,12 @@ def leave_one_out(weights: Weights, tasks: Any = (), support: Any = (), query: A
 
 
 def leave_groups_out(weights: Weights, groups: Sequence[Any]) -> Weights:
-    """One intervention for each group, which takes away all its data.
+    """One intervention for each group, which removes all its data.
 
     Args:
       weights: of stacked tasks.
-      groups: of each the indices of its tasks, or a mapping to the arguments of `metainfluence.drop`, as
-        `{"tasks": [3], "query": [(0, 1)]}`. An empty group takes nothing away.
+      groups: for each group, the indices of its tasks, or a mapping of arguments of `metainfluence.drop`, such as
+        `{"tasks": [3], "query": [(0, 1)]}`. An empty group removes nothing.
 
     Returns:
       Weights with a leading axis for the groups.
@@ -95,7 +95,7 @@ def leave_groups_out(weights: Weights, groups: Sequence[Any]) -> Weights:
                 raise ValueError(f"groups[{row}].{name}: expected {kind}, got shape {np.shape(data)}")
             places[name].append(np.column_stack([np.full(len(index), row), index]))
     found = {name: np.concatenate(rows) for name, rows in places.items() if rows}
-    # One call for all groups, since drop dispatches to JAX: it checks the indices.
+    # drop checks the indices, in one call for all groups since it dispatches to JAX.
     drop(weights, **{name: index[:, 1:] for name, index in found.items()})
     for name, index in found.items():
         stacked[name][tuple(index.T)] = 0.0
@@ -144,12 +144,12 @@ def random_subsets(
 
 
 class Brittleness(NamedTuple):
-    """What becomes of the target when the data that help most are taken away.
+    """What becomes of the target when the data that help most are removed.
 
     Attributes:
       counts: tasks removed, `[n]`.
       outcomes: the target after retraining without them, `[n, ...]`.
-      before: the target after retraining with all.
+      before: the target after retraining with all data.
     """
 
     counts: np.ndarray
@@ -158,7 +158,7 @@ class Brittleness(NamedTuple):
 
     @property
     def changes(self) -> Float[np.ndarray, "n ..."]:
-        """Outcomes minus the outcome with all data; the higher, the better the scores knew what helps."""
+        """Outcomes minus the outcome with all data; the higher, the better the scores identify what helps."""
         return self.outcomes - self.before
 
 
@@ -172,7 +172,7 @@ def brittleness(
     Args:
       scores: `[T]`, predicted change of the target on removal; ties keep the order of the tasks.
       outcome: (stacked weights `[1 + n, ...]`) -> the target after retraining on each, `[1 + n, ...]`: `retrain`
-        followed by the target. The first intervention takes nothing away.
+        followed by the target. The first intervention removes nothing.
       weights: of the T tasks.
       counts: k, from 1 to T − 1.
 

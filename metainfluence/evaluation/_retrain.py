@@ -25,23 +25,23 @@ def retrain(
     All runs of a chunk are trained at once by `vmap`, and every chunk by the same compiled program.
 
     Args:
-      train: (weights, *args) -> meta_params: a pure function. Whether it starts from scratch or warm is the choice of
-        the initial λ in `args`. With keys it is called with one more keyword, `key`.
+      train: (weights, *args) -> meta_params: a pure function. The initial λ in `args` decides whether it starts from
+        scratch or warm. With keys it is called with one more keyword, `key`.
       batch_size: runs trained at once, which bounds the memory; None takes all.
-      cache: folder for the results, written chunk by chunk as .npz files, each complete or absent, so that a run that
-        was killed goes on where it was. The folder belongs to one program with its interventions, arguments, keys and
-        batch size: their SHA-256 hashes stand in it. Damaged files are computed again.
+      cache: folder for the results, written chunk by chunk as .npz files, each complete or absent, so that a killed run
+        continues where it stopped. The folder belongs to one program with its interventions, arguments, keys and batch
+        size, and holds their SHA-256 hashes. Damaged files are computed again.
 
     Returns:
-      Function of `interventions`, `Weights` with a leading axis `[m]`; the training's own arguments, passed on as they
-      are; and `keys`, None or a pytree of arrays `[seeds, ...]`, as random keys or starting points, whose entries
-      `train` gets as `key`. With keys, every intervention is trained for every key: results `[seeds, m, ...]`, whose
-      scatter over the seeds is the noise floor.
+      Function of `interventions`, which are `Weights` with a leading axis `[m]`; the training's own arguments, passed
+      on as they are; and `keys`, None or a pytree of arrays `[seeds, ...]`, such as random keys or starting points,
+      whose entries `train` gets as `key`. With keys, every intervention is trained for every key: the results are
+      `[seeds, m, ...]`, and their scatter over the seeds is the noise floor.
 
     Raises:
-      TypeError: `train` is no function, or interventions that are no `Weights`.
-      ValueError: interventions or keys without a common leading axis, none of them, or a cache that belongs to others;
-        the message names what differs.
+      TypeError: `train` is not a function, or interventions that are not `Weights`.
+      ValueError: interventions or keys that are empty or without a common leading axis, or a cache of another
+        computation; the message names what differs.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -104,7 +104,7 @@ def _cached(
         raise TypeError("interventions: expected values where a cache is named, got traced arrays; call outside jit")
     lowered = compiled.lower(rows(0), args)
     parts = {
-        # The program's text holds what training is made of: rates, numbers of steps, arrays that it closes over.
+        # The program's text contains what training depends on: rates, numbers of steps, arrays that it closes over.
         "program": of_texts([lowered.as_text()]),
         "batch_size": str(len(rows(0)[0].task)),
         "interventions": of_arrays(interventions),
@@ -119,7 +119,7 @@ def _cached(
     for number, start in enumerate(starts):
         leaves = stored.read(number, shapes)
         if leaves is None:
-            # Nothing is compiled where everything is there.
+            # Nothing is compiled if all results are there.
             program = lowered.compile() if program is None else program
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(program(rows(start), args))]
             stored.write(number, leaves)

@@ -1,4 +1,4 @@
-"""How many tasks a batch holds, and what is kept of each: by shapes alone, so that nothing is compiled to find out."""
+"""How many tasks a batch holds, and what is kept of each: from shapes alone, so that nothing need be compiled."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from metainfluence.problem import Bilevel
 from metainfluence.response import CACHE_BYTES, LEAST_CHUNK, evenly, linearised_bytes, tree_bytes
 from metainfluence.trust import halving, in_words
 
-# More bring an accelerator nothing.
+# More gain nothing on an accelerator.
 _MOST = 4096
 
-# Linearisations of a batch that there is room for at least: two batches are worked on at once, and a program holds
-# about as much again of what it makes and lets go.
+# Linearisations of a batch that must fit at once: two batches are worked on at a time, and a program holds about as
+# much again in temporary values.
 _AT_ONCE = 4
 
-# Vectors like λ that a solve holds.
+# Vectors of λ's size that a solve holds.
 _VECTORS = 12
 
 
@@ -31,7 +31,7 @@ class Room(NamedTuple):
 
     Attributes:
       whole: of one task's linearisation.
-      lean: of what is dear to compute of it.
+      lean: of the part of it that is expensive to compute.
       data: of one task itself.
       vectors: that a solve holds.
     """
@@ -50,7 +50,7 @@ def room_of(problem: Bilevel, curvature: Curvature, meta_params: PyTree, templat
 
 
 def batch_size_for(room: Room, count: int, memory: float, meta_params: PyTree, mesh: Mesh | None) -> int:
-    """Tasks in a batch: on a CPU those whose linearisation stays in its cache, on an accelerator those that fit.
+    """Tasks in a batch: on a CPU as many as have a linearisation that fits its cache, on an accelerator all that fit.
 
     Args:
       room: what a task takes.
@@ -60,7 +60,7 @@ def batch_size_for(room: Room, count: int, memory: float, meta_params: PyTree, m
       mesh: devices that share each batch; None for one.
 
     Raises:
-      MemoryError: not one task fits; with what is missing, and what takes half.
+      MemoryError: not one task fits; the message says what is missing, and what takes half.
     """
     each = room.whole + room.data
     fitting = int((memory - room.vectors) / (_AT_ONCE * each))
@@ -75,10 +75,10 @@ def batch_size_for(room: Room, count: int, memory: float, meta_params: PyTree, m
     useful = _MOST
     if jax.default_backend() == "cpu":
         useful = min(max(int(CACHE_BYTES / room.whole), LEAST_CHUNK), _MOST)
-    # Batches of equal size, so that little is filled up.
+    # Batches of equal size, so that little padding is needed.
     return evenly(count, min(fitting, useful * devices))
 
 
 def keeps_lean(room: Room, count: int, kept_bytes: float) -> bool:
-    """Whether only what is dear to compute is kept: where not all linearisations fit, and more fit so."""
+    """Whether to keep only what is expensive to compute: if not all linearisations fit, and more fit that way."""
     return count * room.whole > kept_bytes and 2 * room.lean < room.whole

@@ -1,4 +1,4 @@
-"""Scores of more tasks than fit in memory: passes over a source, a solve that can be taken up again, a file."""
+"""Scores of more tasks than fit in memory: passes over a source, a solve that can be resumed, a file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from metainfluence.scoring._solving import Memo, stepped
 from metainfluence.solvers import SolveInfo, Solver
 from metainfluence.trust import FREE_SHARE, free_memory
 
-# One for all runs, since programs are known by it.
+# One object for all runs, since programs are cached by it.
 _EXACT = exact()
 
 _ROWS_PER_SHARD = 1 << 14
@@ -97,15 +97,15 @@ def score(
 ) -> Result:
     """Scores all tasks and examples of a source that need not fit in memory, and writes them to a file.
 
-    The same numbers as `influence_scores`, by passes over batches of tasks that a thread reads ahead: one for the
-    gradient, one for each Hessian product, one for the scores. Batches whose linearisation fits in memory keep it, and
-    their products are then cheaper; others run the gradient map again.
+    The numbers are the same as those of `influence_scores`. They come from passes over batches of tasks that a thread
+    reads ahead: one pass for the gradient, one for each Hessian product, one for the scores. Batches whose
+    linearisation fits in memory keep it, which makes their products cheaper; others run the gradient map again.
 
-    A run that ends early, for whatever reason, goes on where it was when it is called again: the solver's state after
-    each product, and each batch of scores, are in the folder `out` + ".run". A run on other data, at another λ or with
-    other settings is refused. A finished file is read, and nothing is computed.
+    A run that ends early, for whatever reason, continues where it stopped when it is called again: the folder `out` +
+    ".run" holds the solver's state after each product, and each batch of scores. A call with other data, another λ or
+    other settings is refused. A finished file is only read, and nothing is computed.
 
-    Half-precision meta-parameters and data are taken to float32 first.
+    Half-precision meta-parameters and data are first converted to float32.
 
     Args:
       problem: the problem.
@@ -113,16 +113,17 @@ def score(
       meta_params: λ.
       source: the tasks, see `scoring.Source`.
       *target_args: passed on to the target.
-      out: the score file, Parquet; see `read_scores`. With several processes, on a file system that all of them see.
+      out: the score file, Parquet; see `read_scores`. With several processes, it must be on a file system that all of
+        them see.
       solver: one of `metainfluence.solvers`; None for `auto()`, as in `influence_scores`. `cg`, `minres` and `neumann`
-        save their state after each step, all others each product. Preconditioners that need no layers work: `sampled`,
-        `nystrom`, `lanczos`.
+        save their state after each step, all others save each product. Preconditioners work if they need no layers:
+        `sampled`, `nystrom`, `lanczos`.
       curvature: one of `metainfluence.curvature`; None for `exact()`.
       damping: non-negative number, or "auto" for the rule of `damping.auto`.
-      mesh: devices over which each batch is sharded, over all axes of the mesh; it may span processes, each of which
+      mesh: devices over which each batch is sharded, over all axes of the mesh. It may span processes; each of them
         then reads its share of each batch. None for the default device.
-      batch_size: tasks in a batch; with a mesh rounded up to a multiple of its size. None for a choice by
-        shapes: on a CPU what stays in its cache, on an accelerator what fits.
+      batch_size: tasks in a batch; with a mesh, rounded up to a multiple of its size. None chooses by shapes: on a CPU
+        what stays in its cache, on an accelerator what fits.
       memory: bytes that batches and linearisations may take on all devices together; None for 60 % of what is free.
       resume: False starts anew, and replaces what is at `out`.
       on_error: what to do with a task that cannot be read, or whose own gradient is NaN: "raise", or "skip", which
@@ -130,15 +131,15 @@ def score(
       hvp: as in `influence_scores`.
       precision: of matrix products, see `jax.default_matmul_precision`; None for JAX's.
       progress: True shows a bar; or a function of `scoring.Progress`.
-      metadata: anything JSON can hold, which the file is to keep beside what the run says of itself.
-      total_effect: as in `influence_scores`: the target is called with `weights=` too, those of the source's tasks in
-        their order, all 1 and stacked, `[T]`, `[T, n_support]`, `[T, n_query]`. Tasks must then all be of one size.
+      metadata: anything JSON can hold; the file keeps it next to what the run reports about itself.
+      total_effect: as in `influence_scores`: the target also gets `weights=`, those of the source's tasks in their
+        order, all 1 and stacked, `[T]`, `[T, n_support]`, `[T, n_query]`. All tasks must then be of one size.
 
     Returns:
       The scores, which are also in the file.
 
     Warns:
-      DirectEffectWarning: as `influence_scores`; of a run of several processes it is not known.
+      DirectEffectWarning: as `influence_scores`; not given in a run of several processes, which cannot tell.
 
     Raises:
       ValueError: an `out` that holds another run, with the difference named; ids that repeat; and as
@@ -146,8 +147,8 @@ def score(
       TypeError: metadata that JSON cannot hold; forward mode through a `custom_vjp`, see `bilevel`; and as
         `influence_scores`.
       SourceError: a task that cannot be read, or a source that has changed during the run.
-      MemoryError: not one task fits, with what is missing and what takes half; or an allocation failed on the device,
-        where what was finished is kept.
+      MemoryError: not one task fits; the message says what is missing and what takes half. Or an allocation failed on
+        the device; what was finished is kept.
       jax.errors.JaxRuntimeError: a device fails; what was finished is kept.
       BlockingIOError: another process is writing to `out`.
       OSError: `out` cannot be written to; what was finished is kept.
@@ -167,7 +168,7 @@ def score(
       ([0.667, 0.333, -1.0], [0, 1, 2])
     """
     _table.arrow()
-    # Now rather than when all is computed.
+    # Fails now rather than when all is computed.
     json.dumps(metadata)
     shared: dict[str, Any] = {"curvature": _EXACT if curvature is None else curvature, "mesh": mesh}
     options = Options.of(
@@ -194,7 +195,7 @@ def score(
 
 @contextlib.contextmanager
 def _failing_device() -> Iterator[None]:
-    """Says of an allocation that failed on the device, and of a device that is lost, what can be done."""
+    """Says what can be done about an allocation that failed on the device, and about a device that is lost."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -207,7 +208,7 @@ def _failing_device() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """The arguments of `score` that decide on its result, and where it is computed."""
+    """The arguments of `score` that decide its result, and where it is computed."""
 
     options: Options
     target: Callable[..., Array]
@@ -228,7 +229,7 @@ class _Run:
             finished = store.shared(lambda: _table.metadata_of(out)["manifest"] if out.exists() else None)
             theirs = store.manifest if finished is None else finished
             agreed = self.agreed(ours, theirs, out)
-            # What memory is free may differ from process to process.
+            # Free memory may differ from process to process.
             manifest = store.shared(lambda: agreed)
             if finished is None:
                 store.manifest = manifest
@@ -240,7 +241,7 @@ class _Run:
             return result
 
     def manifest(self) -> dict[str, Any]:
-        """What this run is about; a batch size that is to be chosen is None."""
+        """What identifies this run; a batch size that is still to be chosen is None."""
         reader = Reader(self.source, 1, self.on_error)
         batch = stack([reader.template()], reader.template())
         self.check_columns(reader)
@@ -277,7 +278,7 @@ class _Run:
         }
 
     def check_columns(self, reader: Reader) -> None:
-        """Makes the first task's rows, so that columns that do not fit are told before the solve."""
+        """Makes the first task's rows, so that columns that do not fit are reported before the solve."""
         first_read = next(k for k in range(len(reader.ids)) if k not in reader.skipped)
         task = reader.template()
         size = sizes(task, stacked=False)
@@ -289,7 +290,7 @@ class _Run:
         _table.rows([reader.ids[first_read]], scores, masks, _table.columns_of(self.source, [first_read]))
 
     def agreed(self, ours: dict[str, Any], theirs: dict[str, Any] | None, out: Path) -> dict[str, Any]:
-        """The manifest to go by: that of an earlier run, unless it is about something else."""
+        """The manifest to use: that of an earlier run, which must match this one, or a new one."""
         if theirs is None:
             return {**ours, "batch_size": self.chosen_batch_size(), "kept_bytes": self.usable_memory() / 2}
         if self.options.batch_size is None:
@@ -313,7 +314,7 @@ class _Run:
 
     def compiled_slope_of_target(self) -> Array:
         """∇φ as a flat vector, by a newly compiled function."""
-        # A function of its own, for which JAX knows no executable yet.
+        # A new function, for which JAX has no executable yet.
         compiled = jax.jit(lambda *args: self.slope_of_target(*args))
         found = compiled(self.meta_params, *self.target_args)
         return Domain.of(self.meta_params).ravel(found[0] if self.total_effect else found)
@@ -374,7 +375,7 @@ class _Run:
             raise ValueError(
                 f"mesh: expected a size that divides the run's batch_size {batch_size}, got {self.options.mesh.size}"
             )
-        # What can be refused is refused before anything is kept.
+        # What can be refused is refused before anything is saved.
         if not store.numbers("solution"):
             _ = self.rhs
         reader = reader_of(self.source, batch_size, self.on_error, self.options.mesh)
@@ -437,7 +438,7 @@ class _Run:
         report: Reporter,
         working_eps: float,
     ) -> tuple[PyTree, SolveInfo]:
-        """The solution of (H + δI) s = ∇φ; the second operator is the first one with its products kept."""
+        """The solution of (H + δI) s = ∇φ; the second operator is the first one with its products saved."""
         domain = operator.domain
         saved = store.arrays("solution", 0)
         if saved is not None:
@@ -459,7 +460,7 @@ class _Run:
     def solved(
         self, operator: Operator, memorised: Operator, slope: Slope, rhs: Array, store: Store, report: Reporter
     ) -> tuple[Array, SolveInfo]:
-        """The flat solution: by the solver's steps, whose state is kept, or else with its products kept."""
+        """The flat solution: by the solver's steps, whose state is saved, or else with its products saved."""
         solver, damping, about = self.options.solver, self.options.damping, (slope.gradient, self.meta_params)
         if solver.iteration is None or solver.report is None:
             report.phase("solve")
@@ -480,7 +481,7 @@ class _Run:
 
 
 def _slope(problem: Bilevel, meta_params: PyTree, passes: Passes, store: Store, skip: bool) -> Slope:
-    """The gradient pass, or what an earlier run made of it; what it read is what must be found from then on."""
+    """The gradient pass, or an earlier run's result of it; later passes must find the same tasks."""
     domain = passes.domain
     saved = store.arrays("gradient", 0)
     if saved is not None:
@@ -515,7 +516,7 @@ def _unpacked(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 class _Shards:
-    """How batches are put together to files of some size."""
+    """How batches are grouped into files of some size."""
 
     def __init__(self, reader: Reader):
         size = sizes(reader.template(), stacked=False)
@@ -533,7 +534,7 @@ class _Shards:
 
 
 def _rows(source: Source, reader: Reader, number: int, found: BatchScores, direct: Weights | None) -> list[Any]:
-    """The rows of one batch, as a list of one table; of none where none of its tasks could be read."""
+    """The rows of one batch, as a list of one table; an empty list if none of its tasks could be read."""
     start = number * reader.batch_size
     read = np.flatnonzero(found.weights[: len(reader.ids) - start])
     positions = (start + read).tolist()
@@ -567,7 +568,7 @@ def _result(out: Path) -> Result:
 
 @contextlib.contextmanager
 def _store(out: Path) -> Iterator[Store]:
-    """The run's store: the first process's folder, and what it reads from there on all others."""
+    """The run's store: the first process's folder, or, on all others, what the first one reads from it."""
     if out.is_dir():
         raise IsADirectoryError(f"out: expected a file, got the folder {out}")
     if not first():

@@ -1,4 +1,4 @@
-"""Operators whose product is made on the host, where no compiled function can reach."""
+"""Operators whose product is computed on the host, outside of compiled functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metainfluence.operators import Operator, from_matvec
 
 _Products = Callable[[PyTree], PyTree]
 
-# A primitive, and not a plain function, since under `vmap` it is given the vectors' values.
+# A primitive, and not a plain function, since it gets the vectors' values under `vmap`.
 _product_p = Primitive("metainfluence_host_product")
 _product_p.multiple_results = True
 
@@ -31,7 +31,7 @@ def host_operator(products: _Products, like: PyTree) -> Operator:
     structure: Any = jax.tree.structure(like)
 
     def flat(*leaves: Array) -> list[Array]:
-        # Solvers around it may run uncompiled; what is compiled in a pass, stays so.
+        # Solvers around it may run uncompiled; what is compiled in a pass stays compiled.
         with jax.disable_jit(False):
             return jax.tree.leaves(products(jax.tree.unflatten(structure, leaves)))
 

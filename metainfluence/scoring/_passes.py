@@ -88,16 +88,17 @@ def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " r"]:
 class Passes:
     """Passes over a source at one λ.
 
-    What fits is kept on the devices from one pass to the next: a batch's linearisation, with which a product runs its
-    linear part only, else its data, which then need not be read again.
+    What fits is kept on the devices from one pass to the next: a batch's linearisation, so that a product runs only its
+    linear part, or else its data, so that they need not be read again.
 
     Args:
       programs: of the problem.
       meta_params: λ.
       reader: of the source.
       memory: bytes that may be kept, on all devices together.
-      on_batch: called after each batch with the numbers of those done and of all.
-      of_one_size: the argument by which all tasks must have the same number of examples; None for any number.
+      on_batch: called after each batch with the number of batches done and of all batches.
+      of_one_size: name of the argument that requires all tasks to have the same number of examples; None for any
+        number.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Passes:
         return Domain.of(self._meta_params)
 
     def slope(self) -> Slope:
-        """The gradient pass, by which T becomes known."""
+        """The gradient pass, which also determines T."""
 
         def prepare(number: int, batch: Batch) -> Callable[[], Part]:
             return self._programs.gradient.prepare(self._at, batch)
@@ -143,7 +144,7 @@ class Passes:
         return Slope(gradient, shift / count.astype(shift.dtype), count, norm)
 
     def spoilt(self) -> list[int]:
-        """Positions of the tasks whose own gradients are not finite, by a pass of its own."""
+        """Positions of the tasks whose own gradients are not finite, found in a separate pass."""
 
         def prepare(number: int, batch: Batch) -> Callable[[], Any]:
             return self._programs.finite.prepare(self._at, batch)
@@ -157,7 +158,7 @@ class Passes:
         return found
 
     def leave_out(self, reasons: Mapping[int, str]) -> None:
-        """Takes tasks, by their position, for ones that cannot be read."""
+        """Treats tasks, given by position, as ones that cannot be read."""
         self.reader.leave_out(reasons)
         self._data.clear()
         self._linear.clear()
@@ -170,7 +171,7 @@ class Passes:
 
         Args:
           slope: of the same passes.
-          around: what to put around the function that multiplies vectors on a leading axis.
+          around: wraps the function that multiplies vectors on a leading axis.
         """
         self._count = slope.num_tasks
         operator = host_operator(around(self._products), self._meta_params).damped(slope.shift)
@@ -179,10 +180,10 @@ class Passes:
     def scores(
         self, direction: PyTree, which: Sequence[int], target_args: tuple[Any, ...] = ()
     ) -> Generator[tuple[int, BatchScores]]:
-        """Scores of the data in some batches, with the solution of H s = ∇φ for the target at these arguments."""
+        """Scores of the data in some batches, given the solution of H s = ∇φ for the target at these arguments."""
         assert self._count is not None
         direction, count = self._programs.replicated((direction, self._count))
-        # The linearisations are of no more use, and the scores need room.
+        # The linearisations are no longer needed, and the scores need room.
         self._linear.clear()
 
         def prepare(number: int, batch: Batch) -> Callable[[], tuple[Array, ...]]:
@@ -238,7 +239,7 @@ class Passes:
             for number, _, linear in results:
                 used += _bytes(linear)
                 if used > self._linear_room:
-                    # Tasks of other sizes than the first one's.
+                    # These tasks' sizes differ from the first one's.
                     self._num_linear = number
                     return
                 self._linear[number] = linear
@@ -273,7 +274,7 @@ class Passes:
         total: Part | None = None
         with contextlib.closing(self._mapped(prepare, numbers, needs)) as results:
             for number, _, found in results:
-                # Always in the source's order, so that a resumed run adds up alike.
+                # Always in the source's order, so that a resumed run adds up in the same way.
                 total = found if total is None else self._programs.merge(total, found)
                 self.on_batch(number + 1, len(numbers))
         assert total is not None

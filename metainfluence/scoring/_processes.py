@@ -20,7 +20,7 @@ def first() -> bool:
 
 
 def agree(content: bytes) -> bytes:
-    """What the first process has got, on all of them."""
+    """What the first process has, on all processes."""
     if jax.process_count() == 1:
         return content
     from jax.experimental import multihost_utils

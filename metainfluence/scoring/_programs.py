@@ -29,7 +29,7 @@ from metainfluence.response import (
 
 
 class Part(NamedTuple):
-    """What a pass makes of one batch: pytrees to be added up, and ones whose maximum counts."""
+    """What a pass computes for one batch: pytrees to be added up, and ones to take the maximum of."""
 
     sums: PyTree
     peaks: PyTree = ()
@@ -38,9 +38,9 @@ class Part(NamedTuple):
 def holds_nan(tree: PyTree) -> bool:
     """Whether a floating-point leaf holds NaN.
 
-    XLA's CPU backend was seen to make, of one program in about fifty compilations, an executable that returns NaN
-    (jaxlib 0.10.2; openxla/xla issue 8471 reports the like), which must not spoil a run of hours: what holds NaN is
-    compiled anew, once.
+    In one of about fifty compilations of a program, XLA's CPU backend made an executable that returns NaN (jaxlib
+    0.10.2; openxla/xla issue 8471 reports something similar). This must not spoil a run of hours: a program that
+    returns NaN is compiled anew, once.
     """
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return any(bool(np.isnan(np.asarray(leaf)).any()) for leaf in floats)
@@ -49,7 +49,7 @@ def holds_nan(tree: PyTree) -> bool:
 class Program:
     """A function that is compiled when it is prepared, so that any thread can run it.
 
-    JAX's settings belong to the thread that has made them, and another one would compile by other settings.
+    JAX's settings belong to the thread that made them, and another thread would compile with other settings.
     """
 
     def __init__(self, fn: Callable[..., Any], sharding: NamedSharding | None):
@@ -80,7 +80,7 @@ class Programs:
       problem: the problem.
       curvature: of the products.
       mesh: devices over which each batch is sharded; None for the default device.
-      lean: whether of linearisations only what is dear to compute is kept.
+      lean: whether only the expensive part of linearisations is kept.
     """
 
     def __init__(self, problem: Bilevel, curvature: Curvature, mesh: Mesh | None, lean: bool = False):
@@ -89,10 +89,10 @@ class Programs:
         self.renew()
 
     def renew(self) -> None:
-        """Lets everything be compiled anew."""
+        """Makes all functions anew, so that everything is compiled again."""
         problem, curvature, mesh = self._problem, self._curvature, self.mesh
 
-        # Results are whole on every device, so that every process can read them.
+        # Results are complete on every device, so that every process can read them.
         whole = None if mesh is None else task_sharding(mesh, replicated=True)
 
         def gradient(at: PyTree, batch: Batch) -> Part:
@@ -130,7 +130,7 @@ class Programs:
         self.linearise = Program(lambda at, batch: batch_pull(problem, curvature, at, *batch, lean=self._lean), None)
         self.apply = Program(_products, whole)
         self.scores = Program(scores, whole)
-        # A sum so far is of no more use once a batch is added to it.
+        # The old sum is of no more use once a batch is added to it.
         self.merge = jax.jit(merge, out_shardings=whole, donate_argnums=0)
         self.regularizer = jax.jit(functools.partial(regularizer_gradient, problem), out_shardings=whole)
         self.regularizer_product = jax.jit(
@@ -160,7 +160,7 @@ class Programs:
         return jax.tree.map(spread, tree)
 
     def local(self, tree: PyTree) -> PyTree:
-        """Replicated values as ones of one device, on which the solver works."""
+        """Replicated values on the one device that the solver works on."""
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), tree)
@@ -174,7 +174,7 @@ def _lanes(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
     """`fn` of each vector on the leading axis."""
     if jax.tree.leaves(vectors)[0].shape[0] > 1:
         return jax.vmap(fn)(vectors)
-    # Without an axis that carries nothing, XLA's programs are the ones that were measured.
+    # Without an axis of length 1, XLA's programs are the ones that were measured.
     return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], vectors)))
 
 

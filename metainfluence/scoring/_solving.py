@@ -1,4 +1,4 @@
-"""Solves whose products are passes over a source: what was done is kept, and found again by a run that goes on."""
+"""Solves whose products are passes over a source: what was done is saved, and a resumed run finds it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from metainfluence.subspace import asymmetry_between
 class Memo:
     """Keeps products in the store, so that a run that was stopped finds them again.
 
-    A solver that asks for the same products in the same order gets them back, whatever it is.
+    Any solver that asks for the same products in the same order gets them back.
     """
 
     def __init__(self, domain: Domain, store: Store):
         self._domain, self._store, self._numbers = domain, store, itertools.count()
 
     def around(self, products: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
-        """The same products of vectors on a leading axis, from the store where they are in it."""
+        """The same products of vectors on a leading axis, read from the store if they are in it."""
 
         def remembered(vectors: PyTree) -> PyTree:
             number = next(self._numbers)
@@ -48,7 +48,7 @@ class Memo:
 def stepped(
     solver: Solver, operator: Operator, memorised: Operator, rhs: Array, store: Store, report: Reporter
 ) -> tuple[Array, SolveInfo]:
-    """Solves H x = b by the solver's steps, whose state is kept."""
+    """Solves H x = b by the solver's steps, and saves their state."""
     iteration = solver.iteration
     assert iteration is not None
     assert solver.report is not None
@@ -76,7 +76,7 @@ def stepped(
 
 
 class _Watched:
-    """Products, and the most by which two that follow each other are not those of a symmetric operator."""
+    """Products, and the largest asymmetry that two consecutive ones have shown."""
 
     def __init__(self, operator: Operator):
         self._operator = operator

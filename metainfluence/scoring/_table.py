@@ -32,7 +32,7 @@ _LONGEST_SHOWN = 60
 class ScoreTable:
     """A score file's content, one entry per row; nulls are masked (`numpy.ma`), or None among strings.
 
-    Rows go by the source's order of tasks: the task's own row, then its support, then its query examples.
+    Rows follow the source's order of tasks: the task's own row, then its support, then its query examples.
 
     Attributes:
       task: ids of the tasks.
@@ -40,7 +40,7 @@ class ScoreTable:
       example: ids of the examples, null in a task's own row.
       score: predicted change of the target on removal; positive helps, negative harms.
       labels: the source's further columns.
-      metadata: "solve", the report on the solve with the names of `SolveInfo`; and what the writer added.
+      metadata: "solve", the report on the solve under the names of `SolveInfo`; and what the writer added.
     """
 
     task: Shaped[np.ndarray, " rows"]
@@ -64,10 +64,10 @@ def read_scores(path: Path | str) -> ScoreTable:
     It is plain Parquet, so pandas and DuckDB read it as well: columns task, role, example, score, and the source's own.
 
     Args:
-      path: as given for `out` to `scoring.score`, or to `scoring.write_scores`.
+      path: as given to `scoring.score` for `out`, or to `scoring.write_scores`.
 
     Raises:
-      ValueError: no Parquet file, a damaged one, one that holds no scores, or one of more rows than fit in the memory.
+      ValueError: not a Parquet file, a damaged one, one without scores, or one with more rows than fit in memory.
       FileNotFoundError: there is no such file.
       ModuleNotFoundError: pyarrow is missing.
 
@@ -123,11 +123,11 @@ def metadata_of(path: Path | str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _refused(path: Path | str) -> Iterator[None]:
-    """Turns what readers raise over content that is no score file's into a ValueError that names the file."""
+    """Turns what readers raise over content other than a score file's into a ValueError that names the file."""
     try:
         yield
     except (OSError, LookupError, ValueError, RecursionError, arrow().ArrowException) as error:
-        # Pyarrow calls damage an OSError as well, but one that the operating system knows nothing of.
+        # Pyarrow also raises OSError for damage, but without the errno of an error of the operating system.
         if getattr(error, "errno", None) is not None:
             raise
         raise ValueError(f"path: expected a score file of metainfluence, got {path}: {error}") from error
@@ -156,7 +156,7 @@ def write_scores(
       metadata: anything JSON can hold.
 
     Raises:
-      ValueError: scores, tasks and source of different numbers of tasks.
+      ValueError: scores, tasks and source with different numbers of tasks.
       ModuleNotFoundError: pyarrow is missing.
 
     Examples:
@@ -270,11 +270,11 @@ def _joined(columns: Sequence[Mapping[str, Any]], name: str, side: int) -> Any:
 
 
 def write_tables(path: Path, tables: Callable[[], Iterable[Any]], metadata: Mapping[str, Any]) -> None:
-    """Writes tables one after the other to one file, which is there as a whole or not at all.
+    """Writes tables one after the other to one file, which is complete or absent.
 
     Args:
       path: of the file.
-      tables: gives the tables, twice: first their types are looked at, since a column may be all null in some.
+      tables: returns the tables; called twice, first to look at their types, since a column may be all null in some.
       metadata: anything JSON can hold.
     """
     pa, pq = arrow(), parquet()
@@ -315,7 +315,7 @@ _KINDS: dict[str, Any] = {"optimum": SolveInfo, "trajectory": RunInfo, "segments
 
 
 def report(info: Any) -> dict[str, Any]:
-    """A report on one answer as JSON; of a run without its smoothness, which no sweep measures."""
+    """A report on one answer as JSON; a run's is without its smoothness, which no sweep measures."""
     given = {name: np.asarray(value).tolist() for name, value in info._asdict().items() if _is_number(name, value)}
     if "status" in given:
         given["status"] = SolveStatus(given["status"]).name
@@ -399,7 +399,7 @@ def _numpy(column: Any) -> Any:
         column = column.dictionary_encode()
     column = column.combine_chunks()
     if pa.types.is_dictionary(column.type):
-        # As few objects as there are different ones; the last is for null.
+        # Only as many objects as there are different ones; the last is for null.
         values = np.asarray([*column.dictionary.to_pylist(), None], object)
         return values[column.indices.fill_null(len(values) - 1).to_numpy()]
     if column.null_count == 0:
@@ -427,7 +427,7 @@ def arrow() -> Any:
 
 
 def parquet() -> Any:
-    """Its module for Parquet, as `arrow`."""
+    """Pyarrow's module for Parquet; raises as `arrow` does."""
     arrow()
     import pyarrow.parquet as pq
 

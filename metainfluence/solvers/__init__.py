@@ -1,4 +1,4 @@
-"""Strategies for H x = b, all of the shape `Solver(init, solve)`; `from_map` and `from_steps` make more of them."""
+"""Strategies for solving H x = b, each a `Solver(init, solve)`; `from_map` and `from_steps` build new ones."""
 
 from metainfluence.solvers._anytime import Trace as Trace
 from metainfluence.solvers._anytime import anytime as anytime

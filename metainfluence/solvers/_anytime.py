@@ -1,4 +1,4 @@
-"""What a solver has reached after each of its steps, from one run."""
+"""What a solver reaches after each of its steps, in one run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Trace(NamedTuple):
     Attributes:
       num_matvecs: products used up to each step, `[J]`; those of the residuals recorded here are not counted.
       relative_residual: ‖b − Hx‖ / ‖b‖ of the iterate, recomputed, `[J]`.
-      measured: what `measure` made of the iterates, `[J, ...]`; None without it.
+      measured: what `measure` returned for the iterates, `[J, ...]`; None without it.
     """
 
     num_matvecs: Int[Array, " J"]
@@ -31,15 +31,15 @@ class Trace(NamedTuple):
 def anytime(
     solver: Solver, num_steps: int, *, measure: Callable[[PyTree], PyTree] | None = None
 ) -> Callable[..., Trace]:
-    """Makes (operator, rhs) -> Trace of an iterative solver's first `num_steps` steps: its error against their number.
+    """Makes (operator, rhs) -> Trace of an iterative solver's first `num_steps` steps: its error after each.
 
     Args:
       solver: one with an `iteration`: `cg`, `minres`, `neumann`.
       num_steps: J; a solver that ends earlier keeps its last iterate.
-      measure: (solution) -> pytree, recorded at each step, as scores or the distance to a known answer.
+      measure: (solution) -> pytree, recorded at each step, such as scores or the distance to a known answer.
 
     Raises:
-      ValueError: a solver without steps, or `num_steps` no positive integer.
+      ValueError: a solver without steps, or `num_steps` not a positive integer.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -21,15 +21,15 @@ from metainfluence.solvers._kit import Preconditioner, preconditioner_of
 from metainfluence.solvers._minres import minres
 from metainfluence.solvers._sampled import sampled
 
-# Fewer tasks than this make no sample from which the whole could be told.
+# With fewer tasks than this, no sample represents all of them.
 _LEAST_TASKS = 64
 
-# Where a basis takes more bytes, going through it in every step costs more than the products that it saves.
+# If a basis takes more bytes, reading it in every step costs more than the products that it saves.
 _QUICK = 1e8
 
 
 class _State(NamedTuple):
-    """What the chosen parts have prepared, the products that all took, and a subspace to grow from, if there is one."""
+    """What the chosen parts prepared, the products that this took, and a subspace to grow from, if there is one."""
 
     parts: Any
     matvecs: Array
@@ -42,11 +42,11 @@ def auto(
 ) -> Solver:
     """Chooses a solver by the operator's size and spectrum; `SolveInfo.choice` says which.
 
-    Up to `dense_size` meta-parameters the matrix is formed and diagonalised. Above, `block_cg`, from 64 tasks on
-    preconditioned by `sampled()`. Where the damped operator turns out not to be positive definite, the solve goes on
-    with |H| + δI in the same basis (`absolute`), or by MINRES. Where the basis would take more than 100 MB, and to go
-    through it more than the products that it saves, `cg` comes first; where that meets negative curvature, all is
-    solved as above, or, if the basis would take more than `memory`, by MINRES.
+    Up to `dense_size` meta-parameters, the matrix is formed and diagonalised. Above that, `block_cg` is used, from 64
+    tasks on preconditioned by `sampled()`. If the damped operator turns out not to be positive definite, the solve
+    continues with |H| + δI in the same basis (`absolute`), or with MINRES. If the basis would take more than 100 MB,
+    reading it would cost more than the products that it saves, so `cg` comes first. If `cg` meets negative curvature,
+    all is solved as above, or with MINRES if the basis would take more than `memory`.
 
     Args:
       tol: relative residual ‖b − Hx‖/‖b‖ at which the solve counts as converged.
@@ -54,7 +54,7 @@ def auto(
       dense_size: largest number of meta-parameters for which the matrix is formed; 0 for none.
       absolute: what to do where the operator is indefinite: solve with |H| + δI, as saddle-free Newton does, or, if
         False, with H itself.
-      memory: bytes that bases may take.
+      memory: bytes that the basis may take.
 
     Raises:
       ValueError: `tol`, `max_size` or `memory` not positive, or `dense_size` negative.
@@ -92,7 +92,7 @@ def auto(
 
     def init(operator: Operator) -> _State:
         solver = parts(operator)
-        # The number of products is kept beside the state, since `init_matvecs` sees no operator to choose by.
+        # The number of products is kept with the state, since `init_matvecs` sees no operator to choose by.
         state = None if solver is None else solver.init(operator)
         return _State(state, jnp.int32(0 if solver is None else solver.init_matvecs(state)), None)
 
@@ -101,7 +101,7 @@ def auto(
             assert exact.explore is not None
             pairs, values = exact.explore(operator, rank)
             return _State(pairs, jnp.int32(exact.init_matvecs(pairs)), None), values
-        # The sample's basis does not hang on the damping.
+        # The sample's basis does not depend on the damping.
         state = init(operator)
         known, values = krylov.explore(operator, rank)
         return state._replace(matvecs=state.matvecs + len(known.basis), known=known), values
@@ -150,7 +150,7 @@ def auto(
             known=state.known,
             exploration=exploration,
         )
-        # A curvature that is zero to rounding turns nothing round.
+        # A curvature that is zero up to rounding is not flipped.
         turned = growth.turned & (info.min_curvature < 0)
         info = info._replace(
             num_matvecs=info.num_matvecs + before, choice=choice(Choice.KRYLOV, Choice.KRYLOV_ABSOLUTE, turned)
@@ -183,7 +183,7 @@ def auto(
 
 
 def each(solve: Callable[[Array], tuple[Array, SolveInfo]], rhs: Array) -> tuple[Array, SolveInfo]:
-    """Solves for right-hand sides side by side; for a single one as such, with the product that others make, too."""
+    """Solves for right-hand sides under vmap; for a single one without, with the same product as elsewhere."""
     if len(rhs) == 1:
         return jax.tree.map(lambda leaf: leaf[None], solve(rhs[0]))
     return jax.vmap(solve)(rhs)
@@ -197,10 +197,10 @@ def choice(plain: Choice, absolute: Choice, turned: Array) -> Array:
 def flat(
     solver: Solver, operator: Operator, state: Any, rhs: Array, before: Any = 0, chosen: Choice | None = None
 ) -> tuple[Array, SolveInfo]:
-    """Solves for a flat right-hand side, after `before` products that led here."""
+    """Solves for a flat right-hand side, after `before` products already spent."""
     solution, info = solver.solve(operator, state, operator.domain.unravel(rhs))
     code = None if chosen is None else jnp.int32(chosen)
-    # MINRES looks for none, and branches of a program report alike.
+    # MINRES looks for no flat directions, but all branches of a program must report the same fields.
     zeros = jnp.int32(0) if info.flat_directions is None else info.flat_directions
     info = info._replace(num_matvecs=info.num_matvecs + before, choice=code, flat_directions=zeros)
     return operator.domain.ravel(solution), info

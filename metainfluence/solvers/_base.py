@@ -1,4 +1,4 @@
-"""What all solvers share: their shape, the report on a solve, and the one place where its status is decided."""
+"""What all solvers share: their shape, and the report on a solve with its status."""
 
 from __future__ import annotations
 
@@ -55,31 +55,31 @@ class SolveInfo(NamedTuple):
 
     Attributes:
       status: integers, see `SolveStatus`.
-      num_matvecs: products with H that the solution rests on, those of the solver's `init`, which all right-hand sides
-        share, and that of the recomputed residual included.
+      num_matvecs: products with H behind the solution, including those of the solver's `init`, which all right-hand
+        sides share, and the one for the recomputed residual.
       relative_residual: ‖b − Hx‖ / ‖b‖, recomputed from the returned x; 0 for b = 0.
-      min_curvature: smallest Rayleigh quotient or eigenvalue of H that was seen; not positive: H is not positive
-        definite.
-      outer_gradient_norm: ‖D_λF‖, how far λ is from the stationary point that the formula presumes; None from a solver
-        alone, which knows no λ.
+      min_curvature: smallest Rayleigh quotient or eigenvalue of H that was seen; if it is not positive, H is not
+        positive definite.
+      outer_gradient_norm: ‖D_λF‖, a measure of how far λ is from the stationary point that the formula assumes; None
+        from a solver used alone, which knows no λ.
       inner_gradient_norm: max over tasks of ‖∂_θ L_in‖ for implicit adaptation, infinite where a task's parameters are
-        seen to be near no minimum of L_in; 0 for unrolled steps, which are what they are. None where it is not known:
-        for a `closed_form` without `inner_loss`, a `from_task_loss`, and from a solver alone.
-      effective_curvature: ‖b‖ / ‖x‖, the curvature that the solution met; with the residual and the smallest curvature
-        it bounds the solution's error.
+        found not to be near a minimum of L_in; 0 for unrolled steps, which need no minimum. None where it is unknown:
+        for a `closed_form` without `inner_loss`, for a `from_task_loss`, and from a solver used alone.
+      effective_curvature: ‖b‖ / ‖x‖, the curvature of H along the solution; with the residual and the smallest
+        curvature it bounds the solution's error.
       choice: what `auto` chose, see `Choice`; None from other solvers.
-      damping: what was added to every eigenvalue of H; None from a solver alone.
-      meta_params_norm: ‖λ‖, to which distances in λ compare; None from a solver alone.
-      flat_directions: dimensions along which H is zero to working precision. The solution is the one of least norm, and
-        a right-hand side with a part along them leaves a residual. Of a Krylov solver those that it has met; None where
-        a solver does not look for them.
-      asymmetry: how far the products are from those of a symmetric operator, ‖Hx − Hᵀx‖ / ‖Hx‖ as far as the solver's
-        own products show it; rounding makes it, or a derivative of the problem that is not exact. None where a solver
+      damping: what was added to every eigenvalue of H; None from a solver used alone.
+      meta_params_norm: ‖λ‖, the scale for distances in λ; None from a solver used alone.
+      flat_directions: number of dimensions along which H is zero to working precision. The solution is the one of least
+        norm, and a right-hand side with a part along them leaves a residual. A Krylov solver counts only those that it
+        has met; None from a solver that does not look for them.
+      asymmetry: how far the products are from those of a symmetric operator, ‖Hx − Hᵀx‖ / ‖Hx‖, as far as the solver's
+        own products show it. It comes from rounding, or from an inexact derivative in the problem. None where a solver
         keeps no second product to compare with.
-      working_eps: machine epsilon of the lowest precision in which the losses are computed, as 0.0078 for a network in
-        bfloat16 whatever λ is held in; None from a solver alone.
+      working_eps: machine epsilon of the lowest precision in which the losses are computed: 0.0078 for a network in
+        bfloat16, whatever the dtype of λ; None from a solver used alone.
       support_shared: whether the target's tasks share support data with training while the direct effect is left out;
-        None where no target's tasks could.
+        None where the target has no tasks that could.
     """
 
     status: Int[Array, "..."]
@@ -108,7 +108,7 @@ class SolveInfo(NamedTuple):
 
 
 def _names(value: Any, codes: type[enum.IntEnum]) -> str:
-    """Codes by their names, with how many there are of each; what has no value now, as it is."""
+    """The names of codes, with how many there are of each; what has no value now is shown as it is."""
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)) or isinstance(value, jax.core.Tracer):
         return repr(value)
     found, counts = np.unique(np.asarray(value), return_counts=True)
@@ -120,7 +120,7 @@ def _names(value: Any, codes: type[enum.IntEnum]) -> str:
 
 
 class Outcome(NamedTuple):
-    """What a solver says of its own run; the residual is judged by `report`.
+    """What a solver reports of its own run; `report` judges the residual.
 
     Attributes:
       solution: flat vector.
@@ -141,14 +141,14 @@ class Outcome(NamedTuple):
 
 
 class Iteration(NamedTuple):
-    """An iterative solver as pure functions, so that the same turn runs in `lax.while_loop` and in a Python loop.
+    """An iterative solver as pure functions, so that the same step runs in `lax.while_loop` and in a Python loop.
 
-    Each turn multiplies one vector: `aim` says which, `take` uses the product. They know nothing of first guesses, nor
-    of the residual that is recomputed in the end: see `from_steps`.
+    Each step multiplies one vector by the operator: `aim` says which, `take` uses the product. These functions know
+    nothing of first guesses, nor of the residual recomputed at the end: `from_steps` adds both.
 
     Attributes:
-      start: (operator, state, residual, scale) -> carry at x = 0, all vectors flat: what is to be solved for, and the
-        norm ‖b‖ that tolerances are relative to; None for that of `residual`.
+      start: (operator, state, residual, scale) -> carry at x = 0, all vectors flat. `residual` is the right-hand side
+        to solve for, `scale` the norm ‖b‖ that tolerances are relative to, None for the norm of `residual`.
       aim: (operator, state, carry) -> (carry, vector to be multiplied).
       take: (operator, state, carry, product) -> carry.
       running: (carry) -> boolean scalar.
@@ -162,16 +162,16 @@ class Iteration(NamedTuple):
     finish: Callable[..., Outcome]
 
     def step(self, operator: Operator, state: Any, carry: Any) -> Any:
-        """One turn, its product included."""
+        """One step, including its product."""
         carry, vector = self.aim(operator, state, carry)
         return self.take(operator, state, carry, operator.flat_matvec(vector))
 
 
 class Solver(NamedTuple):
-    """A strategy for H x = b with the operator's work split from the right-hand side's.
+    """A strategy for H x = b that separates work on the operator from work on a right-hand side.
 
     Attributes:
-      init: (operator) -> state: factorise, estimate a scale, build a basis; once.
+      init: (operator) -> state: factorises, estimates a scale or builds a basis, once.
       solve: (operator, state, rhs, x0=None) -> (solution, SolveInfo); rhs and solution are pytrees of the operator's
         domain. `vmap` it over rhs.
       iteration: for iterative solvers, the pure step behind `solve`; else None.
@@ -179,13 +179,14 @@ class Solver(NamedTuple):
         `solve` under vmap. See `shares`.
       init_matvecs: (state) -> products that `init` took.
       report: for iterative solvers, (operator, flat rhs, Outcome of `iteration.finish`) -> SolveInfo; else None.
-      solve_matvecs: (state) -> products that one solve takes besides, that of the recomputed residual not counted,
-        where that is known beforehand: what it costs as a preconditioner.
-      explore: (operator, rank) -> (state, RitzValues): `rank` Lanczos vectors, from which a damping can be chosen, and
-        a state that holds them, for solves with the operator damped thereafter; None where they would be of no use.
-      explore_and_solve: (operator, rank, choose, rhs) -> (solution, SolveInfo, damping): both as turns of one loop,
-        with the damping `choose` makes of the RitzValues.
-      called: the call that made it, by which it is shown and told from others.
+      solve_matvecs: (state) -> products that one solve takes in addition, without the one for the recomputed residual,
+        where the number is known beforehand: its cost as a preconditioner.
+      explore: (operator, rank) -> (state, RitzValues): makes `rank` Lanczos vectors, from whose Ritz values a damping
+        can be chosen. The state holds them for later solves with the damped operator. None where they would be of no
+        use.
+      explore_and_solve: (operator, rank, choose, rhs) -> (solution, SolveInfo, damping): both in one loop, with the
+        damping that `choose` computes from the RitzValues.
+      called: the call that made it, used to display it and to tell it from others.
     """
 
     init: Callable[[Operator], Any]
@@ -201,11 +202,11 @@ class Solver(NamedTuple):
 
     @property
     def shares(self) -> bool:
-        """Whether right-hand sides that come together gain from each other in `solve_many`."""
+        """Whether right-hand sides that are solved together gain from each other in `solve_many`."""
         return self.solve_many is not None and not getattr(self.solve_many, "mapped", False)
 
     def __repr__(self) -> str:
-        """The call that made it, as `cg(tol=0.001)`."""
+        """The call that made it, such as `cg(tol=0.001)`."""
         return shown(self, "Solver", self.called)
 
 

@@ -29,20 +29,21 @@ def block_cg(
 ) -> Solver:
     """Conjugate gradients with full orthogonalisation, in a basis that all right-hand sides share.
 
-    Right-hand sides that come together, as those of `task_if`, `instance_if` and `self_influence`, are solved in one
-    subspace. Each step multiplies, in one batch, the `block_size` directions that carry most of the residuals still too
-    large, and takes for every right-hand side the Galerkin solution in all that was multiplied so far (block CG,
-    O'Leary, Linear Algebra Appl. 29, 1980, with directions that add nothing left out). A single right-hand side is
-    plain CG, without its loss of orthogonality. The basis and its products, 2 · max_size vectors, are kept.
+    Right-hand sides that are solved together, such as those of `task_if`, `instance_if` and `self_influence`, share one
+    subspace. Each step multiplies, in one batch, the `block_size` directions that carry most of the residuals that are
+    still too large. Every right-hand side then gets the Galerkin solution in the subspace multiplied so far (block CG,
+    O'Leary, Linear Algebra Appl. 29, 1980, without directions that add nothing). For a single right-hand side this is
+    plain CG without its loss of orthogonality. The basis and its products, 2 · max_size vectors, are kept in memory.
 
     Args:
-      tol: relative residual ‖b − Hx‖/‖b‖ at which a solve counts as converged; less than 100 eps is taken for that.
-      max_size: vectors in the basis, and so products; None for 200 and four for each right-hand side, at most the
+      tol: relative residual ‖b − Hx‖/‖b‖ at which a solve counts as converged; values below 100 eps are raised to that.
+      max_size: vectors in the basis, and so products; None for 200 plus four for each right-hand side, at most the
         operator's size.
-      block_size: products in one batch; right-hand sides where there are fewer.
+      block_size: products in one batch, at most the number of right-hand sides.
       preconditioner: any solver whose `solve` is a positive definite linear map close to H⁻¹.
-      absolute: solve with |H| + δI instead, see `lanczos`; the subspace's negative Ritz values are turned round. Else
-        negative curvature ends all the solves, with status INDEFINITE, at the solutions before it was met.
+      absolute: solve with |H| + δI instead, see `lanczos`; the signs of the subspace's negative Ritz values are
+        flipped. Otherwise negative curvature ends all solves, with status INDEFINITE, at the solutions reached before
+        it was met.
 
     Raises:
       ValueError: `tol`, `max_size` or `block_size` not positive.
@@ -88,19 +89,19 @@ def block_cg(
     def counted(state: Any) -> Any:
         return len(state.basis) if isinstance(state, subspace.Subspace) else init_matvecs(state)
 
-    # What a preconditioner is made of may hang on the damping.
+    # A preconditioner's state may depend on the damping.
     return of_block(init, run, counted, None if preconditioner is not None else krylov.explore, absolute)
 
 
 def default_max_size(operator: Operator, count: int) -> int:
-    """Vectors in the basis for `count` right-hand sides: 200 and four for each, at most the operator's size."""
+    """Vectors in the basis for `count` right-hand sides: 200 plus four for each, at most the operator's size."""
     return min(operator.size, 200 + 4 * count)
 
 
 def of_block(init: Any, run: Any, init_matvecs: Any, explore: Any, apart: bool) -> Solver:
     """A solver of a flat `run(operator, state, rhs [k, n], guesses, exploration) -> (solutions, SolveInfo, damping)`.
 
-    `apart` says that it explores in a loop of its own.
+    `apart` says that it explores in a separate loop.
     """
 
     def solve_many(operator: Operator, state: Any, rhs: PyTree) -> tuple[PyTree, SolveInfo]:
@@ -130,7 +131,7 @@ def of_block(init: Any, run: Any, init_matvecs: Any, explore: Any, apart: bool) 
 
 
 def in_turn(solver: Solver) -> Callable[..., tuple[PyTree, SolveInfo, Array]]:
-    """`explore_and_solve` of a solver by one after the other."""
+    """`explore_and_solve` of a solver that does one after the other."""
 
     def explore_and_solve(
         operator: Operator, rank: int, choose: Callable[[subspace.RitzValues], Array], rhs: PyTree
@@ -167,7 +168,7 @@ def grown(
     growth = krylov.grow(
         operator,
         usable,
-        # Convergence is judged by the same residuals, and wants no margin but rounding's.
+        # Convergence is judged by the same residuals, so only rounding needs a margin.
         tol=0.99 * goal,
         capacity=capacity,
         block_size=block_size,
@@ -186,7 +187,8 @@ def grown(
     status = jnp.where(residual <= goal, jnp.int32(SolveStatus.CONVERGED), failure)
     broken = ~finite | ~jnp.isfinite(residual) | ~growth.finite
     smallest, zeros = subspace.smallest_value(growth.subspace, operator.shift + growth.damping)
-    # Ritz values that pass through zero on their way are no flat directions: those hold what cannot be solved for.
+    # Ritz values that pass through zero while they converge are not flat directions: along a flat one, part of the
+    # residual stays within the basis.
     inside = jnp.linalg.norm(subspace.matmul(growth.residuals, growth.subspace.basis.T), axis=1)
     unsolvable = (residual <= goal) | (inside > 0.5 * jnp.linalg.norm(growth.residuals, axis=1))
     products = linear.init_matvecs + shared + (growth.num_products - shared) * (1 + linear.matvecs)

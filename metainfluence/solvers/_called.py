@@ -1,4 +1,4 @@
-"""Strategies that read like the call that made them, and are equal where the calls are."""
+"""Strategies that display as the call that made them, and are equal if the calls are."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ class Called:
     """The call that made a strategy.
 
     Attributes:
-      text: the call, options that are the defaults left out.
+      text: the call, without options at their defaults.
       made: the fields of what it made.
-      named: whether the text says what the answer hangs on; not so of one that is made of functions without a name of
-        its own.
+      named: whether the text says what the answer depends on; False for a strategy made of functions and given no name.
     """
 
     text: str
@@ -34,7 +33,7 @@ class Called:
 
 
 def called(make: Callable[P, T]) -> Callable[P, T]:
-    """A maker whose strategies show as the call, and are one and the same for the same plain options."""
+    """A maker whose strategies display as the call; the same plain options give the same object."""
     signature = inspect.signature(make)
 
     def fresh(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -49,7 +48,7 @@ def called(make: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(make)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         plain = all(type(value) in _PLAIN or hasattr(value, "called") for value in [*args, *kwargs.values()])
-        # Equal programs are then known by equal keys; traced options make a strategy of their own.
+        # Equal programs then have equal cache keys; traced options give a new strategy each time.
         return kept(*args, **kwargs) if plain else fresh(*args, **kwargs)
 
     return run
@@ -65,7 +64,7 @@ def call_of(strategy: Any, name: str | None, maker: str, *functions: Any) -> Cal
 
 
 def shown(strategy: Any, kind: str, call: Called | None) -> str:
-    """The call, and what was replaced after it; without one, the functions' names."""
+    """The call, and the fields replaced after it; without a call, the functions' names."""
     fields = [(name, value) for name, value in zip(strategy._fields, strategy, strict=True) if name != "called"]
     if call is None:
         return f"{kind}({', '.join(f'{name}={_name(value)}' for name, value in fields[:2])})"

@@ -42,14 +42,14 @@ class _Carry(NamedTuple):
 def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver | None = None) -> Solver:
     """Preconditioned conjugate gradients for positive definite operators (Hestenes and Stiefel, 1952).
 
-    One product per step. Stops at the first direction of non-positive curvature, or of none that rounding could tell
-    from zero, keeping the iterate reached before it, with status INDEFINITE.
+    One product per step. It stops at the first direction whose curvature is not positive, or cannot be told from zero
+    because of rounding, and keeps the iterate reached before it, with status INDEFINITE.
 
     Args:
-      tol: relative residual ‖b − Hx‖/‖b‖ at which the solve counts as converged; less than 100 eps (1.2e-5 in float32)
-        is out of rounding's reach and taken for that.
+      tol: relative residual ‖b − Hx‖/‖b‖ at which the solve counts as converged; values below 100 eps (1.2e-5 in
+        float32) are out of reach because of rounding and are raised to that.
       max_steps: steps allowed; None for min(2 · size + 10, 1000).
-      preconditioner: any solver whose `solve` is a fixed positive definite linear map close to H⁻¹, as `nystrom`,
+      preconditioner: any solver whose `solve` is a fixed positive definite linear map close to H⁻¹, such as `nystrom`,
         `sampled` or `ekfac`.
 
     Raises:
@@ -80,7 +80,7 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
             direction=zero,
             inner=jnp.ones((), residual.dtype),
             residual_norm=length,
-            # The recursion's residual drifts from the true one, by which convergence is judged in the end.
+            # The recursion's residual drifts from the true one, which decides on convergence at the end.
             stop_norm=0.9
             * reachable(tol, residual.dtype, operator.domain.coarsest)
             * (length if scale is None else scale),
@@ -105,7 +105,7 @@ def cg(*, tol: Any = 1e-6, max_steps: int | None = None, preconditioner: Solver 
     def take(operator: Operator, state: Any, carry: _Carry, product: Array) -> _Carry:
         curvature = dot(carry.direction, product)
         quotient = curvature / dot(carry.direction, carry.direction)
-        # Along a direction of no curvature a step has any length that rounding gives it.
+        # Along a direction without curvature, rounding alone decides the length of a step.
         flat = jnp.abs(quotient) <= 10 * float(jnp.finfo(product.dtype).eps) * carry.max_curvature
         indefinite = flat | (curvature <= 0)
         length = select(indefinite, 0, carry.inner / select(indefinite, 1, curvature))

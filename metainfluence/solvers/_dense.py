@@ -1,4 +1,4 @@
-"""Dense factorisations, for small operators and as the oracle of the others."""
+"""Dense factorisations, for small operators and as a reference for the other solvers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metainfluence.subspace import RitzValues, flat, rounding, unshifted
 
 
 class _Eigen(NamedTuple):
-    """Eigenpairs as `subspace.Ritz` has them, and the products that they were made of, both without the shift."""
+    """Eigenpairs as in `subspace.Ritz`, and the products they were computed from, both without the shift."""
 
     values: Array
     vectors: Array
@@ -43,10 +43,11 @@ def _residual_tol(dtype: Any) -> Any:
 def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
     """Forms the matrix (`size` products) and factorises it once.
 
-    `"eigh"` takes any symmetric operator; components along eigenvalues that are zero to working precision are left out
-    (the pseudo-inverse), and where the right-hand side has such components the residual shows it and the status is
-    INDEFINITE. `"cholesky"` is faster and needs a positive definite operator: where it is not one to working precision,
-    the solution is NaN and the status INDEFINITE. The solve counts as converged at a relative residual of √eps.
+    `"eigh"` works for any symmetric operator. Components along eigenvalues that are zero to working precision are left
+    out (the pseudo-inverse); if the right-hand side has such components, the residual shows it and the status is
+    INDEFINITE. `"cholesky"` is faster but needs a positive definite operator: if it is not positive definite to working
+    precision, the solution is NaN and the status INDEFINITE. The solve counts as converged at a relative residual of
+    √eps.
 
     Args:
       method: "eigh" or "cholesky".
@@ -80,7 +81,7 @@ def dense(*, method: str = "eigh", absolute: bool = False) -> Solver:
 
 
 def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
-    """A solver by all eigenvalues, with |H| in place of H where `turn(smallest eigenvalue)`, damping included."""
+    """A solver from all eigenvalues, with |H| in place of H if `turn(smallest damped eigenvalue)` is true."""
 
     def init(operator: Operator) -> _Eigen:
         rows = unshifted(operator).rows()
@@ -120,7 +121,7 @@ def by_eigenvalues(turn: Callable[[Array], Array]) -> Solver:
 
 
 def _by_rows(operator: Operator, state: Any, vector: Array) -> Array:
-    """The operator's product as the combination of those that its matrix was formed of."""
+    """The operator's product, combined from the products that form its matrix."""
     return _matmul(vector, state.rows) + operator.shift.astype(vector.dtype) * vector
 
 

@@ -15,10 +15,10 @@ from metainfluence.solvers._kit import from_map
 
 @called
 def identity() -> Solver:
-    """Takes H for the identity: x = b, the zeroth term of the Neumann series.
+    """Replaces H by the identity: x = b, the zeroth term of the Neumann series.
 
-    Influence becomes an inner product of gradients, as in TracIn (Pruthi et al., NeurIPS 2020) at one checkpoint. A
-    baseline: its residual is reported like any other's, so `check` refuses it unless H is the identity.
+    Influence becomes an inner product of gradients, as in TracIn (Pruthi et al., NeurIPS 2020) at one checkpoint. It is
+    a baseline: its residual is reported like any other solver's, so `check` rejects it unless H is the identity.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The kit that solvers are made of, a user's as well as the house's: by a flat map, or by steps."""
+"""The kit for building solvers, a user's or the library's own: from a flat map, or from steps."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def from_map(
     multiply: Multiply | None = None,
     name: str | None = None,
 ) -> Solver:
-    """Makes a solver of a map on flat vectors, b ↦ x.
+    """Makes a solver from a map on flat vectors, b ↦ x.
 
-    The solver recomputes the residual ‖b − Hx‖ by one product and decides the status from it, takes and gives pytrees,
-    and has `solve_many`. A map that is linear and positive definite makes a preconditioner, too.
+    The solver recomputes the residual ‖b − Hx‖ with one product and decides the status from it. It takes and returns
+    pytrees, and has `solve_many`. A map that is linear and positive definite also makes a preconditioner.
 
     Args:
       init: (operator) -> state, once for all right-hand sides; None for no state.
       apply: (operator, state, b) -> x, both flat, in the coordinates of `operator.domain.ravel`; or -> `Outcome`, if it
-        has more to say.
-      tol: relative residual ‖b − Hx‖/‖b‖ at which a solve counts as converged; or (dtype) -> that, asked for the
+        has more to report.
+      tol: relative residual ‖b − Hx‖/‖b‖ at which a solve counts as converged; or (dtype) -> that, called with the
         coarsest dtype of λ's leaves.
       init_matvecs: products that `init` takes; or (state) -> that.
       solve_matvecs: products that `apply` takes; or (state) -> that.
-      multiply: (operator, state, x) -> product of the system that is meant to be solved, where that is not H.
-      name: how the solver is shown, as "jacobi(sweeps=3)". Runs that are resumed are told from others by it, so what
-        decides the answer belongs into it. None for the names of `init` and `apply`.
+      multiply: (operator, state, x) -> product with the matrix of the system to be solved, where that is not H.
+      name: how the solver is displayed, such as "jacobi(sweeps=3)". Resumed runs are recognised by it, so include
+        everything that decides the answer. None for the names of `init` and `apply`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -84,9 +84,9 @@ class _Turn(NamedTuple):
 
     Attributes:
       carry: the iteration's.
-      before: the one that the last turn began with.
-      vector: multiplied last.
-      product: of that vector.
+      before: the carry that the last turn began with.
+      vector: the vector multiplied last.
+      product: the product of that vector.
       asymmetry: as `SolveInfo.asymmetry`, the largest between one turn and the next.
       guessing: whether the guess is multiplied next.
       closed: whether the solution was multiplied last.
@@ -110,11 +110,11 @@ def from_steps(
     solve_matvecs: Any = 0,
     name: str | None = None,
 ) -> Solver:
-    """Makes a solver of steps, each of which multiplies one vector.
+    """Makes a solver from steps, each of which multiplies one vector.
 
-    The solver runs them in one `lax.while_loop`, whose last turn multiplies the solution: the residual ‖b − Hx‖ is
-    recomputed and decides the status, and a program holds the operator's product once. First guesses, pytrees and
-    `solve_many` come with it, and `scoring.score` keeps the state after every step.
+    The solver runs them in one `lax.while_loop`. Its last turn multiplies the solution: the residual ‖b − Hx‖ is
+    recomputed and decides the status, and the program contains the operator's product only once. First guesses, pytrees
+    and `solve_many` are included, and `scoring.score` saves the state after every step.
 
     Args:
       init: (operator) -> state, once for all right-hand sides; None for no state.
@@ -122,8 +122,8 @@ def from_steps(
       tol: relative residual ‖b − Hx‖/‖b‖ at which a solve counts as converged; the steps decide for themselves when to
         end.
       init_matvecs: products that `init` takes; or (state) -> that.
-      solve_matvecs: products that a solve takes, where it is to be a preconditioner; or (state) -> that.
-      name: how the solver is shown, see `from_map`.
+      solve_matvecs: products that a solve takes, for use as a preconditioner; or (state) -> that.
+      name: how the solver is displayed, see `from_map`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -164,8 +164,8 @@ def from_steps(
                 return outcome
             return outcome._replace(solution=x0 + outcome.solution, num_matvecs=outcome.num_matvecs + 1)
 
-        # A program is as long as the copies of the product in it: the guess, the directions and the solution are
-        # multiplied at one place.
+        # Every copy of the product makes the program longer: the guess, the directions and the solution are multiplied
+        # in one place.
         def turn(last: _Turn) -> _Turn:
             closing = jnp.logical_not(iteration.running(last.carry))
             carry, vector = iteration.aim(operator, state, last.carry)
@@ -214,7 +214,7 @@ def from_steps(
 
 
 class Preconditioner(NamedTuple):
-    """A solver put to work as a linear map on flat vectors.
+    """A solver used as a linear map on flat vectors.
 
     Attributes:
       apply: (vector) -> vector.
@@ -240,7 +240,7 @@ def preconditioner_of(solver: Solver | None, operator: Operator, state: Any) -> 
 
 
 def solution_of(solver: Solver, operator: Operator, state: Any, rhs: PyTree) -> PyTree:
-    """The solution alone, without the product that a report on it takes.
+    """The solution alone, without the product that a report needs.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -254,7 +254,7 @@ def solution_of(solver: Solver, operator: Operator, state: Any, rhs: PyTree) -> 
 
 
 def _unreported(solver: Solver, operator: Operator, state: Any, rhs: Array) -> Array:
-    # Kept at `solve` itself, so that a solver whose `solve` was replaced is not asked for what it did before.
+    # Stored on `solve` itself, so that a solver whose `solve` was replaced does not use the old one's outcome.
     outcome = getattr(solver.solve, "outcome", None)
     if outcome is None:
         return operator.domain.ravel(solver.solve(operator, state, operator.domain.unravel(rhs))[0])
@@ -289,7 +289,7 @@ def judge(rhs: Array, outcome: Outcome, product: Array, tol: Any, coarsest: Any)
     finite = jnp.isfinite(relative + square)
     failure = jnp.asarray(outcome.failure, jnp.int32)
     status = select(relative <= reachable(tol, relative.dtype, coarsest), jnp.int32(SolveStatus.CONVERGED), failure)
-    # A solver that has seen why there is no finite answer knows more than the answer tells.
+    # A solver that knows why there is no finite answer keeps its own status.
     unexplained = ~finite & (failure != jnp.int32(SolveStatus.INDEFINITE))
     return SolveInfo(
         status=select(unexplained, jnp.int32(SolveStatus.NONFINITE), status),

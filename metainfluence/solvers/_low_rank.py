@@ -18,19 +18,19 @@ from metainfluence.solvers._kit import from_map
 
 @called
 def lanczos(rank: int, *, absolute: bool = False, seed: int = 0, tol: Any = 1e-6) -> Solver:
-    """Solves in the Ritz space of `rank` Lanczos vectors, with the damping alone on its complement.
+    """Solves in the Ritz space of `rank` Lanczos vectors; on its complement only the damping acts.
 
-    H + δI ≈ Σ_i (θ_i + δ) y_i y_iᵀ + δ (I − Σ_i y_i y_iᵀ). The basis comes from a random vector, with full
-    reorthogonalisation. A right-hand side costs no product but that of its residual, which tells what is left out: the
-    solve counts as converged where that is nothing. Without damping the smallest |θ_i| stands in its place.
+    H + δI ≈ Σ_i (θ_i + δ) y_i y_iᵀ + δ (I − Σ_i y_i y_iᵀ). The basis starts from a random vector, with full
+    reorthogonalisation. A right-hand side costs only the product for its residual, which shows what the basis leaves
+    out: the solve converges only if that is negligible. Without damping, the smallest |θ_i| takes its place.
 
     Args:
       rank: products of `init`, and size of the basis; at most the operator's size is used.
       absolute: solve with |H| + δI instead, as saddle-free Newton does (Dauphin et al., NeurIPS 2014): where λ is not
-        quite a minimum, directions of negative curvature then count as ones of positive curvature and do not turn the
-        answer round. The residual is that of H with the signs of the negative Ritz values turned.
+        quite a minimum, directions of negative curvature then count as positive and do not reverse the answer. The
+        residual is that of H with the signs of the negative Ritz values flipped.
       seed: of the start vector.
-      tol: relative residual at which the solve counts as converged; less than 100 eps is taken for that.
+      tol: relative residual at which the solve counts as converged; values below 100 eps are raised to that.
 
     Raises:
       ValueError: `rank` is no positive integer, or `tol` not positive.
@@ -59,13 +59,13 @@ def nystrom(rank: int, *, seed: int = 0, tol: Any = 1e-6) -> Solver:
     """Solves with a randomised Nyström approximation, (Â + δI)⁻¹, mostly to precondition `cg`.
 
     Â has rank `rank` and is positive semidefinite (Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44, 2023).
-    Unlike `lanczos` it multiplies all vectors of its basis in one batch. As a solver alone it is as good as the
-    spectrum decays; the residual tells.
+    Unlike `lanczos`, it multiplies all vectors of its basis in one batch. As a solver alone it is accurate only if the
+    spectrum decays fast; the residual shows this.
 
     Args:
       rank: products of `init`, and size of the basis; at most the operator's size is used.
       seed: of the random basis.
-      tol: relative residual at which the solve counts as converged; less than 100 eps is taken for that.
+      tol: relative residual at which the solve counts as converged; values below 100 eps are raised to that.
 
     Raises:
       ValueError: `rank` is no positive integer, or `tol` not positive.

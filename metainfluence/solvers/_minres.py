@@ -39,12 +39,12 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
     """MINRES for symmetric operators, indefinite ones included (Paige and Saunders, SIAM J. Numer. Anal. 12, 1975).
 
     One product per step: the Lanczos recurrence with Givens rotations. Among all iterates of the Krylov space it
-    returns the one of smallest residual. At negative curvature the solution is that of the linear system, which is then
-    a saddle's and not a minimum's: see `SolveInfo.min_curvature`.
+    returns the one with the smallest residual. With negative curvature it still solves the linear system, but then for
+    a saddle and not for a minimum: see `SolveInfo.min_curvature`.
 
     Args:
-      tol: relative residual ‖b − Hx‖/‖b‖ at which the solve counts as converged; less than 100 eps (1.2e-5 in float32)
-        is out of rounding's reach and taken for that.
+      tol: relative residual ‖b − Hx‖/‖b‖ at which the solve counts as converged; values below 100 eps (1.2e-5 in
+        float32) are out of reach because of rounding and are raised to that.
       max_steps: steps allowed; None for min(2 · size + 10, 1000).
 
     Raises:
@@ -79,7 +79,7 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
             sine=nought,
             previous_sine=nought,
             residual_norm=beta,
-            # The recursion's residual drifts from the true one, by which convergence is judged in the end.
+            # The recursion's residual drifts from the true one, which decides on convergence at the end.
             stop_norm=0.9
             * reachable(tol, residual.dtype, operator.domain.coarsest)
             * (beta if scale is None else scale),
@@ -109,8 +109,8 @@ def minres(*, tol: Any = 1e-6, max_steps: int | None = None) -> Solver:
         above = carry.sine * alpha + carry.previous_cosine * carry.cosine * carry.beta
         above_twice = carry.previous_sine * carry.beta
         singular = ~(rho > 0)
-        # The conjugate directions of the Krylov space, of which the tridiagonal matrix's LDLᵀ gives the curvatures (the
-        # pivots) and lengths without the vectors: one is negative as soon as the space holds negative curvature.
+        # The tridiagonal matrix's LDLᵀ gives the curvatures (the pivots) and lengths of the Krylov space's conjugate
+        # directions without their vectors: a pivot is negative as soon as the space holds negative curvature.
         tiny = jnp.finfo(alpha.dtype).tiny ** 0.5
         ratio = carry.beta / jnp.where(jnp.abs(carry.pivot) > tiny, carry.pivot, tiny)
         pivot = alpha - carry.beta * ratio

@@ -55,17 +55,17 @@ def neumann(
 ) -> Solver:
     """Truncated Neumann series H⁻¹b ≈ s Σ_{j<J} (I − sH)ʲ b, or, with a preconditioner P, s Σ_{j<J} (I − sPH)ʲ P b.
 
-    It converges for eigenvalues of (P)H in (0, 2/s), at the rate of the smallest one, by one product per term. The
-    relative residual is the norm of the first term left out, (I − sHP)ᴶ b, and the tail's is at most that over the
-    smallest eigenvalue. Terms that grow prove that an eigenvalue lies outside: the series stops there, with status
-    DIVERGED.
+    It converges for eigenvalues of (P)H in (0, 2/s), at a rate set by the smallest one, with one product per term. The
+    relative residual is the norm of the first term left out, (I − sHP)ᴶ b; the norm of the tail is at most that divided
+    by the smallest eigenvalue. Growing terms prove that an eigenvalue lies outside the interval: the series then stops,
+    with status DIVERGED.
 
     Args:
       num_terms: J, at least 1; J = 1 is s · b.
       scale: s; None for 1 over the largest absolute eigenvalue, from 20 power iterations in `init`.
-      preconditioner: any solver whose `solve` is a fixed positive definite linear map, as `ekfac` or `nystrom`.
-      tol: relative residual ‖b − Hx‖/‖b‖ at which the truncated series counts as converged; less than 100 eps (1.2e-5
-        in float32) is out of rounding's reach and taken for that.
+      preconditioner: any solver whose `solve` is a fixed positive definite linear map, such as `ekfac` or `nystrom`.
+      tol: relative residual ‖b − Hx‖/‖b‖ at which the truncated series counts as converged; values below 100 eps
+        (1.2e-5 in float32) are out of reach because of rounding and are raised to that.
 
     Raises:
       ValueError: `num_terms` < 1, or `scale` or `tol` not positive.

@@ -16,7 +16,7 @@ from metainfluence.solvers._base import Outcome, Solver
 from metainfluence.solvers._called import called
 from metainfluence.solvers._kit import from_map
 
-# Eigenvalues that the basis leaves out lie above the damping alone; measured, not derived.
+# Eigenvalues that the basis leaves out are larger than the damping alone; the factor is measured, not derived.
 _COMPLEMENT = 3.0
 
 
@@ -27,20 +27,21 @@ class _State(NamedTuple):
 
 @called
 def sampled(number: int | None = None, *, rank: int = 100, seed: int = 0, tol: Any = 1e-6) -> Solver:
-    """Preconditions with the total Hessian of few tasks, chosen at random, in place of that of all of them.
+    """Preconditions with the total Hessian of a few randomly chosen tasks instead of all of them.
 
-    Curvature is a mean over tasks, and that of a sample resembles it (Byrd et al., SIAM J. Optim. 21, 2011; Erdogdu and
-    Montanari, NeurIPS 2015). `rank` Lanczos vectors of the sample's Hessian are made once; a product with it costs the
-    sample's share of one, and is counted so. Negative curvature is turned round, so that the map is positive definite.
+    Curvature is a mean over tasks, and the mean over a sample resembles it (Byrd et al., SIAM J. Optim. 21, 2011;
+    Erdogdu and Montanari, NeurIPS 2015). `rank` Lanczos vectors of the sample's Hessian are computed once; a product
+    with that Hessian costs the sample's share of a full product, and is counted as such. Negative curvature is flipped,
+    so that the map is positive definite.
 
     Args:
-      number: tasks; None for a sixteenth, at least 4. All of them where there are not more.
+      number: tasks in the sample; None for a sixteenth of all, at least 4. All tasks if there are no more.
       rank: products with the sample's Hessian, and size of the basis; at most the operator's size.
       seed: of the start vector; the choice of tasks is fixed.
-      tol: relative residual at which it counts as converged, where it is used as a solver alone.
+      tol: relative residual at which it counts as converged when used as a solver alone.
 
     Raises:
-      ValueError: `number` or `rank` is no positive integer; at `init`, an operator that is no mean over tasks.
+      ValueError: `number` or `rank` is not a positive integer; at `init`, an operator that is not a mean over tasks.
 
     Examples:
       >>> import metainfluence as mi
@@ -62,7 +63,7 @@ def sampled(number: int | None = None, *, rank: int = 100, seed: int = 0, tol: A
         part = dataclasses.replace(operator.sample(count), shift=jnp.zeros_like(operator.shift))
         first, _ = jax.random.split(jax.random.key(seed))
         start = jax.random.normal(first, (operator.size,), operator.domain.dtype)
-        # What the curvature itself adds to the diagonal is in the whole operator's shift, and not taken twice.
+        # What the curvature adds to the diagonal is in the full operator's shift, and must not count twice.
         ritz = subspace.ritz(krylov.lanczos(part, size, start))
         return _State(ritz, jnp.int32(-(-size * count // operator.num_groups)))
 

@@ -1,4 +1,4 @@
-"""What a result's numbers rest on: read a response, a result, or a problem."""
+"""How far a result's numbers can be trusted, read off a response, a result, or a problem."""
 
 from metainfluence.trust._budget import ErrorBudget as ErrorBudget
 from metainfluence.trust._budget import error_budget as error_budget

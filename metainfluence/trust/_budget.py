@@ -1,4 +1,4 @@
-"""A budget of the errors of a result by their sources, and what to do about the one that comes first."""
+"""A budget of a result's errors by source, and what to do about the largest."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ from metainfluence.trust._kinks import left_out_by_kinks
 
 
 class ErrorBudget(NamedTuple):
-    """Relative errors of a result by their source, the worst over its right-hand sides.
+    """Relative errors of a result by source, each the worst over its right-hand sides.
 
     Attributes:
       outer_residual: bound on the solution's error from the unfinished solve, ‖r‖ / (μ ‖x‖) with the residual r and the
         smallest curvature μ that was seen: ‖x − H⁻¹b‖ ≤ ‖H⁻¹‖ ‖r‖ (Higham, Accuracy and Stability of Numerical
         Algorithms, 2002, ch. 7). Infinite where μ ≤ 0.
-      precision: estimate of what rounding leaves, eps ‖b‖ / (μ ‖x‖), by the same bound with a residual of eps, that of
-        the lowest precision in which the losses are computed; with the residual that there is where rounding is what
-        ended the solve: INDEFINITE at μ > 0, or a dense matrix.
-      inner_residual: ‖∂_θ L_in‖: to first order the total gradient is off by that over the inner problem's smallest
-        curvature (Pedregosa, ICML 2016, Theorem 2), which is not known here and taken for 1: an estimate. Infinite
-        where a task's parameters are seen to be near no minimum, NaN where nothing is known of them.
-      outer_stationarity: ‖D_λF‖ / μ, which bounds, for a quadratic F, the distance to the point that the formula takes
-        λ for; relative to ‖λ‖ where that was given, else absolute: an estimate.
+      precision: estimate of the error from rounding, eps ‖b‖ / (μ ‖x‖): the same bound with a residual of eps, that of
+        the lowest precision in which the losses are computed. Where rounding ended the solve (INDEFINITE at μ > 0, or a
+        dense matrix), the actual residual counts.
+      inner_residual: ‖∂_θ L_in‖, an estimate: to first order, the total gradient is off by this divided by the inner
+        problem's smallest curvature (Pedregosa, ICML 2016, Theorem 2), which is unknown here and assumed to be 1.
+        Infinite where a task's parameters are found not to be near a minimum, NaN where nothing is known about them.
+      outer_stationarity: ‖D_λF‖ / μ, an estimate: for a quadratic F it bounds the distance from λ to the stationary
+        point that the formula assumes. Relative to ‖λ‖ where that is known, else absolute.
       min_curvature: μ.
       dominant: name of the largest error.
       advice: a sentence on what that means and what to do.
-      asymmetry: bound on the solution's error from products that are not those of a symmetric matrix, as derivatives
-        that are not exact make them: half of `SolveInfo.asymmetry`, by the same bound; 0 where rounding makes it.
-      kinks: the share of H's products along a random direction that kinks leave out; NaN where `problem` was not given.
+      asymmetry: bound on the solution's error from products that are not those of a symmetric matrix, which inexact
+        derivatives cause: the same bound with half of `SolveInfo.asymmetry`; 0 where rounding explains it.
+      kinks: the share of the gradient's change along random directions that H's products miss because of kinks; NaN
+        where `problem` was not given.
     """
 
     outer_residual: float
@@ -60,10 +61,10 @@ class ErrorBudget(NamedTuple):
     kinks: float = float("nan")
 
 
-# Of equals the more telling one: a residual that is rounding's is no unfinished solve.
+# Of equal terms the more telling one first: a residual due to rounding is not an unfinished solve.
 _ORDER = ("asymmetry", "kinks", "precision", "outer_residual", "inner_residual", "outer_stationarity")
 
-# Below what scores are used for: rankings, signs and a few digits.
+# Errors below this do not matter for what scores are used for: rankings, signs and a few digits.
 SMALL = 1e-4
 
 
@@ -75,14 +76,15 @@ def error_budget(
     tasks: Task | None = None,
     weights: Weights | None = None,
 ) -> ErrorBudget:
-    """Splits the error of a result into its sources; for use outside jit.
+    """Splits the error of a result by source; for use outside jit.
 
     Args:
       result: an `Influence`, `Scores`, `Edit`, `Sweep`, `SolveInfo`, or the answer of a run's response.
-      meta_params: λ, to which the distance from stationarity is relative; None for the one that the result knows.
-      problem: of the result, to look for kinks with: by ten gradients near λ, compiled for it. None does not look.
-      tasks: of the result; with `problem`.
-      weights: of the result; None for unit weights.
+      meta_params: λ, whose norm the distance from stationarity is relative to; None for the norm that the result knows.
+      problem: the result's problem, in which to look for kinks; this compiles and takes ten gradients near λ. None
+        skips it.
+      tasks: the result's tasks; needed with `problem`.
+      weights: the result's weights; None for unit weights.
 
     Raises:
       TypeError: `result` is none of these, or traced.
@@ -124,7 +126,7 @@ def budget_of_solves(result: Any, meta_params: PyTree, small: float, kinks: floa
     length = np.maximum(known if meta_params is None else float(optax.tree.norm(meta_params)), np.finfo(float).tiny)
     distance = number(info.outer_gradient_norm) / positive / length
     if isinstance(result, Edit):
-        # A searched edit's answer is where its last step led; of others the nearest point is judged.
+        # A searched edit's answer is where its last step led; of other edits the most stationary point is judged.
         norms = number(info.outer_gradient_norm)
         kept = np.argmin(norms, axis=-1, keepdims=True) if result.step_lengths is None else [norms.shape[-1] - 1]
         distance = np.take_along_axis(distance, np.broadcast_to(kept, (*norms.shape[:-1], 1)), axis=-1)
@@ -142,12 +144,12 @@ def budget_of_solves(result: Any, meta_params: PyTree, small: float, kinks: floa
     if terms["inner_residual"] == np.inf:
         dominant = "inner_residual"
     budget = ErrorBudget(**terms, min_curvature=float(np.min(curvature)), dominant=dominant, advice="")
-    # What rounding alone leaves no training and no solve takes away.
+    # No training and no solve removes an error that is due to rounding alone.
     return budget._replace(advice=words.advice(result, info, budget, max(small, eps_of(info) ** (2 / 3))))
 
 
 def budget_of_run(info: Any) -> ErrorBudget:
-    """The budget of an answer for a run: no stationary point is presumed, so that none is missed."""
+    """The budget of a run's answer, which assumes no stationary point and has no distance from one."""
     if isinstance(info, OptimumInfo):
         raise TypeError("result: expected an answer, got a response; ask it first")
     if isinstance(info, RunInfo):
@@ -175,7 +177,7 @@ def budget_of_run(info: Any) -> ErrorBudget:
 
 
 def told_of(result: Any) -> Any:
-    """What a result tells of itself: a `SolveInfo`, or that of a response."""
+    """The report that a result carries: a `SolveInfo`, or that of a response."""
     info = getattr(result, "info", result)
     if not isinstance(info, (SolveInfo, RunInfo, SegmentsInfo, OptimumInfo)):
         raise TypeError(f"result: expected a result with SolveInfo, got {type(result).__name__}")
@@ -190,12 +192,12 @@ def eps_of(info: SolveInfo) -> float:
 
 
 def tolerated_asymmetry(info: SolveInfo) -> float:
-    """What exact derivatives may show of asymmetry, their inner linear solves' rounding included."""
+    """The asymmetry that exact derivatives may show, including the rounding of their inner linear solves."""
     return max(eps_of(info), float(np.max(number(info.working_eps)))) ** 0.5
 
 
 def rounded(info: SolveInfo) -> Any:
-    """Where the residual is what rounding left, and not what a solver left undone or what flat directions hold."""
+    """Where the residual is due to rounding, and not to an unfinished solve or to flat directions."""
     positive = (np.asarray(info.min_curvature) > 0) & np.isfinite(np.asarray(info.relative_residual))
     indefinite = np.asarray(info.status) == SolveStatus.INDEFINITE
     found = indefinite & ~(number(info.flat_directions) > 0)
@@ -206,10 +208,10 @@ def rounded(info: SolveInfo) -> Any:
 
 
 def number(values: Any) -> Any:
-    """Values as NumPy's; 0 where a solver alone knows none."""
+    """Values as a NumPy array; 0 where the report has none."""
     return np.zeros(()) if values is None else np.asarray(values, float)
 
 
 def _worst(values: Any) -> float:
-    """The largest; NaN, by which there is no bound, counts as infinite."""
+    """The largest; NaN means that there is no bound, and counts as infinite."""
     return float(np.max(np.where(np.isnan(values), np.inf, values)))

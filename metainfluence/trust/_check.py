@@ -1,4 +1,4 @@
-"""Raises or warns where a result's numbers do not hold."""
+"""Raises or warns where a result's numbers cannot be trusted."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from metainfluence.trust._budget import (
 )
 from metainfluence.trust._coupling import CouplingWarning
 
-# Errors of which no digit is left. The distance from a stationary point is taken along the smallest curvature, and is
-# mostly shorter.
+# Relative errors that leave no correct digit. The distance from a stationary point is computed with the smallest
+# curvature, and is mostly shorter.
 _MEANINGLESS = {"outer_stationarity": 10.0}
 
 
 class SolveError(RuntimeError):
-    """Right-hand sides that were not solved, or not as well as was asked for."""
+    """Right-hand sides that were not solved, or not as accurately as requested."""
 
 
 class SlopeWarning(UserWarning):
@@ -43,7 +43,7 @@ class SlopeWarning(UserWarning):
 
 
 class BudgetWarning(UserWarning):
-    """Numbers that the error budget leaves no digit of."""
+    """Numbers without a correct digit, by the error budget."""
 
 
 def check(result: Any, *, tol: float | None = None) -> Any:
@@ -53,22 +53,22 @@ def check(result: Any, *, tol: float | None = None) -> Any:
 
     Args:
       result: an `Influence`, `Scores`, `Edit`, `Sweep` or `SolveInfo`; a response, or the answer of a run's.
-      tol: raise, too, where a term of the `error_budget` is above this or the target's gradient is exactly 0.
+      tol: also raise where a term of the `error_budget` is above this or the target's gradient is exactly 0.
 
     Warns:
-      BudgetWarning: not one digit is sure: λ is no minimum along a direction that was met, or a term of the
-        `error_budget` is above 1, the distance from a stationary point above 10; an error with `tol`.
-      SlopeWarning: the target's gradient is exactly 0, and so is every score; an error with `tol`.
-      CouplingWarning: every score of a support example is exactly 0, or those of a task's query examples do not add up
-        to the task's, as where the loss divides by the sum of the query weights.
+      BudgetWarning: not one digit is sure: λ is not a minimum along a direction that was met, or a term of the
+        `error_budget` is above 1 (10 for the distance from a stationary point). With `tol` this is an error.
+      SlopeWarning: the target's gradient is exactly 0, and so is every score. With `tol` this is an error.
+      CouplingWarning: every score of a support example is exactly 0, or the scores of a task's query examples do not
+        add up to the task's, as happens if the loss divides by the sum of the query weights.
       DirectEffectWarning: the target's tasks share support data with training, see `influence_scores`.
 
     Returns:
       `result`, unchanged.
 
     Raises:
-      SolveError: naming the right-hand sides that failed, how, and what to do; an inner problem without a minimum;
-        with `tol`, a target whose gradient is exactly 0, or the term above `tol`.
+      SolveError: right-hand sides that failed; the message says which, how, and what to do. Also an inner problem
+        without a minimum; with `tol`, a target whose gradient is exactly 0, or a term above `tol`.
       TypeError: `result` is none of these, or traced.
 
     Examples:
@@ -91,7 +91,7 @@ def check(result: Any, *, tol: float | None = None) -> Any:
     failed = "; ".join(line for line in lines if line)
     nowhere = np.any(number(info.inner_gradient_norm) == np.inf) or np.any(np.isnan(number(info.inner_gradient_norm)))
     if nowhere:
-        # What ended the solves follows from it.
+        # Whatever ended the solves follows from this.
         raise SolveError(f"{words.NO_MINIMUM}; with that, {failed}" if failed else words.NO_MINIMUM)
     budget = budget_of_solves(result, None, SMALL if tol is None else tol)
     if failed:
@@ -112,7 +112,7 @@ def check(result: Any, *, tol: float | None = None) -> Any:
 
 
 def _checked_run(result: Any, info: Any, tol: float | None) -> Any:
-    """`check` of a response, or of what a run's response has answered."""
+    """`check` of a response, or of the answer of a run's response."""
     if isinstance(info, OptimumInfo):
         if not np.all(np.isfinite(number(info.inner_gradient_norm))):
             raise SolveError(words.NO_MINIMUM)
@@ -153,7 +153,7 @@ def remedy(info: SolveInfo, select: tuple[int, ...] = ()) -> str:
         return words.inexact(info)
     single = eps_of(info) > np.finfo(np.float64).eps
     if told := words.seen_flat(info, select):
-        # To single precision a curvature that is small is none.
+        # In single precision a small curvature cannot be told from none.
         return f"{words.ONE_CALL}; {told}" if kind == SolveStatus.MAX_STEPS and single else told
     if kind == SolveStatus.INDEFINITE and np.broadcast_to(rounded(info), np.shape(info.status))[select]:
         return words.ROUNDING.format(f"{words.FLOAT64}, or " if single else "")

@@ -33,17 +33,18 @@ def choose(
     run: bool = False,
     checkpoints: bool = False,
 ) -> Chosen:
-    """The rule by which one of `optimum`, `trajectory` and `segments` answers a question.
+    """Chooses which of `optimum`, `trajectory` and `segments` should answer a question.
 
-    λ at a stationary point: `optimum`, which forgets how λ came there. A run at hand that is smooth: `trajectory`,
-    whose derivative is exact for it. A run that is rough, of which only checkpoints are left, or of which a large part
-    of the data is to be removed: `segments`. Only λ, or a run that does not answer its data at all: `optimum`, damped.
+    If λ is a stationary point: `optimum`, which ignores how λ got there. If the run is at hand and smooth:
+    `trajectory`, whose derivative is exact for it. If the run is rough, only its checkpoints are left, or a large part
+    of its data is to be removed: `segments`. If only λ is at hand, or the run does not react to its data at all:
+    `optimum`, damped.
 
     Args:
-      gradient_norm: ‖D_λF‖ at λ over that at the start of training; None where it is not known.
-      smoothness: as measured by `metainfluence.smoothness`, or its score; None where it was not.
+      gradient_norm: ‖D_λF‖ at λ divided by that at the start of training; None if unknown.
+      smoothness: as measured by `metainfluence.smoothness`, or its score; None if it was not measured.
       share_removed: share of the tasks that is to be removed at once; 0 for single data.
-      run: whether the run can be run again.
+      run: whether the run can be repeated.
       checkpoints: whether checkpoints of it are left.
 
     Raises:

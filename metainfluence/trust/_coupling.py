@@ -17,7 +17,7 @@ from metainfluence.problem import Bilevel, check_meta_params, task_loss
 
 
 class CouplingWarning(UserWarning):
-    """Examples that reach a task's loss by other ways than their weighted losses."""
+    """Examples that affect a task's loss in other ways than through their weighted losses."""
 
 
 class Coupling(NamedTuple):
@@ -26,8 +26,8 @@ class Coupling(NamedTuple):
     Attributes:
       support: `[n_support]`.
       query: `[n_query]`.
-      nonlinear: how far the task's loss is from linear in the query weights, relative to the loss: by twice the
-        weights, and by the mean of two sets of them.
+      nonlinear: how far the task's loss is from linear in the query weights, relative to the loss, measured at twice
+        the weights and at the mean of two sets of them.
     """
 
     support: Float[Array, " n_support"]
@@ -38,19 +38,19 @@ class Coupling(NamedTuple):
 def coupling(problem: Bilevel) -> Callable[..., Coupling]:
     """Makes (meta_params, task, weights=None) -> Coupling, a probe of one task.
 
-    An example's weight is set to 0 and the next real example is put in its place: a loss that is a weighted sum over
-    examples, in both levels, does not change by a bit. One that changes has statistics over the batch (batch
-    normalisation, contrastive losses), or a program that does not multiply the example's loss by its weight. Instance
-    influence then answers what would be if the example's own term did not count, not if the example were not there; the
-    influence of whole tasks is not touched. Runs one adaptation per example, and no derivative.
+    An example's weight is set to 0 and the next real example is put in its place. A loss that is a weighted sum over
+    examples, in both levels, does not change by a single bit. A loss that changes uses statistics over the batch (batch
+    normalisation, contrastive losses), or does not multiply the example's loss by its weight. Instance influence then
+    answers what happens if the example's own term does not count, not what happens without the example; the influence
+    of whole tasks is not affected. Runs two adaptations per example, and no derivative.
 
-    A loss that divides by the sum of its weights is no such sum either: its scores of query examples add up to 0, and
-    not to the task's. Four sets of query weights show it.
+    A loss that divides by the sum of its weights is not such a sum either: the scores of its query examples add up to
+    0, and not to the task's. Four sets of query weights show this.
 
     Returns:
       Function that warns (`CouplingWarning`) where examples are coupled, or the loss is not linear in the query
-      weights; under jit it returns the numbers only. Side by side with a copy of itself an example shows nothing, and
-      neither does the only one of its side.
+      weights; under jit it only returns the numbers. An example shows nothing if the next one is a copy of it, or if it
+      is the only one on its side.
 
     Raises:
       ValueError: a loss that is not finite, and as `total_gradient`.
@@ -79,7 +79,7 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
 
             def single(example: Array) -> Array:
                 without = weights._replace(**{name: own.at[example].set(0)})
-                # The next real example, around the end of the batch.
+                # The next real example, wrapping around the end of the batch.
                 order = (jnp.arange(own.shape[0]) - example - 1) % own.shape[0]
                 other = jnp.argmin(jnp.where(real, order, own.shape[0]))
                 replaced = jax.tree.map(lambda leaf: leaf.at[example].set(leaf[other]), batch)
@@ -94,7 +94,7 @@ def coupling(problem: Bilevel) -> Callable[..., Coupling]:
 
         def nonlinear() -> Array:
             own = weights.query
-            # Fixed weights of which no two are the same, so that nothing cancels.
+            # Fixed weights, all different, so that nothing cancels.
             other = own * (1 + jnp.linspace(0.1, 0.9, own.shape[0], dtype=own.dtype))
             many = jnp.stack([own, 2 * own, other, (own + other) / 2])
             plain, twice, bent, between = jax.lax.map(
@@ -116,7 +116,7 @@ def _warn(found: Coupling) -> None:
     peaks = {name: float(np.max(values, initial=0.0)) for name, values in sides.items()}
     if not all(map(np.isfinite, peaks.values())):
         raise ValueError("task: expected a finite loss without any one example, got NaN or infinity")
-    # Without coupling the two losses are the same sum, to the last bit; a margin for kernels that are not
+    # Without coupling the two losses are the same sum, to the last bit; the margin is for kernels that are not
     # deterministic.
     eps = max(float(np.finfo(np.asarray(values).dtype).eps) for values in sides.values())
     if float(found.nonlinear) > max(1e-3, eps**0.5):

@@ -1,4 +1,4 @@
-"""How much of a gradient's change kinks make, which second derivatives leave out."""
+"""How much of a gradient's change comes from kinks, which second derivatives leave out."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from metainfluence.data import Task, Weights, resolve_weights
 from metainfluence.differentiation import hessian_map
 from metainfluence.problem import Bilevel, check_meta_params, total_objective
 
-# Steps relative to ‖λ‖: small beside what a loss bends over, large beside rounding.
+# Steps relative to ‖λ‖: small compared with the scale on which a loss bends, large compared with rounding.
 _STEPS = (1e-2, 2.5e-3)
 _LEAST = 1e-2
 _NUM_DIRECTIONS = 2
 
 
 def left_out_by_kinks(problem: Bilevel, meta_params: PyTree, tasks: Task, weights: Weights | None = None) -> float:
-    """The share of D_λF's change along random directions that H's product does not make, where kinks are to blame.
+    """The share of D_λF's change along random directions that H's product misses because of kinks.
 
-    Second differences of D_λF, (D_λF(λ + h d) − D_λF(λ − h d)) / 2h − H d, at two step sizes h: for a smooth F they
-    fall with h², by 16 where h falls to a quarter. Kinks between the points hold them up, or make them vanish. 0 where
-    F is smooth, or kinks make less than a hundredth.
+    Takes second differences of D_λF, (D_λF(λ + h d) − D_λF(λ − h d)) / 2h − H d, at two step sizes h. For a smooth F
+    they fall with h², by a factor of 16 if h falls to a quarter. Kinks between the points keep them from falling, or
+    make them vanish. Returns 0 where F is smooth, or kinks make less than a hundredth.
 
     Args:
       problem: the problem.
@@ -67,7 +67,7 @@ def left_out_by_kinks(problem: Bilevel, meta_params: PyTree, tasks: Task, weight
 
 
 def _of_kinks(wide: float, narrow: float) -> float:
-    """The share at the smaller step, or the larger one where only that reaches a kink; 0 for what falls as h² does."""
+    """The larger of the shares at the two steps; 0 where the share falls with h²."""
     if not (np.isfinite(wide) and np.isfinite(narrow)) or max(wide, narrow) < _LEAST:
         return 0.0
     smooth = 6 * narrow < wide < 64 * narrow

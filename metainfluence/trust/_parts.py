@@ -17,11 +17,11 @@ from metainfluence.training import Run, floats_of, taken, with_floats
 
 
 class Bent(NamedTuple):
-    """λ at the ends of runs at other weights, `[D, ...]`, less λ at the end of the run itself.
+    """λ at the ends of runs at other weights, `[D, ...]`, minus λ at the end of the run itself.
 
     Attributes:
-      optimizer: where the gradient is replaced by its tangent in (λ, w), and the optimiser is itself.
-      gradient: where the optimiser's update is replaced by its tangent in (gradient, state), and the gradient is not.
+      optimizer: with the gradient replaced by its tangent in (λ, w), and the optimiser as it is.
+      gradient: with the optimiser's update replaced by its tangent in (gradient, state), and the gradient as it is.
     """
 
     optimizer: PyTree
@@ -33,8 +33,8 @@ def bent_ends(
 ) -> Callable[[PyTree, Task, Weights, Weights], Bent]:
     """Makes (start, tasks, weights, changes of the weights `[D, ...]`) -> Bent.
 
-    Along the run itself every part has a tangent. With all of them in place of the parts the end is linear in w, and
-    its derivative is the run's own; so what a run with one part itself is off from linear, that part alone has bent.
+    Every part has a tangent along the run. With all parts replaced by their tangents, the end is linear in w, and its
+    derivative is the run's own. If one part is left as it is, any deviation from linear is due to that part alone.
     """
 
     def update(gradient: PyTree, state: PyTree) -> PyTree:
@@ -81,9 +81,10 @@ def bent_ends(
 
 
 def inner_share(problem: Bilevel) -> Callable[[PyTree, PyTree, Task, Weights], Float[Array, ""]]:
-    """Makes (meta_params, changes `[D, ...]`, tasks, weights) -> how much of the gradient's bend θ(λ) makes, 0 to 1.
+    """Makes (meta_params, changes `[D, ...]`, tasks, weights) -> the share of the gradient's bend due to θ(λ).
 
-    The outer loss bends alone where θ(λ) is replaced by its tangent at λ; what is bent beyond that is the adaptation's.
+    The share is from 0 to 1. With θ(λ) replaced by its tangent at λ, only the outer loss bends; the rest of the bend is
+    due to the adaptation.
     """
     adapt = problem.adapt
     assert adapt is not None

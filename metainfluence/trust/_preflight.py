@@ -17,15 +17,15 @@ from metainfluence.data import PIECE, Task, resolve_weights, sizes, stack_tasks
 from metainfluence.problem import Bilevel, check_derivatives, check_meta_params
 from metainfluence.response import Options, batch_pull, linearised_bytes
 
-# A chunk that stays in a core's cache takes half the time, and a larger one brings nothing; an accelerator is filled.
+# A chunk that stays in a core's cache takes half the time, and a larger one gains nothing; an accelerator is filled.
 _CACHE_BYTES = 4.5e6
 _LEAST_ON_CPU = 8
 _MOST_ELSEWHERE = 4096
 
-# Vectors like λ that a solve holds.
+# Vectors of λ's size that a solve holds.
 _VECTORS = 12
 
-# The compiled product's memory stands for that of the other programs, which take up to this much more.
+# The other programs take up to this many times the memory of the compiled product.
 _MARGIN = 2.0
 
 FREE_SHARE = 0.6
@@ -34,21 +34,22 @@ _PROBE = 32
 
 
 class Plan(NamedTuple):
-    """What a run takes; `str` makes it a table.
+    """What a run will take; `str` makes it a table.
 
     Attributes:
       num_tasks: T.
       num_meta_params: scalars in λ.
       batch_size: tasks per chunk that fit.
       most_tasks: the same, not bounded by T.
-      kept_tasks: tasks whose linearisation fits besides, so that a product runs its linear part only; the others'
+      kept_tasks: tasks whose linearisation fits as well, so that a product runs only its linear part; for the others,
         products run the gradient map again.
       memory: bytes that may be used.
-      chunk_bytes: of the compiled product of `batch_size` tasks, as XLA's memory analysis counts them, data included.
-      linearised_bytes: of one task's linearisation.
-      flops: of all passes, as XLA's cost analysis counts them: the body of a loop whose length is not known, as an
-        inner solver's, once.
-      seconds: of all passes, from the time that the compiled product took; None where no data were given.
+      chunk_bytes: bytes of the compiled product of `batch_size` tasks, as XLA's memory analysis counts them, data
+        included.
+      linearised_bytes: bytes of one task's linearisation.
+      flops: operations of all passes, as XLA's cost analysis counts them: once for the body of a loop of unknown
+        length, such as an inner solver's.
+      seconds: time of all passes, from the time that the compiled product took; None where no data were given.
       num_products: Hessian products that flops and seconds are for.
     """
 
@@ -114,15 +115,15 @@ def preflight(
     Args:
       problem: the problem.
       curvature: one of `metainfluence.curvature`; None for `exact()`.
-      batch_size: tasks per chunk; None for as many as fit, up to where more bring nothing.
+      batch_size: tasks per chunk; None for as many as fit, up to the number beyond which more gain nothing.
       memory: bytes that may be used on all devices together; None for 60 % of what is free.
-      num_products: Hessian products that flops and time are estimated for; a solve takes some tens.
+      num_products: Hessian products that flops and time are estimated for; a solve takes a few tens.
       mesh: devices that share each chunk; None for one.
       hvp: as in `task_if`.
       precision: as in `task_if`.
 
     Returns:
-      Function of λ and stacked tasks or a source of single ones. Run on shapes (`jax.ShapeDtypeStruct`) instead of
+      Function of λ and stacked tasks or a source of single ones. Given shapes (`jax.ShapeDtypeStruct`) instead of
       arrays, it measures no time.
 
     Raises:
@@ -203,7 +204,7 @@ def preflight(
 
 
 def free_memory() -> float:
-    """Bytes that are free on the default device: those of an accelerator, or, of the host, what the kernel can give."""
+    """Bytes that are free on the default device: those of an accelerator, or what the host's kernel can give."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return float(statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
@@ -211,7 +212,7 @@ def free_memory() -> float:
 
 
 def halving(meta_params: PyTree, batch_size: int) -> str:
-    """What takes half of the memory, or nearly."""
+    """Advice on what would take half of the memory, or nearly half."""
     if batch_size > 1:
         return f"batch_size={batch_size // 2} takes half"
     if any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(_shapes(meta_params))):

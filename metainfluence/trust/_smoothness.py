@@ -1,4 +1,4 @@
-"""Whether the end of a training run answers the data weights smoothly enough for a derivative to mean anything."""
+"""Whether the end of a training run depends smoothly enough on the data weights for a derivative to be useful."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from metainfluence.trust._parts import bent_ends, inner_share
 
 __all__ = ["Smoothness", "smoothness"]
 
-# Where a run passes for smooth, and where for rough: to be judged by measurement, as by LOO against retraining.
+# Scores from which a run counts as smooth, and below which as rough: to be judged by measurement, as by LOO against
+# retraining.
 SMOOTH = 0.9
 ROUGH = 0.5
 SILENT = "silent"
@@ -41,19 +42,20 @@ _WHOLE = "no one part bends by itself: take a smaller learning rate, a warm-up, 
 
 
 class Smoothness(NamedTuple):
-    """How smoothly the end of a run answers the weights; every number but `step_sizes` in [−1, 1], 1 for linear.
+    """How smoothly the end of a run depends on the weights; all numbers but `step_sizes` are in [−1, 1], 1 for linear.
 
     Attributes:
-      score: the mean of `derivative`: what the derivative is worth, by which runs are compared.
+      score: the mean of `derivative`: how good the derivative is, for comparing runs.
       step_sizes: h `[H]`; at 1 the data of a direction are removed.
       sign: `[H]`, metasmoothness (Engstrom et al., 2025): how often φ(w) − φ(w + hd) and φ(w − hd) − φ(w) have the same
         sign, weighted by their sizes.
       size: `[H]`, how well these differences a and b agree in size too: 2 Σab / Σ(a² + b²).
       derivative: `[H]`, how well the derivative along d agrees with φ(w + hd) − φ(w), in the same measure.
-      optimizer: agreement with the derivative at the largest h, were the gradient linear in λ and w; None where the
-        run's problem and optimiser are not known, as in a `training_loop`.
-      inner: the same, did only the inner adaptation bend; None, too, of a problem whose levels cannot be told apart.
-      outer: the same, did only the outer loss bend (of a `from_task_loss`, the loss as a whole).
+      optimizer: agreement with the derivative at the largest h if the gradient were linear in λ and w; None where the
+        run's problem and optimiser are unknown, as in a `training_loop`.
+      inner: the same if only the inner adaptation were nonlinear; None also for a problem whose levels cannot be told
+        apart.
+      outer: the same if only the outer loss were nonlinear (for a `from_task_loss`, the complete loss).
       verdict: "smooth", "between" or "rough"; "silent" where no weight moves any target and the derivative is exactly
         0: all numbers are 0 then.
       advice: what that means, which part bends most, and what to do.
@@ -92,24 +94,24 @@ def smoothness(
 ) -> SmoothnessOf:
     """Makes (start, tasks, *target_args, weights=None) -> Smoothness; for use outside jit.
 
-    Trains 1 + 2 · H · D times, for H step sizes and D directions: a direction takes the weight of a random group of
-    tasks down, and the runs at w ± h d are compared with each other and with the derivative. With `parts`, D runs more
-    of about four times the cost say which part of the run bends: in each of them every part but one is replaced by its
-    tangent along the run.
+    Trains 1 + 2 · H · D times, for H step sizes and D directions. A direction d lowers the weights of a random group of
+    tasks; the runs at w ± h d are compared with each other and with the derivative. With `parts`, D more runs of about
+    four times the cost show which part of the run is nonlinear: in each of them, all parts but one are replaced by
+    their tangents along the run.
 
     Args:
       run: made by `metainfluence.training` or `training_loop`.
-      target: φ: (meta_params, *target_args) -> numbers that the end is judged by; None for the losses of all tasks, or
-        of a run without a problem for λ itself.
+      target: φ: (meta_params, *target_args) -> numbers that the end is judged by; None for the losses of all tasks or,
+        for a run without a problem, λ itself.
       step_sizes: h, positive; 1 removes a group.
       num_directions: D.
-      share: of the tasks in a group, at least one task.
-      parts: whether to tell the parts apart.
+      share: share of the tasks in a group, at least one task.
+      parts: whether to measure the parts separately.
       runs_at_once: runs that are trained together, which bounds the memory; None for all.
       seed: of the groups.
 
     Raises:
-      TypeError: no run, or a target that cannot be called so.
+      TypeError: not a run, or a target that cannot be called like this.
       ValueError: step sizes, directions or a share out of range; a start, tasks or weights that are not finite.
 
     Examples:
@@ -164,7 +166,7 @@ def smoothness(
         changes = np.asarray(jax.jit(jax.vmap(jax.vmap(values)))(moved) - here[None, None])
         down, up = np.split(changes, 2)
         predicted = heights[:, None, None] * np.asarray(slopes)[None]
-        # Programs that are compiled apart may differ in the last digits of equal numbers.
+        # Separately compiled programs may differ in the last digits of equal numbers.
         rounding = 1e3 * float(jnp.finfo(here.dtype).eps) * float(np.max(np.abs(here)))
         if not np.any(predicted) and np.max(np.abs(changes)) <= rounding:
             return _silent(heights)
@@ -261,7 +263,7 @@ def _parts(
 
 
 def _silent(heights: np.ndarray) -> Smoothness:
-    """Of a run that answers nothing, which is as linear as can be and says nothing of any datum."""
+    """For a run that does not react to the weights: perfectly linear, but it says nothing about any datum."""
     none = np.zeros(len(heights))
     advice = (
         "the run does not answer the weights: no target moves when data are removed, and the derivative is exactly 0; "

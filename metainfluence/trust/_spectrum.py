@@ -46,9 +46,10 @@ def spectrum(
 ) -> SpectrumAt:
     """Makes (meta_params, tasks, weights=None) -> Spectrum of the total Hessian.
 
-    Lanczos' method with full reorthogonalisation; where the Krylov space closes early, it goes on from a random vector,
-    so that no ghost takes the place of an eigenvalue. The density is by stochastic Lanczos quadrature (Ubaru, Chen and
-    Saad, SIAM J. Matrix Anal. Appl. 38, 2017) with `num_probes` probes of random signs, `rank` products each.
+    Lanczos' method with full reorthogonalisation. Where the Krylov space closes early, it continues from a random
+    vector, so that no ghost takes the place of an eigenvalue. The density comes from stochastic Lanczos quadrature
+    (Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017) with `num_probes` random-sign probes, `rank` products
+    each.
 
     Args:
       problem: the problem.
@@ -57,12 +58,12 @@ def spectrum(
       mesh: as in `task_if`.
       hvp: as in `task_if`.
       precision: as in `task_if`.
-      rank: Lanczos steps; may be named at the second call as well, like the two below.
+      rank: Lanczos steps; this and the two options below may also be given in the second call.
       num_probes: random probes for the density.
       seed: of the random vectors.
 
     Raises:
-      ValueError: as `total_hessian`; `rank` no positive integer or `num_probes` negative.
+      ValueError: as `total_hessian`; `rank` not a positive integer or `num_probes` negative.
 
     Examples:
       >>> import jax

@@ -1,4 +1,4 @@
-"""What a report on solves means in words: causes in the order in which they come, each with its cure."""
+"""What a report on solves means in words: causes in order of precedence, each with its remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ADVICE = {
     "kinks": "kinks dominate: second derivatives leave out what ReLU, |x|, max or clipping do between the smooth "
     "pieces; take softplus, tanh or GELU, or trust the order of the scores rather than their size",
 }
-# Of a solve that ended with a small residual: what is left is the curvature's doing.
+# For a solve that ended with a small residual: the remaining error is due to the curvature.
 FINISHED = (
     "the solve is finished, to {residual:.0e}, which along the smallest curvature may still be {largest:.0e} of the "
     "answer: lower the solver's tol, or raise the damping"
@@ -88,7 +88,7 @@ _UNWEIGHED = (
 
 
 def advice(result: Any, info: SolveInfo, budget: Any, small: float) -> str:
-    """What comes first of what is wrong, and the cure; that all is well where no error is above `small`."""
+    """The most important problem and its remedy; or that all is well, if no error is above `small`."""
     silent = (without_slope(result), without_support(result) or not_linear(result))
     told = "; ".join(line for line in silent if line)
     cause = _cause(info, budget, small)
@@ -127,9 +127,10 @@ def _cause(info: SolveInfo, budget: Any, small: float) -> str:
 
 
 def _nearly_flat(info: SolveInfo, budget: Any) -> str:
-    """What to add where the smallest curvature is one that a flat direction has at a λ not trained to the end.
+    """What to add where the smallest curvature may be that of a flat direction at a λ not trained to the end.
 
-    Along λ(t) of constant F, λ'ᵀHλ' = −⟨D_λF, λ''⟩: a symmetry has a curvature of about ‖D_λF‖ / ‖λ‖, and of any sign.
+    Along a path λ(t) of constant F, λ'ᵀHλ' = −⟨D_λF, λ''⟩: a symmetry has a curvature of about ‖D_λF‖ / ‖λ‖, of either
+    sign.
     """
     if info.meta_params_norm is None or info.outer_gradient_norm is None:
         return ""
@@ -138,7 +139,7 @@ def _nearly_flat(info: SolveInfo, budget: Any) -> str:
     damping = 0.0 if info.damping is None else float(np.max(np.asarray(info.damping)))
     if damping > 0 or not abs(budget.min_curvature) <= least:
         return ""
-    # Of a curvature that is small beside those that the solution met.
+    # Only for a curvature that is small compared with those that the solution met.
     if not least <= 1e-2 * float(np.max(np.asarray(info.effective_curvature, float))):
         return ""
     return _NEARLY_FLAT.format(curvature=budget.min_curvature, least=least)
@@ -160,7 +161,7 @@ def _of_term(info: SolveInfo, dominant: str, largest: float, small: float) -> st
 
 
 def _unsolved(info: SolveInfo, largest: float, small: float) -> str:
-    """What to tell of a residual that dominates."""
+    """What to say about a residual that dominates."""
     residual = float(np.max(np.asarray(info.relative_residual)))
     if np.all(np.asarray(info.status) == SolveStatus.CONVERGED) and residual <= small:
         return FINISHED.format(residual=residual, largest=largest)
@@ -168,7 +169,7 @@ def _unsolved(info: SolveInfo, largest: float, small: float) -> str:
 
 
 def _coarse(info: SolveInfo) -> str:
-    """What to tell where the losses are computed in less precision than λ is held in."""
+    """What to say where the losses are computed in less precision than λ is held in."""
     if info.working_eps is None:
         return ""
     found = float(np.max(np.asarray(info.working_eps, float)))
@@ -187,13 +188,13 @@ def _beyond_indefinite(info: SolveInfo) -> str:
             "the answer is that for |H| and the derivative of nothing; train closer to a minimum, or raise the damping"
         )
     if info.choice is None and np.all(np.asarray(info.status) == SolveStatus.CONVERGED):
-        # A solver that was told to may have taken |H|, and does not say so.
+        # A solver may have been told to use |H|, and does not say so.
         return "train closer to a minimum, or raise the damping"
     return "raise the damping, or solve with |H| (solvers.auto does where it must)"
 
 
 def inexact(info: SolveInfo) -> str:
-    """What to tell of products that are not symmetric."""
+    """What to say about products that are not symmetric."""
     size = float(np.max(np.asarray(info.asymmetry)))
     norm = 0.0 if info.inner_gradient_norm is None else float(np.max(np.asarray(info.inner_gradient_norm)))
     if norm > _eps(info) ** 0.5:
@@ -202,7 +203,7 @@ def inexact(info: SolveInfo) -> str:
 
 
 def seen_flat(info: SolveInfo, select: Any = None) -> str:
-    """What to tell of right-hand sides with a part along flat directions, where that is why they were not solved."""
+    """What to say about right-hand sides that were not solved because they have a part along flat directions."""
     if info.flat_directions is None:
         return ""
     unsolved = (np.asarray(info.status) != SolveStatus.CONVERGED) & (np.asarray(info.flat_directions) > 0)
@@ -213,12 +214,12 @@ def seen_flat(info: SolveInfo, select: Any = None) -> str:
         share = float(np.max(np.where(unsolved, np.asarray(info.relative_residual), 0)))
     if not np.any(unsolved):
         return ""
-    # What is left is the part along them, unless the solver ran off along them.
+    # The residual is the part along them, unless the solver ran off along them.
     return SEEN.format(share=f"{share:.0%}" if share < 1 else "a part")
 
 
 def without_slope(result: Any) -> str:
-    """What to tell of scores for a target without a gradient; of `self_influence`, which has no target, nothing."""
+    """What to say about scores for a target without a gradient; nothing for `self_influence`, which has no target."""
     if not _of_one_target(result) or getattr(result.info, "effective_curvature", None) is None:
         return ""
     silent = np.any(np.asarray(result.info.effective_curvature) == 0)
@@ -227,14 +228,14 @@ def without_slope(result: Any) -> str:
 
 
 def without_support(result: Any) -> str:
-    """What to tell of scores that are 0 for all support examples, though not for all data."""
+    """What to say about scores that are 0 for all support examples, though not for all data."""
     if not hasattr(result, "support") or not np.size(result.support):
         return ""
     return NO_SUPPORT if not np.any(np.asarray(result.support)) and np.any(np.asarray(result.task)) else ""
 
 
 def not_linear(result: Any) -> str:
-    """What to tell of scores of query examples that do not add up to their task's, as those of a weighted sum do."""
+    """What to say where scores of query examples do not add up to their task's, as they do for a weighted sum."""
     if not _of_one_target(result) or not np.size(result.query):
         return ""
     task, query = np.asarray(result.task, float), np.asarray(result.query, float)
@@ -252,7 +253,7 @@ def not_linear(result: Any) -> str:
 
 
 def _of_one_target(result: Any) -> bool:
-    """Whether a result is scores for one target, or for one after the other; `self_influence` has none."""
+    """Whether a result holds scores for one target, or for several in turn; `self_influence` has none."""
     return hasattr(result, "task") and np.ndim(getattr(result.info, "status", 0)) == np.ndim(result.task) - 1
 
 
