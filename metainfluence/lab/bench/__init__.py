@@ -1,1 +1,1 @@
-"""What `metainfluence bench` measures: a module or a package for each suite."""
+"""What `metainfluence bench` measures: one module or package per suite."""

@@ -1,4 +1,4 @@
-"""The parts of the accelerator's benchmark, each run as a process: python -m … PART CONFIG FILE."""
+"""The parts of the accelerator benchmark, each run as a process: python -m … PART CONFIG FILE."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ HALF = ("bfloat16", "float16")
 
 
 class Case(NamedTuple):
-    """A problem with its λ."""
+    """A problem and its λ."""
 
     problem: mi.Bilevel
     meta_params: Any
@@ -55,7 +55,7 @@ def main(part: str, values: str, file: str) -> None:
 
 
 def parts() -> dict[str, Callable[[AcceleratorBenchConfig], Iterator[Row]]]:
-    """Part -> its rows."""
+    """Part name -> its rows."""
     return {
         "precision": precision,
         "convolution": convolution,
@@ -69,7 +69,7 @@ def parts() -> dict[str, Callable[[AcceleratorBenchConfig], Iterator[Row]]]:
 
 def case(config: AcceleratorBenchConfig, kind: str, impl: str = "auto", dtype: str | None = None) -> Case:
     """A learner on the configuration's network."""
-    # Smooth, so that derivatives of all orders exist and can be compared over precisions.
+    # Smooth, so that derivatives of all orders exist and can be compared across precisions.
     kind_of: dict[str, Any] = {"normalization": "layer", "activation": jnp.tanh, "impl": impl, "compute_dtype": dtype}
     network = Conv4(config.width, config.depth, **kind_of)
     if kind == "maml":
@@ -92,7 +92,7 @@ def tasks(config: AcceleratorBenchConfig, shots: int, number: int, seed: int = 1
 
 
 def timed(config: AcceleratorBenchConfig, what: str, number: int, function: Any, *args: Any) -> tuple[Row, Any]:
-    """A row of a compiled function, and its result."""
+    """Times a compiled function; returns its row and its result."""
     start = time.perf_counter()
     compiled = jax.jit(function).lower(*args).compile()
     compile_seconds = time.perf_counter() - start
@@ -106,7 +106,7 @@ def timed(config: AcceleratorBenchConfig, what: str, number: int, function: Any,
 
 
 def rates(compiled: Any, flops: float, seconds: float) -> Row:
-    """Operations a second, and the shares of the device's peaks where these are known."""
+    """Operations per second, and the shares of the device's peaks if these are known."""
     kind = jax.devices()[0].device_kind
     peak, bandwidth = next((peaks for name, peaks in PEAKS.items() if name in kind), (None, None))
     moved: Any = compiled.cost_analysis() or {}
@@ -124,14 +124,14 @@ def meta_gradient(problem: mi.Bilevel, precision: str | None = "highest") -> Cal
 
 
 def precision(config: AcceleratorBenchConfig) -> Iterator[Row]:
-    """The meta-gradient at several precisions, how far it lies from that in float64, and the probe of scores."""
+    """The meta-gradient at several precisions, its distance from the float64 one, and the probe of scores."""
     with jax.enable_x64(True):
         made = case(config, "maml")
         data = jax.tree.map(_double, (made.meta_params, tasks(config, made.shots, config.at_once)))
         row, exact = timed(config, "float64", config.at_once, meta_gradient(made.problem), *data)
     yield row | {"error": 0.0}
     made = case(config, "maml")
-    # As numbers of the host, which JAX takes at its own width again.
+    # Moved to the host first: JAX then takes the numbers at its own width again.
     data = jax.tree.map(jnp.asarray, jax.device_get(data))
     for name in ("highest", "tensorfloat32", *HALF):
         learner, at = (case(config, "maml", dtype=name), "highest") if name in HALF else (made, name)
@@ -162,7 +162,7 @@ def convolution(config: AcceleratorBenchConfig) -> Iterator[Row]:
 
 
 def unit_costs(config: AcceleratorBenchConfig, kind: str) -> Iterator[Row]:
-    """Meta-gradient, product, and scores of several numbers of tasks."""
+    """Times the meta-gradient, the Hessian product, and the scores of several numbers of tasks."""
     made = case(config, kind)
     data = (made.meta_params, tasks(config, made.shots, config.at_once))
     yield timed(config, "meta-gradient", config.at_once, meta_gradient(made.problem), *data)[0]
@@ -183,7 +183,7 @@ def _scores(config: AcceleratorBenchConfig, made: Case, number: int) -> tuple[An
 
 
 def cold(config: AcceleratorBenchConfig, number: int) -> Iterator[Row]:
-    """All scores with an implicit head from the start of the process, and once more."""
+    """All scores with an implicit head, timed from the start of the process, and then once more."""
     scores, *args = _scores(config, case(config, "head"), number)
     compiled = jax.jit(scores)
     jax.block_until_ready(compiled(*args))

@@ -1,4 +1,4 @@
-"""What a 3 × 3 convolution costs by each implementation, alone and in a MAML gradient."""
+"""What a 3 × 3 convolution costs with each implementation, alone and in a MAML gradient."""
 
 import statistics
 import time
@@ -18,7 +18,7 @@ SIZE = 28
 
 
 class ConvolutionRatio(NamedTuple):
-    """Median seconds of one gradient with each implementation, and lax over windows."""
+    """Median seconds of one gradient with each implementation, and the ratio of lax to windows."""
 
     windows_seconds: float
     shifted_seconds: float
@@ -27,14 +27,14 @@ class ConvolutionRatio(NamedTuple):
 
 
 class LayerCost(NamedTuple):
-    """The gradient of one layer in image and kernel, with a kernel for every task.
+    """The gradient of one layer with respect to image and kernel, with a separate kernel for each task.
 
     Attributes:
       impl: as in `ShiftedConv`.
-      flops: by XLA's count.
-      bytes_accessed: by XLA's count.
-      compile_seconds: to compile.
-      seconds: least of all runs.
+      flops: as counted by XLA.
+      bytes_accessed: as counted by XLA.
+      compile_seconds: compile time.
+      seconds: shortest run.
     """
 
     impl: str
@@ -49,11 +49,11 @@ def convolution_ratio(
 ) -> ConvolutionRatio:
     """Times the gradient of one-step MAML on a `Conv4`, under `vmap` over tasks, on random 28 × 28 images.
 
-    They take turns, so that other load on the machine slows all. Only the convolution differs.
+    Only the convolution differs. The implementations take turns, so that other load on the machine slows them all.
 
     Args:
       width: channels.
-      num_tasks: tasks, each with kernels of its own.
+      num_tasks: tasks, each with its own kernels.
       ways: classes, with one support example each.
       queries: query examples per class.
       repeats: timed runs of each.
@@ -83,13 +83,13 @@ def convolution_ratio(
 def layer_costs(
     *, width: int = 32, size: int = SIZE, num_tasks: int = 4, images: int = 10, repeats: int = 5
 ) -> list[LayerCost]:
-    """Costs of one layer's gradient by each implementation; they take turns.
+    """Costs of one layer's gradient with each implementation; the implementations take turns.
 
     Args:
       width: channels, in and out.
-      size: of the images.
-      num_tasks: tasks, each with a kernel of its own.
-      images: per task.
+      size: height and width of the images.
+      num_tasks: tasks, each with its own kernel.
+      images: images per task.
       repeats: timed runs of each.
     """
     keys = jax.random.split(jax.random.key(0), 2)

@@ -1,4 +1,4 @@
-"""What a program does, counted in its jaxpr: floating-point operations, loops, and the matrix products inside them."""
+"""Counts what a program does from its jaxpr: floating-point operations, loops, and the matrix products inside loops."""
 
 import math
 from collections.abc import Callable
@@ -13,12 +13,12 @@ class Count(NamedTuple):
     """What a program holds and does.
 
     Attributes:
-      flops: of all it does; the body of a scan as often as it runs, that of a `while` once, the dearest branch of a
-        `cond`.
-      products: of matrices and convolutions, in the program's text.
-      loops: `while` and `scan`.
-      looped_products: those of `products` that stand inside a loop, and so wait for one another.
-      nesting: loops inside of one another, at most.
+      flops: in total; the body of a scan counts as often as it runs, that of a `while` once, and of a `cond` the most
+        expensive branch.
+      products: matrix products and convolutions in the program's text.
+      loops: `while` and `scan` loops.
+      looped_products: those of `products` inside a loop, which therefore wait for one another.
+      nesting: the deepest nesting of loops.
     """
 
     flops: float = 0.0
@@ -29,7 +29,7 @@ class Count(NamedTuple):
 
 
 def count(function: Callable[..., Any], *args: Any) -> Count:
-    """Counts in a function of arrays, or of what has their shapes; nothing is compiled."""
+    """Counts for a function of arrays, or of their shapes; nothing is compiled."""
     return _counted(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -70,7 +70,7 @@ def _of_equation(equation: Any) -> Count:
     return Count(float(_size(equation.outvars)) if name not in _MOVES else 0.0)
 
 
-# What moves numbers and computes none.
+# Primitives that move numbers and compute none.
 _NAMES = (
     "broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather iota name pad "
     "reshape rev slice squeeze stop_gradient transpose"

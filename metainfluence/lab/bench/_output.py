@@ -1,4 +1,4 @@
-"""What the benchmarks leave: a table on the terminal and as Markdown, and its numbers as JSON."""
+"""What the benchmarks write: a table on the terminal and as Markdown, and its numbers as JSON."""
 
 import dataclasses
 import json

@@ -1,6 +1,6 @@
-"""One script for a GPU: what everything takes there, in five minutes, each part in a process with a limit of its own.
+"""One script for a GPU that times everything in five minutes, each part in its own process with a time limit.
 
-A part that is cut short keeps what it has: rows are written as they come.
+A part that is cut short keeps its rows: they are written as they are measured.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from metainfluence.lab.bench._output import publish
 from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Count, OutFolder, Positive, Ways
 
-# part -> its share of the time, by what was expected of one H100.
+# part -> its share of the time, from what was expected of one H100.
 SHARES = {
     "precision": 0.13,
     "convolution": 0.13,
@@ -30,7 +30,7 @@ SHARES = {
     "trajectory": 0.1,
 }
 
-# Peak float32 operations, and bytes of memory, a second, by the makers' data sheets; outside of matrix units.
+# Peak float32 operations and bytes of memory per second, from the makers' data sheets, without matrix units.
 PEAKS = {
     "H100": (67e12, 3.35e12),
     "H200": (67e12, 4.8e12),
@@ -47,7 +47,7 @@ class AcceleratorBenchConfig:
     """Conv4 on random images: MAML 1-shot, an implicit head 5-shot; on the device that JAX finds."""
 
     size: Count = 84
-    """Of the images, each way, with three channels."""
+    """Height and width of the images, which have three channels."""
     width: Count = 64
     """Channels of every layer."""
     depth: Count = 4
@@ -57,28 +57,28 @@ class AcceleratorBenchConfig:
     queries: Count = 15
     """Query examples per class."""
     inner_steps: Count = 5
-    """Of MAML."""
+    """Inner gradient steps of MAML."""
     num_tasks: tuple[Count, ...] = (8, 64)
-    """Tasks of the scores."""
+    """Numbers of tasks that are scored."""
     at_once: Count = 8
-    """Tasks of a meta-gradient."""
+    """Tasks in one meta-gradient."""
     cold: tuple[Count, Count] = (64, 512)
-    """Tasks whose scores are made from a cold process."""
+    """Numbers of tasks that are scored from a cold process."""
     train_steps: Count = 200
-    """Of the trajectory."""
+    """Training steps of the trajectory."""
     repeats: Count = 3
     """Timed runs of each; the shortest counts."""
     parts: tuple[str, ...] = tuple(SHARES)
-    """What is measured, in this order."""
+    """Parts to measure, in this order."""
     seconds: Positive = 300.0
-    """For all parts together. One that takes its share is stopped, and the next begins; what a part leaves is not given
-    to others."""
+    """Time for all parts together. A part that has used up its share is stopped and the next one begins; time that a
+    part leaves over is not given to others."""
     out: OutFolder = Path("bench-output")
     """Folder for accelerator.md and accelerator.json."""
 
 
 def run(config: AcceleratorBenchConfig) -> None:
-    """Measure part after part, and write the table after every row.
+    """Measure one part after the other, and write the table after every row.
 
     Raises:
         ConfigError: an unknown part.
@@ -94,14 +94,14 @@ def run(config: AcceleratorBenchConfig) -> None:
 
 
 def _part(config: AcceleratorBenchConfig, part: str, record: dict[str, Any]) -> None:
-    """Runs a part in a process of its own until it ends or its time is up, and reads what it writes meanwhile."""
+    """Runs a part in its own process until it ends or its time is up, and meanwhile reads what it writes."""
     lines = config.out / f"accelerator-{part.replace(' ', '-')}.jsonl"
     log = lines.with_suffix(".log")
     lines.write_text("", encoding="utf-8")
     values = json.dumps(dataclasses.asdict(config) | {"out": str(config.out)})
     command = [sys.executable, "-m", "metainfluence.lab.bench._accelerator_parts", part, values, str(lines)]
     limit = config.seconds * SHARES[part]
-    # A program from JAX's cache would hide how long it takes to compile.
+    # A program from JAX's cache would hide how long compiling takes.
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}
     Console().print(f"{part}: at most {limit:.0f} s")
     start, before = time.monotonic(), list(record["rows"])
@@ -125,7 +125,7 @@ def _part(config: AcceleratorBenchConfig, part: str, record: dict[str, Any]) -> 
 
 
 def _take(config: AcceleratorBenchConfig, record: dict[str, Any], before: list[Any], lines: Path) -> None:
-    """Adds a part's new rows to the record, and writes it where there are any."""
+    """Adds a part's new rows to the record, and writes the record if there are any."""
     # The last line may be half written.
     whole = lines.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
     found = [json.loads(line) for line in whole]
@@ -138,7 +138,7 @@ def _take(config: AcceleratorBenchConfig, record: dict[str, Any], before: list[A
 
 def _write(config: AcceleratorBenchConfig, record: dict[str, Any]) -> None:
     values = {"config": dataclasses.asdict(config) | {"out": str(config.out)}, **record}
-    # A run that is killed leaves the table before.
+    # If the run is killed, the previous table stays.
     write_manifest(config.out / "accelerator.json", values)
     write_atomically(config.out / "accelerator.md", markdown(record).encode())
 

@@ -1,6 +1,6 @@
 """How good a learner is: meta-training in batches, and accuracy on 600 tasks of classes that training has not seen.
 
-What a step costs is told beside it: floating-point operations, and what they are bound by.
+It also reports what a step costs: floating-point operations, and what limits them.
 """
 
 import dataclasses
@@ -47,22 +47,22 @@ SIDE, COPIED, REPEATS = 1024, 1 << 24, 3
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyConfig:
-    """Meta-train a learner, and measure it on tasks of classes that it has not seen; goes on where it was stopped."""
+    """Meta-train a learner and measure it on tasks of unseen classes; a stopped run continues where it was."""
 
     data: DataConfig = dataclasses.field(
         default_factory=lambda: DataConfig(num_tasks=10000, num_held_out=300, num_test=600)
     )
-    """Tasks: of training, of the learning curve (held out), and of the test."""
+    """Tasks: for training, for the learning curve (held out), and for the test."""
     train_ways: Ways | None = None
-    """Classes per training task, where they are to be others than the test's."""
+    """Classes per training task, if they differ from the test's."""
     also_shots: tuple[Count, ...] = ()
-    """Support examples per class of further tests of the same λ."""
+    """Support examples per class in further tests of the same λ."""
     learner: LearnerConfig = dataclasses.field(default_factory=LearnerConfig)
     """Learner."""
     training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig(tasks_per_step=16))
-    """Training; num_checkpoints are the points of the learning curve."""
+    """Training; num_checkpoints is the number of points on the learning curve."""
     least: Positive | None = None
-    """Accuracy that the test is to reach; for regression, the squared error that it is to stay below."""
+    """Accuracy that the test should reach; for regression, the squared error that it should stay below."""
     also_least: tuple[Positive, ...] = ()
     """The same for the further tests."""
     save_every: Count = 250
@@ -70,13 +70,13 @@ class AccuracyConfig:
     float64: bool = False
     """Compute in float64."""
     seed: Size = 0
-    """Of the tasks, their order and the initial parameters."""
+    """Seed of the tasks, their order and the initial parameters."""
     out: OutFolder = Path("accuracy-output")
     """Folder for the checkpoints, the learning curve and accuracy.json."""
 
 
 class _Prepared(NamedTuple):
-    """What is trained on what: λ at the start, tasks, what looks their images up, and what is measured on."""
+    """What is trained on what: the initial λ, the tasks, the lookup of their images, and what is measured on."""
 
     initial: Any
     tasks: mi.Task
@@ -94,8 +94,8 @@ def run(config: AccuracyConfig) -> dict[str, Any]:
 
     Returns:
       The record: `accuracy` and `half_width` of its 95 % interval over the test tasks (for regression, the mean squared
-      error); `untrained`, the same before training; `curve`, [step, held-out accuracy, half width]; times; what one
-      task costs.
+      error); `untrained`, the same before training; `curve`, [step, held-out accuracy, half width]; times; the cost of
+      one task.
 
     Raises:
       ValueError: a folder of another configuration; what `setting.image_lists` and `setting.make_learner` refuse.
@@ -131,7 +131,7 @@ def run(config: AccuracyConfig) -> dict[str, Any]:
     try:
         trained = train(ready.initial, ready.tasks, None, *ready.data)
     except TrainingError as error:
-        # It would fail again, and another configuration may use the folder.
+        # It would fail again, and another configuration may want to use the folder.
         curve.forget()
         raise error.by("--training.learning-rate", steps.learning_rate) from error
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -155,7 +155,7 @@ def run(config: AccuracyConfig) -> dict[str, Any]:
     about = {"machine": results.machine(), "code": code_of(accuracies.DEPENDS_ON)}
     path = config.out / f"{RESULT}.json"
     if trained.run_seconds == 0 and path.exists():
-        # Nothing was trained now: what training took, where and by which code, is what was written then.
+        # Nothing was trained now, so the times, the machine and the code of the training are those recorded then.
         before = json.loads(path.read_text(encoding="utf-8"))
         record |= {key: before[key] for key in ("wall_seconds", "cpu_seconds", "compile_seconds")}
         about = {key: before.get(key) for key in about}
@@ -204,7 +204,7 @@ def _measure(problem: mi.Bilevel, config: AccuracyConfig) -> Callable[[Any, mi.T
 
 
 class _Curve:
-    """The learning curve, kept in the folder, so that a run that goes on has its first part too."""
+    """The learning curve, kept in the folder, so that a continued run still has its first part."""
 
     def __init__(self, config: AccuracyConfig):
         self._path = config.out / CURVE
@@ -221,12 +221,12 @@ class _Curve:
             self.points = found["points"]
 
     def forget(self) -> None:
-        """Removes what is kept of the run."""
+        """Removes what was kept of the run."""
         self._path.unlink(missing_ok=True)
         shutil.rmtree(self._path.with_name(CHECKPOINTS), ignore_errors=True)
 
     def add(self, step: int, measured: Interval) -> None:
-        """Keeps a point, and shows it."""
+        """Stores a point and prints it."""
         self.points = [*(point for point in self.points if point[0] < step), [step, *measured]]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, json.dumps({"config": self._owner, "points": self.points}).encode())
@@ -234,10 +234,10 @@ class _Curve:
 
 
 def _cost(config: AccuracyConfig, ready: _Prepared) -> dict[str, float]:
-    """What a task of a step takes: operations and bytes by XLA's count, time, and the machine's own pace beside it.
+    """What one task of a step costs: operations and bytes as counted by XLA, time, and the machine's own pace.
 
-    The pace is that of a matrix product and of a copy, measured in the same seconds as the step, since other processes
-    may be at work.
+    The pace is that of a matrix product and of a copy. It is measured in the same seconds as the step, since other
+    processes may be running.
     """
     count = min(config.training.tasks_per_step or config.data.num_tasks, config.data.num_tasks)
     tasks = jax.tree.map(lambda leaf: leaf[:count], ready.tasks)
@@ -272,7 +272,7 @@ def _cost(config: AccuracyConfig, ready: _Prepared) -> dict[str, float]:
 
 
 def _table(config: AccuracyConfig, record: dict[str, Any], found: Interval) -> str:
-    """What is printed."""
+    """The text that is printed."""
     data, steps = config.data, config.training
     regression = data.dataset == SINUSOID
     what, of = ("MSE", "curves") if regression else ("Accuracy", "classes")
