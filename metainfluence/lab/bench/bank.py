@@ -1,4 +1,4 @@
-"""Anybody's scores against the outcomes of real retrainings, which lie in banks: nothing is trained again."""
+"""Compares any scores with the outcomes of real retrainings, which are stored in banks: nothing is trained again."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,15 +19,15 @@ from metainfluence.lab.experiments.runs import Case
 
 @dataclasses.dataclass(frozen=True)
 class BankBenchConfig:
-    """Judge a method's scores by the outcomes in banks, beside all others; without a method, rebuild the tables."""
+    """Compare a method's scores with the outcomes in banks, next to all others; without one, rebuild the tables."""
 
     banks: tuple[str, ...] = ("bank.parquet",)
     """Files that `metainfluence reproduce` wrote for experiments of the kind estimators."""
     method: str | None = None
-    """MODULE:FUNCTION of yours: (metainfluence.lab.experiments.runs.Case) -> scores [T] for all targets alike, or
+    """Your own MODULE:FUNCTION: (metainfluence.lab.experiments.runs.Case) -> scores [T], the same for all targets, or
     [J, T], the predicted change of each of the J targets when a task is removed."""
     draws: Count = 200
-    """Of each bootstrap."""
+    """Draws of each bootstrap."""
     out: OutFolder = Path("bank-output")
     """Folder for bank.md and bank.json."""
 
@@ -37,9 +37,9 @@ def run(config: BankBenchConfig) -> dict[str, Any]:
 
     Raises:
       ConfigError: there is no such function.
-      BankError: a bank that was changed, or whose tasks this machine makes otherwise.
+      BankError: a bank that was changed, or whose tasks come out differently on this machine.
       ValueError: scores of another shape, or not finite.
-      FileNotFoundError: no such bank, or its data are not there.
+      FileNotFoundError: a bank, or its data, is missing.
     """
     method = None if config.method is None else named_function(config.method, "--method")
     lines: list[str] = []
@@ -67,7 +67,7 @@ def run(config: BankBenchConfig) -> dict[str, Any]:
 def beside(
     config: estimators.EstimatorsConfig, accounts: Sequence[bank.Account], method: Callable[[Case], Any], name: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Tables and rows of a method beside those of a bank, each at its default."""
+    """Tables and rows of a method next to those of a bank, each at its default."""
     tasks, learner = estimators.data_of(config)
     tables: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -105,7 +105,7 @@ def checked(scores: Any, shape: tuple[int, int], case: str) -> np.ndarray:
     """Scores as [J, T].
 
     Raises:
-      ValueError: another shape, or numbers that are not finite.
+      ValueError: scores of another shape, or not finite.
     """
     found = np.asarray(scores, float)
     if found.shape not in (shape, shape[1:]):

@@ -38,13 +38,13 @@ class BenchConfig:
     head_l2: Positive = 0.1
     """Penalty of the head that each task fits."""
     damping: NotNegative = 5.0
-    """Of the solves; λ is untrained here, so its Hessian needs some."""
+    """Damping of the solves; λ is untrained here, so its Hessian needs some."""
     batch_size: Count = 16
-    """Tasks per chunk where chunks are measured."""
+    """Tasks per chunk, in the parts that measure chunks."""
     repeats: Count = 15
     """Timed runs of each; the median is reported."""
     num_separate: Count = 4
-    """Right-hand sides solved one by one, to extrapolate to one for every task."""
+    """Right-hand sides solved one by one, from which the cost of one per task is extrapolated."""
     out: OutFolder = Path("bench-output")
     """Folder for bench.md and bench.json."""
 
@@ -92,7 +92,7 @@ def run(config: BenchConfig) -> None:
 
 
 def measure(config: BenchConfig, problem: mi.Bilevel, meta_params: Any, tasks: mi.Task) -> list[dict[str, Any]]:
-    """Times every part; the first row is the meta-gradient epoch that the others' ratios are to."""
+    """Times every part; the first row is the meta-gradient epoch, to which the other rows' ratios refer."""
     rows: list[dict[str, Any]] = []
 
     def timed(name: str, function: Callable[..., Any], *args: Any, repeats: int = config.repeats) -> Any:
@@ -175,7 +175,7 @@ def measure(config: BenchConfig, problem: mi.Bilevel, meta_params: Any, tasks: m
 def markdown(
     config: BenchConfig, rows: list[dict[str, Any]], convolution: ConvolutionRatio, imports: dict[str, float]
 ) -> str:
-    """The table, and the ratios that stand outside it."""
+    """The table, and the ratios that are not part of it."""
     device = jax.devices()[0]
     lines = [
         (

@@ -33,7 +33,8 @@ _STEP_SIZE = 0.5
 class GrowthBenchConfig:
     """Exponents of time against sizes: heads on the features of a tanh MLP, random tasks, in float64.
 
-    Heads are implicit but where inner steps are counted. One size grows at a time, the others as they are named.
+    Heads are implicit, except where inner steps grow. One size grows at a time; the others are held at their own
+    options.
     """
 
     pixels: Count = 128
@@ -41,15 +42,15 @@ class GrowthBenchConfig:
     ways: Ways = 5
     """Classes per task."""
     tasks: tuple[Count, ...] = (64, 128, 256, 512)
-    """Numbers of tasks."""
+    """Numbers of tasks to time."""
     chunk: Count = 32
-    """Tasks at a time where they grow in chunks, so that what is at hand stays in the cache."""
+    """Tasks at a time when they are processed in chunks, so that the working set stays in the cache."""
     examples: tuple[Count, ...] = (40, 80, 160, 320)
-    """Numbers of examples per task, two of seven in the support set."""
+    """Numbers of examples per task to time; two of seven are in the support set."""
     widths: tuple[Count, ...] = (7, 69, 690, 6900)
-    """Hidden units; 145 meta-parameters each at 128 pixels, so that the default goes from 10³ to 10⁶."""
+    """Hidden units to time; at 128 pixels each has 145 meta-parameters, so the default goes from 10³ to 10⁶ of them."""
     steps: tuple[Count, ...] = (4, 8, 16, 32)
-    """Numbers of inner steps."""
+    """Numbers of inner steps to time."""
     some_tasks: Count = 32
     """Tasks while something else grows."""
     some_examples: Count = 35
@@ -59,9 +60,9 @@ class GrowthBenchConfig:
     repeats: Count = 7
     """Timed runs of each; the shortest is taken, since other load only ever adds time."""
     most_exponent: Positive = 1.05
-    """Target: of time in the number of tasks."""
+    """Target: highest exponent of time in the number of tasks."""
     most_excess: NotNegative = 0.05
-    """Target: of scores over forward in the number of examples."""
+    """Target: highest exponent of scores over forward in the number of examples."""
     out: OutFolder = Path("bench-output")
     """Folder for growth.md and growth.json."""
 
@@ -76,7 +77,7 @@ class Cell(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """log seconds = exponent · log size + constant, by least squares; NaN is the standard error of two points."""
+    """log seconds = exponent · log size + constant, by least squares; the standard error of two points is NaN."""
 
     axis: str
     quantity: str
@@ -127,7 +128,7 @@ def make_layers(config: GrowthBenchConfig, width: int) -> Any:
 
 
 def make_problem(config: GrowthBenchConfig, num_steps: int | None = None, *, remat: bool = False) -> mi.Bilevel:
-    """Heads on features: implicit, or by some steps of gradient descent."""
+    """Heads on features: implicit, or fitted by some steps of gradient descent."""
     parts: dict[str, Any] = {
         "inner_loss": losses,
         "init": lambda features, labels: jnp.zeros((_FEATURES + 1, config.ways)),
@@ -162,7 +163,7 @@ def programs(problem: mi.Bilevel, batch_size: int | None = None) -> dict[str, Ca
 
 
 def measure(config: GrowthBenchConfig) -> list[Cell]:
-    """All cells; the sizes of one axis take turns."""
+    """Times all cells; the sizes of one axis take turns."""
     implicit = programs(make_problem(config))
     some_tasks = make_tasks(config, config.some_tasks, config.some_examples)
     some_layers = make_layers(config, config.some_width)
@@ -203,7 +204,7 @@ def _axis(config: GrowthBenchConfig, axis: str, sizes: dict[int, tuple[Any, mi.T
 
 
 def fits(cells: list[Cell]) -> list[Fit]:
-    """An exponent for each quantity on each axis, and for scores over forward in the examples."""
+    """An exponent for each quantity on each axis, and one for scores over forward in the examples."""
     series: dict[tuple[str, str], dict[int, float]] = {}
     for cell in cells:
         series.setdefault((cell.axis, cell.quantity), {})[cell.size] = cell.seconds
@@ -214,7 +215,7 @@ def fits(cells: list[Cell]) -> list[Fit]:
 
 
 def exponent(values: dict[int, float]) -> tuple[float, float]:
-    """The slope of log value in log size, and its standard error."""
+    """The slope of log value against log size, and its standard error."""
     x, y = np.log(list(values)), np.log(list(values.values()))
     x, y = x - x.mean(), y - y.mean()
     slope = (x @ y) / (x @ x)
@@ -225,7 +226,7 @@ def exponent(values: dict[int, float]) -> tuple[float, float]:
 
 
 def targets(config: GrowthBenchConfig, cells: list[Cell]) -> list[dict[str, Any]]:
-    """The bars and what was measured."""
+    """The targets and what was measured."""
     bars = {(TASKS, name): config.most_exponent for name in (GRADIENT, PRODUCT, SCORES)}
     bars |= {(CHUNKED, name): config.most_exponent for name in (PRODUCT, SCORES)}
     bars[EXAMPLES, f"{SCORES} over {FORWARD}"] = config.most_excess

@@ -1,4 +1,4 @@
-"""How long `import metainfluence` takes, beside the imports that it cannot do without."""
+"""How long `import metainfluence` takes, compared with the imports that it cannot do without."""
 
 import statistics
 import subprocess
@@ -18,7 +18,7 @@ def _seconds(statement: str) -> float:
 def measure(repeats: int = 7) -> dict[str, float]:
     """Time `import metainfluence` against `import jax, optax`, each run in a new interpreter.
 
-    The two take turns, so that a change of the machine's load meets both alike, and an untimed run of each comes first,
+    The two take turns, so that a change of the machine's load affects both equally. An untimed run of each comes first,
     since it may have to compile bytecode and to read from a cold disk.
 
     Args:

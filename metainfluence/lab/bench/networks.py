@@ -1,7 +1,7 @@
-"""What a convolutional network's programs take on an accelerator, seen without one.
+"""What a convolutional network's programs would cost on an accelerator, measured without one.
 
-Programs are lowered for CUDA, from shapes, on whatever machine this is: lines of StableHLO, which decide how long
-compiling takes, and the bytes and operations of a linearisation. Nothing is compiled and nothing runs.
+Programs are lowered for CUDA from shapes alone, on any machine. What is counted are lines of StableHLO, which decide
+how long compiling takes, and the bytes and operations of a linearisation. Nothing is compiled or run.
 """
 
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ from metainfluence.response import batch_pull, linearised_bytes
 
 WAYS = 5
 
-# Lines of all scores in chunks over those of one product; bytes of one task's linearisation at full size; operations
-# of a product with it over those of one with a linearisation that keeps everything.
+# Bars: lines of all scores in chunks over those of one product; bytes of one task's linearisation at full size;
+# operations of a product with that linearisation over those with one that keeps everything.
 MOST_LINES, MOST_BYTES, MOST_FLOPS = 3.0, 1.2e9, 1.35
 
 
@@ -30,10 +30,10 @@ class Setting(NamedTuple):
     """A network and its tasks.
 
     Attributes:
-      size: of the images, each way, with three channels.
-      width: of the network's layers.
-      queries: per class.
-      steps: of MAML.
+      size: height and width of the images, which have three channels.
+      width: channels of the network's layers.
+      queries: query examples per class.
+      steps: gradient steps of MAML.
       num_tasks: training tasks.
       batch_size: tasks per chunk.
     """
@@ -51,12 +51,12 @@ class Row(NamedTuple):
 
     Attributes:
       case: "MAML" or "implicit head".
-      product_lines: of one Hessian product, forward over reverse.
-      scores_lines: of `influence_scores` in chunks.
-      lines_ratio: the second over the first.
-      whole_bytes: of one task's linearisation where everything is kept.
-      lean_bytes: where only what is dear is.
-      flops_ratio: operations of a product with the second over those with the first.
+      product_lines: lines of one Hessian product, forward over reverse.
+      scores_lines: lines of `influence_scores` in chunks.
+      lines_ratio: `scores_lines` over `product_lines`.
+      whole_bytes: bytes of one task's linearisation if everything is kept.
+      lean_bytes: the same if only what is expensive to compute is kept.
+      flops_ratio: operations of a product with the lean linearisation over those with the other.
     """
 
     case: str
@@ -69,7 +69,7 @@ class Row(NamedTuple):
 
 
 def case(name: str, setting: Setting) -> tuple[mi.Bilevel, Any, mi.Task, mi.Task]:
-    """A problem, and shapes of its λ, its training tasks and held-out ones: MAML is 1-shot, the head 5-shot."""
+    """A problem, and the shapes of λ, training tasks and held-out tasks: MAML is 1-shot, the head 5-shot."""
     network = Conv4(setting.width, normalization="group", impl="windows")
     learner, shots = {
         "MAML": lambda: (learners.maml(network, WAYS, steps=setting.steps), 1),
@@ -104,13 +104,13 @@ def lines(function: Any, *args: Any) -> int:
 
 
 class HeadRow(NamedTuple):
-    """Total gradients of tasks that fit a head, by one way to fit and one to differentiate it.
+    """Total gradients of tasks that fit a head, for one way to fit it and one to differentiate the fit.
 
     Attributes:
       how: the minimiser and the linear solver.
-      loops: in the program, each turn of which waits for the one before.
-      products: of matrices.
-      lines: of StableHLO.
+      loops: loops in the program, each iteration of which waits for the one before.
+      products: matrix products.
+      lines: lines of StableHLO.
     """
 
     how: str
@@ -120,7 +120,7 @@ class HeadRow(NamedTuple):
 
 
 def heads(width: int = 64, num_tasks: int = 64) -> list[HeadRow]:
-    """A logistic head on few features, by loops of small products, and by a few large operations."""
+    """A logistic head on few features, fitted by loops of small products or by a few large operations."""
 
     def losses(head: Any, meta_params: Any, batch: Batch) -> jax.Array:
         return cross_entropy(linear(head, jnp.tanh(batch.images @ meta_params)), batch.labels)
@@ -152,7 +152,7 @@ def heads(width: int = 64, num_tasks: int = 64) -> list[HeadRow]:
 
 
 def measure(setting: Setting | None = None) -> list[Row]:
-    """Both learners, in float32 as on an accelerator."""
+    """Measures both learners in float32, as on an accelerator."""
     with jax.enable_x64(False):
         return [_measured(name, Setting() if setting is None else setting) for name in ("MAML", "implicit head")]
 
@@ -179,7 +179,7 @@ def _measured(name: str, setting: Setting) -> Row:
 
 
 def _flops(problem: mi.Bilevel, at: Any, tasks: mi.Task, lean: bool) -> float:
-    """Operations of one task's product with its linearisation."""
+    """Operations of one product with one task's linearisation."""
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), tasks)
     weights = jax.eval_shape(lambda: resolve_weights(None, one))
     pull = jax.eval_shape(lambda *data: batch_pull(problem, exact(), *data, lean=lean), at, one, weights)

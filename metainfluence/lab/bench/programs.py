@@ -1,7 +1,7 @@
-"""How large the library's programs are: lines of StableHLO over those of one Hessian product on the same problem.
+"""How large the library's programs are: their lines of StableHLO over those of one Hessian product on the same problem.
 
-Most of what a first call takes is compiling, which grows with the program. Lines are counted and not timed, so they are
-the same on every machine; `lines` holds for one version of JAX.
+Most of a first call is compile time, which grows with the program. Lines are counted rather than timed, so they are the
+same on every machine; `lines` holds for one version of JAX.
 """
 
 import functools
@@ -21,13 +21,13 @@ _FEATURES, _WIDTH, _CLASSES, _SHOTS = 6, 16, 3, 5
 
 
 class Case(NamedTuple):
-    """A problem to lower programs of.
+    """A problem whose programs are lowered.
 
     Attributes:
       problem: the problem.
       meta_params: λ.
       tasks: `NUM_TASKS` training tasks.
-      held_out: the target's.
+      held_out: the target's tasks.
     """
 
     problem: mi.Bilevel
@@ -42,10 +42,10 @@ class Row(NamedTuple):
     Attributes:
       case: "implicit head" or "unrolled SGD".
       program: its name in `BARS`, or "Hessian product".
-      lines: of StableHLO.
-      ratio: over those of the Hessian product.
-      trace_seconds: to trace and lower.
-      compile_seconds: to compile; NaN where that was not asked for.
+      lines: lines of StableHLO.
+      ratio: its lines over those of the Hessian product.
+      trace_seconds: time to trace and lower.
+      compile_seconds: compile time; NaN if not asked for.
     """
 
     case: str
@@ -56,7 +56,7 @@ class Row(NamedTuple):
     compile_seconds: float
 
 
-# What each program may take, in lines over the Hessian product's.
+# The most lines that each program may have, over the Hessian product's.
 BARS = {
     "influence_scores, cg, damping 0.01": 2.2,
     "influence_scores, default solver": 2.8,
@@ -147,7 +147,7 @@ def lines(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
 
 
 def measure(*, compiled: bool = False) -> list[Row]:
-    """All programs of all cases."""
+    """Measures all programs of all cases."""
     rows: list[Row] = []
     for name, case in cases().items():
         base = 0

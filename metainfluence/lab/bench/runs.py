@@ -1,4 +1,4 @@
-"""What the derivative of a training run costs, over the training itself."""
+"""What the derivative of a training run costs, compared with the training itself."""
 
 import dataclasses
 import time
@@ -22,26 +22,26 @@ TRAINING, ALL_KEPT, ROOT_KEPT, TOGETHER = (
     "one target, √N states kept",
     "many targets, √N states kept, each",
 )
-# Of one target over training once; of many, each over one alone.
+# For one target, over one training; for many, each over a single one.
 BARS = {ALL_KEPT: 3.0, ROOT_KEPT: 4.0, TOGETHER: 0.25}
 
 
 @dataclasses.dataclass(frozen=True)
 class RunsBenchConfig:
-    """Sweeps back through Adam on random tasks, heads on a tanh MLP's features, in float64."""
+    """Backward sweeps through Adam on random tasks; heads on a tanh MLP's features, in float64."""
 
     num_tasks: Count = 32
     """Tasks, all of them in every step."""
     examples: Count = 35
-    """Per task, two of seven in the support set."""
+    """Examples per task; two of seven are in the support set."""
     width: Count = 69
-    """Hidden units; 145 meta-parameters each."""
+    """Hidden units, each with 145 meta-parameters."""
     inner_steps: Count = 5
-    """Of the unrolled head; the other is implicit."""
+    """Inner steps of the unrolled head; the other head is implicit."""
     num_steps: Count = 9
-    """N."""
+    """Training steps, N."""
     num_targets: Count = 64
-    """Together."""
+    """Targets differentiated together."""
     repeats: Count = 2
     """Timed runs of each in turn; the shortest counts, in processor time, which other load does not add to."""
     out: OutFolder = Path("bench-output")
@@ -65,7 +65,7 @@ def run(config: RunsBenchConfig) -> None:
 
 
 def measure(config: RunsBenchConfig) -> list[Row]:
-    """All rows."""
+    """Measures all rows."""
     sizes = growth.GrowthBenchConfig()
     layers = growth.make_layers(sizes, config.width)
     tasks = growth.make_tasks(sizes, config.num_tasks, config.examples)
@@ -92,7 +92,7 @@ def measure(config: RunsBenchConfig) -> list[Row]:
 
 
 def shortest(repeats: int, calls: dict[str, tuple[Callable[..., Any], Any, Any]]) -> dict[str, float]:
-    """Processor seconds of each call, compiled before; the calls take turns."""
+    """Processor seconds of each call, without compiling; the calls take turns."""
     seconds = dict.fromkeys(calls, float("inf"))
     for count in range(repeats + 1):
         for name, (function, *args) in calls.items():

@@ -1,4 +1,4 @@
-"""Scoring more tasks than fit in memory: peak memory, and speed beside that of the path in memory."""
+"""Scoring more tasks than fit in memory: peak memory, and speed compared with scoring in memory."""
 
 import dataclasses
 import resource
@@ -30,11 +30,11 @@ class ScoringBenchConfig:
     """Digits tasks streamed through metainfluence.scoring, and fewer of them scored in memory, in float64."""
 
     num_tasks: Count = 10_000
-    """Tasks that are streamed; 100000 is the size that the targets are for."""
+    """Tasks that are streamed; the targets are meant for 100000."""
     num_in_memory: Count = 1_000
-    """Tasks for the path in memory, all at once, with their linearisation."""
+    """Tasks scored in memory, all at once, with their linearisation."""
     num_held_out: Count = 100
-    """Tasks of the target."""
+    """Held-out tasks of the target."""
     ways: Ways = 5
     """Classes per task."""
     shots: Count = 5
@@ -50,19 +50,19 @@ class ScoringBenchConfig:
     num_steps: Count = 150
     """Training steps, by Adam."""
     damping: NotNegative = 0.03
-    """Of the solves."""
+    """Damping of the solves."""
     memory: Positive = 1.2e9
     """Bytes that the engine may use."""
     most_gigabytes: Positive = 3.0
     """Target: the process's peak memory."""
     least_ratio: NotNegative = 0.6
-    """Target: tasks per second, as a share of the path in memory's."""
+    """Target: tasks per second, as a share of those in memory."""
     out: OutFolder = Path("bench-output")
-    """Folder for scoring.md, scoring.json and, while it runs, the score file."""
+    """Folder for scoring.md, scoring.json and, while the benchmark runs, the score file."""
 
 
 def run(config: ScoringBenchConfig) -> dict[str, Any]:
-    """Measure, print, and write the table; the streamed run comes first, since a peak of memory is never taken back."""
+    """Measure, print, and write the table; the streamed run comes first, since a memory peak never goes down again."""
     jax.config.update("jax_enable_x64", True)
     data = digits.load()
     shape: dict[str, Any] = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
@@ -102,7 +102,7 @@ def run(config: ScoringBenchConfig) -> dict[str, Any]:
 
 
 def _solver() -> mi.Solver:
-    """The one that the engine takes for many tasks."""
+    """The solver that the engine uses for many tasks."""
     return mi.solvers.cg(preconditioner=mi.solvers.sampled(64, rank=50))
 
 
@@ -134,10 +134,10 @@ def _streamed(
         out=out,
     )
     seconds = time.perf_counter() - start
-    # Later events are no more of this run.
+    # Later events do not belong to this run.
     compiled, compiling[0] = compiling[0], float("nan")
     mi.check(result)
-    # Before the table is read, which takes more memory than the run that wrote it.
+    # Measured before the table is read, which takes more memory than the run that wrote it.
     gigabytes = peak_gigabytes()
     manifest = mi.read_scores(out).metadata["manifest"]
     return {

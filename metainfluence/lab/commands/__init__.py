@@ -1,1 +1,1 @@
-"""The command line's working day: train, score, edit, evaluate, report."""
+"""The command line's usual workflow: train, score, edit, evaluate, report."""

@@ -1,4 +1,4 @@
-"""Which of the three responses a run is scored by, and scores by the two that go by the run itself."""
+"""Chooses which of the three responses a run is scored by, and scores by the two that use the run itself."""
 
 import shutil
 from collections.abc import Mapping
@@ -17,20 +17,20 @@ from metainfluence.lab.show.printing import OF_SCORE, in_options, say
 from metainfluence.response import check_target_slope
 
 AUTO, TRAJECTORY, SEGMENTS, OPTIMUM = "auto", "trajectory", "segments", "optimum"
-# A quarter and all of a group removed, two groups, to and fro: eight runs.
+# Remove a quarter and all of a group, for two groups, in both directions: eight runs.
 STEP_SIZES, DIRECTIONS = (0.25, 1.0), 2
-# Training with a large rate goes far, and takes many products; a segment ends early where fewer are enough. The error
-# that is left is small beside what segments leave out.
+# Training with a large rate moves far and takes many products; a segment stops early if fewer are enough. The remaining
+# error is small compared with what segments leave out.
 RANK, TOL = 128, 0.05
 
 
 class Choice(NamedTuple):
-    """An estimator and why.
+    """An estimator and the reason for it.
 
     Attributes:
       name: "trajectory", "segments" or "optimum".
-      reason: a sentence.
-      smoothness: score, verdict and advice, where it was measured.
+      reason: one sentence.
+      smoothness: score, verdict and advice, if it was measured.
     """
 
     name: str
@@ -39,21 +39,21 @@ class Choice(NamedTuple):
 
     @property
     def told(self) -> str:
-        """For people."""
+        """The choice as text for users."""
         return f"{self.name}: {self.reason}"
 
 
 def chosen(job: Job, by: str, asked: str, smooth: bool) -> Choice:
-    """What is asked for, or what the rule of `metainfluence.choose` says.
+    """The estimator that is asked for, or the one that `metainfluence.choose` picks.
 
     Args:
       job: what is scored.
       by: "auto", or one of the three.
-      asked: the option that only the optimum's solve has, where one was given; else "".
+      asked: a given option that only the optimum's solve has; "" if there is none.
       smooth: whether smoothness may be measured, at the cost of eight runs.
 
     Raises:
-      ConfigError: an estimator for which the job has no run or no checkpoints; options that it does not have.
+      ConfigError: an estimator for which the job has no run or no checkpoints; an option that it does not have.
     """
     if by != AUTO:
         check(job, by, asked)
@@ -80,7 +80,7 @@ def chosen(job: Job, by: str, asked: str, smooth: bool) -> Choice:
 
 
 def check(job: Job, by: str, asked: str) -> None:
-    """Raises ConfigError where a job lacks what an estimator needs, or an option is not of it."""
+    """Raises ConfigError if a job lacks what an estimator needs, or an option does not belong to the estimator."""
     if by == OPTIMUM:
         return
     if asked:
@@ -98,7 +98,7 @@ def check(job: Job, by: str, asked: str) -> None:
 
 
 def stationarity(job: Job) -> float:
-    """‖D_λF‖ at λ over that where the training started."""
+    """‖D_λF‖ at λ, relative to its value where the training started."""
     objective = mi.total_objective(job.problem)
     norm = jax.jit(lambda m, tasks: optax.tree.norm(jax.grad(objective)(m, tasks)))
     tasks = job.stacked()
@@ -107,7 +107,7 @@ def stationarity(job: Job) -> float:
 
 
 def manifest(job: Job, choice: Choice) -> dict[str, Any]:
-    """What scores by a run depend on."""
+    """Everything that scores by a run depend on."""
     tasks = job.stacked()
     target = job.phi()
     return {
@@ -127,20 +127,20 @@ def manifest(job: Job, choice: Choice) -> dict[str, Any]:
 
 
 def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[str, Any]) -> tuple[Any, bool]:
-    """Scores by the run, into a file; what is there is read.
+    """Scores a job by its run, into a file; an existing file is read.
 
     Args:
       job: what is scored.
       choice: trajectory or segments.
-      out: the file; beside it, while this runs, a folder with the run's states, from which a later call goes on.
-      resume: whether to go on with what is there; else anew.
-      metadata: for the file.
+      out: the file; while this runs, a folder next to it holds the run's states, from which a later call continues.
+      resume: whether to continue from existing files; otherwise start again.
+      metadata: metadata for the file.
 
     Returns:
-      The scores, and whether they were there.
+      The scores, and whether they already existed.
 
     Raises:
-      ValueError: a file of other scores; a target without a finite gradient.
+      ValueError: the file holds other scores; the target's gradient is not finite.
     """
     about = manifest(job, choice)
     if out.exists() and resume:
@@ -153,7 +153,7 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
             )
         return from_file(out), True
     tasks, phi = job.stacked(), job.phi()
-    # Before the run is run, and its states are kept.
+    # Checked before the run starts and its states are kept.
     check_target(job)
     folder = out.with_name(f"{out.name}.run")
     if choice.name == TRAJECTORY:
@@ -176,12 +176,12 @@ def score(job: Job, choice: Choice, out: Path, resume: bool, metadata: Mapping[s
 
 
 def check_target(job: Job) -> None:
-    """Raises ValueError where the target has no finite gradient at λ."""
+    """Raises ValueError if the target's gradient at λ is not finite."""
     check_target_slope(jax.jit(jax.grad(job.phi()))(job.meta_params, *job.target_args), job.target_args)
 
 
 def from_file(path: Path) -> mi.Scores:
-    """Scores of a file as `score` returns them."""
+    """Reads scores from a file, in the form that `score` returns."""
     found = mi.scoring.read_dense(path)
     info: Any = mi.scoring.info_of(mi.read_scores(path).metadata["solve"])
     task, support, query = map(jnp.asarray, (found.task, found.support, found.query))

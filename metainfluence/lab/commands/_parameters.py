@@ -1,4 +1,4 @@
-"""Meta-parameters in a file that anything reads: an .npz of plain arrays, one for each leaf, named by its path."""
+"""Meta-parameters in a file that any tool can read: an .npz of plain arrays, one per leaf, named by its path."""
 
 import io
 import zipfile
@@ -19,7 +19,7 @@ def _named(meta_params: Any) -> dict[str, Any]:
 
 
 def save(path: Path, meta_params: Any) -> None:
-    """Writes meta-parameters; no pickle is needed to read them."""
+    """Writes meta-parameters; reading them needs no pickle."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **{name: np.asarray(leaf) for name, leaf in _named(meta_params).items()})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,8 +34,8 @@ def load(path: Path, like: Any) -> Any:
       like: meta-parameters of the same structure, shapes and dtypes, or their shapes.
 
     Raises:
-      ValueError: the file is none of these, or holds others.
-      FileNotFoundError: there is none.
+      ValueError: the file is not of this kind, or holds other meta-parameters.
+      FileNotFoundError: there is no such file.
     """
     expected = _named(like)
     try:
@@ -45,7 +45,7 @@ def load(path: Path, like: Any) -> Any:
             found = {name: archive[name] for name in expected}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: expected a file of meta-parameters, and there is none") from error
-    # What is no archive at all is an error about pickles, which says nothing here.
+    # NumPy reports a file that is no archive as an error about pickles, which says nothing here.
     except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path}: expected meta-parameters {', '.join(expected)} in an .npz without pickles, got {error}"

@@ -34,15 +34,16 @@ class ImageConfig(setting.DataConfig):
     """Tasks of one image dataset."""
 
     dataset: str = "digits"
-    """digits, which come with scikit-learn; or mnist, omniglot, cifar_fs, fc100, mini_imagenet, prepared beforehand; or
-    a folder laid out as split/class/image.jpg, with the splits train and test and maybe val, which needs a size."""
+    """digits, which come with scikit-learn; mnist, omniglot, cifar_fs, fc100 or mini_imagenet, prepared beforehand; or
+    a folder laid out as split/class/image.jpg, with splits train and test and optionally val, for which size is
+    required."""
     ways: Ways = 5
     """Classes per task."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepsConfig(trainings.StepsConfig):
-    """Meta-training by Adam, its learning rate falling to 0 along a cosine."""
+    """Meta-training by Adam, with a learning rate that falls to 0 along a cosine."""
 
     save_every: Count = 25
     """Steps between two checkpoints, a multiple of 25."""
@@ -50,7 +51,7 @@ class StepsConfig(trainings.StepsConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Meta-train a learner on few-shot tasks, some damaged on purpose; the folder is what the other commands take."""
+    """Meta-train a learner on few-shot tasks, some damaged on purpose; the other commands read its folder."""
 
     data: ImageConfig = dataclasses.field(default_factory=ImageConfig)
     """Tasks."""
@@ -63,16 +64,16 @@ class TrainConfig:
     float64: bool = True
     """Compute in float64."""
     seed: Size = 0
-    """Of the tasks, the damage and the initial parameters."""
+    """Seed of the tasks, the damage and the initial parameters."""
     out: OutFolder = Path("train-output")
-    """Folder to write."""
+    """Folder to write to."""
 
 
 def read(folder: Path) -> TrainConfig:
     """The configuration of a folder that `train` wrote.
 
     Raises:
-      FileNotFoundError: it wrote none there.
+      FileNotFoundError: there is no such folder.
       ConfigError: the file makes no sense.
     """
     path = folder / CONFIG
@@ -81,7 +82,7 @@ def read(folder: Path) -> TrainConfig:
     arguments = as_arguments(load_toml(path), TrainConfig, path)
     found = dataclasses.replace(tyro.cli(TrainConfig, prog=str(path), args=arguments), out=folder)
     try:
-        # It was written before, and is only read.
+        # The file was written before and is only read now.
         check_ranges(found, places=False)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -89,7 +90,7 @@ def read(folder: Path) -> TrainConfig:
 
 
 def settled(config: TrainConfig) -> TrainConfig:
-    """The configuration with a dataset's folder named in full, so that the run can be read from anywhere."""
+    """The configuration with the full path of a dataset's folder, so that the run can be read from anywhere."""
     if not datasets.is_folder(config.data.dataset):
         return config
     whole = str(Path(config.data.dataset).resolve())
@@ -97,17 +98,17 @@ def settled(config: TrainConfig) -> TrainConfig:
 
 
 def lists(config: TrainConfig) -> Lists:
-    """Samples the tasks, and damages some of those that are trained on."""
+    """Samples the tasks, and damages some of the training tasks."""
     return setting.image_lists(config.data, config.harm, config.seed)
 
 
 def run_of(config: TrainConfig, problem: mi.Bilevel) -> Any:
-    """The training as what `metainfluence.trajectory` differentiates."""
+    """The training in the form that `metainfluence.trajectory` differentiates."""
     return trainings.run_of(config.training, problem, config.seed)
 
 
 def kept_steps(num_steps: int) -> list[int]:
-    """After which steps the states are kept, for segments: ends of blocks, as even as these allow."""
+    """The steps after which the states are kept, for segments: ends of blocks, spaced as evenly as these allow."""
     ends = list(itertools.accumulate([BLOCK] * (num_steps // BLOCK) + [num_steps % BLOCK] * (num_steps % BLOCK > 0)))
     count = min(MOST_STATES, len(ends))
     return sorted({ends[-(-len(ends) * k // count) - 1] for k in range(1, count + 1)})
@@ -119,7 +120,7 @@ def state_path(folder: Path, step: int) -> Path:
 
 
 def checkpoints_of(folder: Path, config: TrainConfig, initial: Any) -> tuple[mi.Checkpoint, ...] | None:
-    """The run's checkpoints, for `metainfluence.segments`; None where they are not there.
+    """The run's checkpoints, for `metainfluence.segments`; None if any is missing.
 
     Raises:
       ValueError: files that make no sense.
@@ -141,14 +142,14 @@ def checkpoints_of(folder: Path, config: TrainConfig, initial: Any) -> tuple[mi.
 
 
 def learner(config: TrainConfig, listed: Lists) -> tuple[Learner, Any]:
-    """The learner and the meta-parameters that it starts from."""
+    """The learner and its initial meta-parameters."""
     first = fewshot.materialize(fewshot.take(listed.training, 0), listed.dataset.images)
     made = setting.make_learner(config.learner, first, config.data)
     return made, made.init(jax.random.key(config.seed), first.support.images[0])
 
 
 def job_of(folder: Path) -> Job:
-    """What the commands after `train` work on.
+    """The job that the commands after `train` work on.
 
     Raises:
       FileNotFoundError: no such folder, or training has not finished.
@@ -182,12 +183,12 @@ def job_of(folder: Path) -> Job:
 
 
 def load(run: Path | None, problem: str | None) -> Job:
-    """The job of a folder that `train` wrote, or of a user's function.
+    """The job from a folder that `train` wrote, or from a user's function.
 
     Raises:
-      ConfigError: none or both are given, or the function cannot be found.
-      TypeError: it returns something else.
-      ValueError: a source that is none, see `scoring.Source`.
+      ConfigError: neither or both are given, or the function cannot be found.
+      TypeError: the function returns something else.
+      ValueError: an invalid source, see `scoring.Source`.
     """
     if (run is None) == (problem is None):
         raise ConfigError(

@@ -11,8 +11,8 @@ def read(path: Path) -> mi.scoring.ScoreTable:
     """Reads a score file.
 
     Raises:
-      FileNotFoundError: there is none, with what writes one.
-      ValueError: it is none.
+      FileNotFoundError: it is missing.
+      ValueError: it is not a score file.
     """
     if not path.exists():
         raise FileNotFoundError(f"scores: expected a file that `metainfluence score` wrote, got none at {path}")
@@ -20,14 +20,14 @@ def read(path: Path) -> mi.scoring.ScoreTable:
 
 
 def is_about(table: mi.scoring.ScoreTable, meta_params: Any) -> bool:
-    """Whether the file is about these meta-parameters, or tells nothing of which."""
+    """Whether the file is about these meta-parameters, or does not say which it is about."""
     origin = table.metadata.get("run", {})
     told = origin.get("meta_params") if isinstance(origin, dict) else None
     return told is None or told == of_arrays(meta_params)
 
 
 def refuse_others(table: mi.scoring.ScoreTable, path: Path, meta_params: Any) -> None:
-    """Raises ValueError where the file is about other meta-parameters."""
+    """Raises ValueError if the file is about other meta-parameters."""
     if not is_about(table, meta_params):
         raise ValueError(
             f"scores: expected a file about these meta-parameters, got {path}, which is about others; name those "

@@ -1,4 +1,4 @@
-"""The command line: one subcommand per module, its options the fields of the module's configuration.
+"""The command line: one subcommand per module; its options are the fields of the module's configuration.
 
 `--config FILE` reads options from a TOML file; those on the command line come after it and override it.
 """
@@ -26,12 +26,12 @@ class Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-      about: what it does, for the list of all.
-      example: how it is called.
-      suites: suite -> (module, configuration dataclass); the module's `run` takes the configuration, and its `plan`,
-        where it has one, tells what that would take. The first suite is meant where a configuration file names none.
-      positional: the field that an argument before all options stands for; None for none.
-      resumes: whether the same command goes on where it was stopped.
+      about: what it does, for the list of subcommands.
+      example: an example call.
+      suites: suite -> (module, configuration dataclass). The module's `run` takes the configuration; its `plan`, if
+        there is one, tells what the run would cost. A configuration file that names no suite means the first one.
+      positional: the field that an argument before all options sets; None for none.
+      resumes: whether the same command continues where it was stopped.
     """
 
     about: str
@@ -45,7 +45,7 @@ def _own(name: str) -> dict[str, tuple[str, str]]:
     return {name: (f"metainfluence.lab.commands.{name}", f"{name.capitalize()}Config")}
 
 
-# In the order in which one would come to need them.
+# In the order in which a user needs them.
 COMMANDS = {
     "demo": Command(
         "the whole job on 200 real few-shot tasks, 40 of them harmful, in about a minute",
@@ -154,13 +154,13 @@ def split_config(args: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 @lenient()
 def entry(args: Sequence[str] | None = None) -> None:
-    """The command line as a process: `main`, with an error in one line, and with streams that nothing can break.
+    """The command line as a process: `main`, with one-line errors and standard streams that cannot fail.
 
     Args:
       args: as `main`.
 
     Raises:
-      SystemExit: as `main`; 1 for what failed, 130 for Ctrl-C.
+      SystemExit: as `main`; 1 for failures, 130 for Ctrl-C.
       ModuleNotFoundError: as `main`.
     """
     args = list(sys.argv[1:] if args is None else args)
@@ -179,7 +179,7 @@ def entry(args: Sequence[str] | None = None) -> None:
         _complain(stopped(args))
         raise SystemExit(130) from None
     except Exception as error:
-        # Which of the lab's packages is missing is for `metainfluence.__main__` to say.
+        # `metainfluence.__main__` reports which of the lab's packages is missing.
         missing = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in LAB_MODULES
         if traceback or missing:
             raise
@@ -190,7 +190,7 @@ def entry(args: Sequence[str] | None = None) -> None:
 
 
 def stopped(args: Sequence[str]) -> str:
-    """What to say after Ctrl-C."""
+    """The message after Ctrl-C."""
     if not args or args[0] not in COMMANDS or not COMMANDS[args[0]].resumes:
         return "metainfluence: stopped"
     again = [arg for arg in args if arg != "--no-resume"]
@@ -201,11 +201,11 @@ def main(args: Sequence[str] | None = None) -> None:
     """Parse the arguments and run the subcommand.
 
     Args:
-      args: the arguments; None takes the process's.
+      args: the arguments; None for the process's.
 
     Raises:
-      SystemExit: as command lines do: 0 after --help, 2 for arguments that make no sense.
-      ModuleNotFoundError: a package of the extra `lab` is missing; `metainfluence.__main__` words that for the user.
+      SystemExit: 0 after --help, 2 for arguments that make no sense.
+      ModuleNotFoundError: a package of the extra `lab` is missing; `metainfluence.__main__` explains that to the user.
     """
     args = list(sys.argv[1:] if args is None else args)
     name = args[0] if args else None
@@ -219,7 +219,7 @@ def main(args: Sequence[str] | None = None) -> None:
             near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
             _complain(f"metainfluence: expected one of {', '.join(COMMANDS)}; got {name!r}; nearest is {near!r}")
         raise SystemExit(2)
-    # Only the subcommand that is meant is imported, since each brings its own dependencies.
+    # Only the requested subcommand is imported, since each brings its own dependencies.
     if name == "reproduce":
         importlib.import_module("metainfluence.lab.commands.reproduce").main(args[1:])
         return
@@ -264,7 +264,7 @@ def parse(name: str, args: Sequence[str]) -> tuple[Any, Any]:
 
 
 def show(module: Any, config: Any) -> None:
-    """Prints a configuration, and what its run would take where that is known."""
+    """Prints a configuration, and what its run would cost if that is known."""
     sys.stdout.write(as_toml(config))
     plan = getattr(module, "plan", None)
     if plan is not None:
@@ -272,7 +272,7 @@ def show(module: Any, config: Any) -> None:
 
 
 def naming_options(command: str, message: str) -> str:
-    """An error about an argument of the library, "tasks_per_step: expected …", about the option that sets it."""
+    """Rewords an error about a library argument, "tasks_per_step: expected …", to name the option that sets it."""
     argument, colon, told = message.partition(": ")
     suites = COMMANDS[command].suites if command in COMMANDS else {}
     if not colon or len(suites) != 1:
@@ -284,7 +284,7 @@ def naming_options(command: str, message: str) -> str:
 
 
 def _worded(name: str, text: str) -> str:
-    # Here, since with it comes JAX.
+    # Imported here because it imports JAX.
     printing = importlib.import_module("metainfluence.lab.show.printing")
     worded: str = printing.in_options_of(name, text)
     return worded
@@ -299,7 +299,7 @@ def _warn(
     *where: Any,
     **more: Any,
 ) -> None:
-    """Shows a warning of the library once, on its own line and in options of the command; others as Python does."""
+    """Shows a warning of the library once, on one line and in the command's options; others as Python does."""
     if category.__module__.partition(".")[0] != "metainfluence":
         otherwise(message, category, *where, **more)
     elif str(message) not in told:

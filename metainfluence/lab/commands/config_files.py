@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from metainfluence.lab.experiments import ranges
 from metainfluence.lab.experiments.named import ConfigError
 
-# Far more than any configuration takes.
+# Far larger than any configuration.
 _MOST_BYTES = 1 << 20
 
 
@@ -19,7 +19,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-      ConfigError: a file that cannot be read, is too large or is no TOML.
+      ConfigError: a file that cannot be read, is too large or is not TOML.
     """
     try:
         with path.open("rb") as file:
@@ -40,13 +40,13 @@ def read_config(path: Path, suites: Sequence[str]) -> tuple[str, dict[str, Any]]
 
     Args:
       path: the file; its key `suite` names one of the suites.
-      suites: those that there are; the first is the default.
+      suites: the known suites; the first is the default.
 
     Returns:
       The suite, and all other keys.
 
     Raises:
-      ConfigError: a file that cannot be read, is too large or is no TOML, or an unknown suite.
+      ConfigError: a file that cannot be read, is too large or is not TOML, or an unknown suite.
     """
     values = load_toml(path)
     suite = values.pop("suite", suites[0])
@@ -56,17 +56,17 @@ def read_config(path: Path, suites: Sequence[str]) -> tuple[str, dict[str, Any]]
 
 
 def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = "") -> list[str]:
-    """The command-line arguments that say the same as a configuration file.
+    """The command-line arguments that are equivalent to a configuration file.
 
     Args:
       values: the file's keys; a table is a nested configuration.
       config: the configuration dataclass.
-      path: of the file, for messages.
-      prefix: of nested keys.
+      path: the file, for messages.
+      prefix: prefix of nested keys.
 
     Raises:
-      ConfigError: a key that is no field; a table where none belongs, or no table where one does; a string that the
-        command line would take for another option.
+      ConfigError: an unknown key; a table where none belongs, or no table where one does; a string that the command
+        line would read as another option.
     """
     types = get_type_hints(config)
     names = [field.name for field in dataclasses.fields(config)]
@@ -98,7 +98,7 @@ def as_arguments(values: dict[str, Any], config: Any, path: Path, prefix: str = 
 
 
 def options_of(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names of a configuration's fields and the options that set them, those of nested configurations included."""
+    """Names of a configuration's fields and the options that set them, including those of nested configurations."""
     types = get_type_hints(config)
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(types[field.name]):
@@ -108,7 +108,7 @@ def options_of(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def check_ranges(config: Any, *, places: bool = True) -> None:
-    """Raises ConfigError, naming the option, where a number is out of its range or, of `places`, a path cannot be."""
+    """Raises ConfigError, naming the option, if a number is out of range or, with `places`, a path is unusable."""
     try:
         ranges.check(config, places=places)
     except ranges.RangeError as error:
@@ -116,7 +116,7 @@ def check_ranges(config: Any, *, places: bool = True) -> None:
 
 
 def as_toml(config: Any, prefix: str = "", leave_out: Sequence[str] = ()) -> str:
-    """A configuration as TOML; a field that is None is left out, which is how TOML says it."""
+    """A configuration as TOML; fields that are None are left out, as TOML has no null."""
     tables, lines = [], []
     for field in dataclasses.fields(config):
         if field.name in leave_out:
@@ -125,6 +125,6 @@ def as_toml(config: Any, prefix: str = "", leave_out: Sequence[str] = ()) -> str
         if dataclasses.is_dataclass(value):
             tables.append(f"\n[{prefix}{field.name}]\n{as_toml(value, f'{prefix}{field.name}.')}")
         elif value is not None:
-            # JSON's scalars and lists are TOML's, too.
+            # JSON's scalars and lists are also valid TOML.
             lines.append(f"{field.name} = {json.dumps(value, default=str, ensure_ascii=False)}\n")
     return "".join([*lines, *tables])

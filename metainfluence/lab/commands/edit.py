@@ -1,4 +1,4 @@
-"""`metainfluence edit`: the meta-parameters without some data, without retraining."""
+"""`metainfluence edit`: removes some data from the meta-parameters without retraining."""
 
 import dataclasses
 import functools
@@ -38,36 +38,37 @@ RAISED = (
 
 @dataclasses.dataclass(frozen=True)
 class EditConfig:
-    """Take harmful data out of the meta-parameters by influence and Newton steps, without retraining."""
+    """Remove harmful data from the meta-parameters by influence and Newton steps, without retraining."""
 
     scores: Path | None = None
-    """Score file of `metainfluence score`; none with --remove."""
+    """Score file written by `metainfluence score`; not with --remove."""
     run: Path | None = None
-    """Folder that `metainfluence train` wrote; none for that of the score file."""
+    """Folder that `metainfluence train` wrote; by default the one that holds the score file."""
     problem: str | None = None
     """Instead of a run: MODULE:FUNCTION, as for `metainfluence score`."""
     role: Literal["task", "support", "query"] = "task"
-    """What is removed: tasks, or examples of one side."""
+    """What to remove: tasks, or examples of the support or query side."""
     most_harmful: Count | None = None
-    """Remove that many, those of the most negative scores."""
+    """Remove this many, those with the most negative scores."""
     harm_above: Number | None = None
     """Remove all whose removal is predicted to lower the target by more than this."""
     remove: tuple[str, ...] = ()
     """Remove these: ids of tasks, or TASK:EXAMPLE."""
     num_newton_steps: Size = 0
-    """After the first-order step; each needs a Hessian that is positive definite, damping included, where it starts.
-    Here none by default, so that the change is what the scores predict; metainfluence.edit in Python takes 1."""
+    """Newton steps after the first-order step; each needs a damped Hessian that is positive definite where the step
+    starts. The default here is none, so that the change is what the scores predict; metainfluence.edit in Python takes
+    1."""
     damping: NotNegative | Literal["auto"] = "auto"
-    """Added to every eigenvalue of the total Hessian; auto, the default here, for the score file's, or, with --remove,
-    by the rule; metainfluence.edit in Python adds 0 by default."""
+    """Added to every eigenvalue of the total Hessian; auto, the default here, takes the score file's damping or, with
+    --remove, follows the rule; metainfluence.edit in Python adds 0 by default."""
     batch_size: Count | None = None
-    """Tasks at a time; none for as many as fit in memory."""
+    """Tasks at a time; by default as many as fit in memory."""
     out: OutFolder | None = None
-    """Folder for edited.npz and edited.json; none for the score file's, or the run's."""
+    """Folder for edited.npz and edited.json; by default the run's or, without a run, the score file's."""
 
 
 def located(scores: Path | None, run: Path | None, problem: str | None) -> Path | None:
-    """The folder that `train` wrote: the one named, or, of a score file that lies in one, this."""
+    """The folder that `train` wrote: the one that is named, else the folder of the score file."""
     beside = scores is not None and (scores.parent / runs.CONFIG).exists()
     return scores.parent if run is None and problem is None and beside and scores is not None else run
 
@@ -76,7 +77,7 @@ def run(config: EditConfig) -> None:
     """Edits, writes both files and prints what changed.
 
     Raises:
-      ConfigError: not one way is given to say what is to be removed.
+      ConfigError: what to remove is not specified in exactly one way.
       ValueError: scores of other meta-parameters, or of data that the source does not hold; nothing to remove.
       SolveError: a solve failed; nothing is written.
     """
@@ -100,8 +101,7 @@ def run(config: EditConfig) -> None:
     edit = Compiled(
         mi.edit(
             job.problem,
-            # Each of its few solves is at another λ, for which a preconditioner would take longer to compile than it
-            # saves.
+            # Each of its few solves is at another λ. A preconditioner would take longer to compile than it saves.
             solver=mi.solvers.block_cg(tol=tolerance(job.meta_params, job.full)),
             damping=damping,
             batch_size=config.batch_size,
@@ -144,8 +144,8 @@ def run(config: EditConfig) -> None:
     kept = jax.tree.map(lambda leaf: leaf[reached], edited.info)
     say_table(("", "", ""), facts(kept))
     say_budget(kept, edited.meta_params, OF_EDIT, own=folder is None)
-    # What F is to second order cannot leave more: each component of D_λF ends between its values with all data and
-    # without the removed.
+    # A quadratic F cannot leave more: each component of D_λF ends between its values with all data and without the
+    # removed data.
     if norms[reached] > math.hypot(with_all, unedited):
         say(RAISED)
     where = ["--problem", str(config.problem)] if folder is None else [str(folder)]
@@ -182,7 +182,7 @@ def tell(change: dict[str, Any]) -> None:
 
 
 def check(config: EditConfig) -> None:
-    """Raises ConfigError unless what is to be removed is said in one way."""
+    """Raises ConfigError unless what to remove is specified in exactly one way."""
     ways = {
         "--most-harmful": config.most_harmful is not None,
         "--harm-above": config.harm_above is not None,
@@ -200,10 +200,10 @@ def check(config: EditConfig) -> None:
 
 
 def harmful(config: EditConfig, job: Job, table: mi.scoring.ScoreTable) -> tuple[list[Place], float]:
-    """What the scores say is to be removed, and the change of the target that they predict.
+    """The data to remove according to the scores, and the change of the target that the scores predict.
 
     Raises:
-      ValueError: scores of other meta-parameters, or fewer rows than are to be removed.
+      ValueError: scores of other meta-parameters, or too few rows.
     """
     assert config.scores is not None
     tables.refuse_others(table, config.scores, job.meta_params)
@@ -221,7 +221,7 @@ def harmful(config: EditConfig, job: Job, table: mi.scoring.ScoreTable) -> tuple
 
 
 def labels(job: Job, chosen: Sequence[Place]) -> list[str]:
-    """The ids of what is removed."""
+    """The ids of the removed data."""
     ids = ids_of(job.source)
     found = []
     for place in chosen:
@@ -233,7 +233,7 @@ def labels(job: Job, chosen: Sequence[Place]) -> list[str]:
 
 
 def plan(config: EditConfig) -> mi.Plan:
-    """What this will take: each step is a solve."""
+    """What this will cost: each step is a solve."""
     check(config)
     job = runs.load(located(config.scores, config.run, config.problem), config.problem)
     return mi.preflight(job.problem, batch_size=config.batch_size)(job.meta_params, job.source)

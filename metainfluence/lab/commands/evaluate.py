@@ -37,14 +37,14 @@ class EvaluateConfig:
     problem: str | None = None
     """Instead of a run: MODULE:FUNCTION, as for `metainfluence score`; it returns `test`, and may return `metric`."""
     edited: Path | None = None
-    """Edited meta-parameters; none for edited.npz in the run's folder, or, for a problem, here."""
+    """Edited meta-parameters; by default edited.npz in the run's folder or, with --problem, in the current folder."""
     scores: Path | None = None
-    """Score file of the same meta-parameters; none for scores.parquet beside the edited ones, or else in the run's
-    folder, if it is there."""
+    """Score file of the same meta-parameters; by default scores.parquet next to the edited ones or else in the run's
+    folder, if it exists."""
     batch_size: Count = 50
     """Test tasks at a time."""
     out: OutFile | None = None
-    """File to write; none for evaluation.json beside the edited meta-parameters."""
+    """File to write; by default evaluation.json next to the edited meta-parameters."""
 
 
 def run(config: EvaluateConfig) -> None:
@@ -53,7 +53,7 @@ def run(config: EvaluateConfig) -> None:
     Raises:
       ConfigError: a problem without test tasks.
       FileNotFoundError: there are no edited meta-parameters.
-      ValueError: they were edited from others than the run's or the problem's.
+      ValueError: they were not edited from the run's or the problem's.
     """
     home = config.run or Path()
     path = config.edited or home / EDITED
@@ -93,11 +93,11 @@ def run(config: EvaluateConfig) -> None:
 
 
 def scores_of(config: EvaluateConfig, edited: Path, job: Job) -> mi.scoring.ScoreTable | None:
-    """The score file that is named, or that lies where one is expected; None for none about these meta-parameters.
+    """The score file that is named, or the one in the expected place; None if none is about these meta-parameters.
 
     Raises:
-      FileNotFoundError: the one that is named is not there.
-      ValueError: the one that is named is about other meta-parameters.
+      FileNotFoundError: the named file does not exist.
+      ValueError: the named file is about other meta-parameters.
     """
     places = [edited.parent, *([] if config.run is None else [config.run])]
     path = config.scores or next((each / SCORES for each in places if (each / SCORES).exists()), None)
@@ -114,7 +114,7 @@ def scores_of(config: EvaluateConfig, edited: Path, job: Job) -> mi.scoring.Scor
 
 
 def refuse_others(edited: Path, job: Job) -> None:
-    """Raises ValueError where the file beside edited meta-parameters says that they were edited from others."""
+    """Raises ValueError if the file next to edited meta-parameters says that they were edited from others."""
     path = edited.with_name(CHANGE)
     try:
         told = json.loads(path.read_bytes())["meta_params"] if path.exists() else None
@@ -128,7 +128,7 @@ def refuse_others(edited: Path, job: Job) -> None:
 
 
 def per_task(job: Job, points: Sequence[Any], batch_size: int) -> np.ndarray:
-    """The metric of each test task at each of some meta-parameters, [points, n]."""
+    """The metric of each test task at each of several meta-parameters, [points, n]."""
     metric = jax.vmap(mi.task_loss(job.problem), (None, 0)) if job.metric is None else job.metric
     compiled = Compiled(metric)
     assert job.test is not None
@@ -148,7 +148,7 @@ def per_task(job: Job, points: Sequence[Any], batch_size: int) -> np.ndarray:
 
 
 def batches(tasks: Any, batch_size: int) -> Iterator[tuple[np.ndarray, mi.Task]]:
-    """Stacked tasks of one size, and their positions; the last overlap those before, so that one program does all."""
+    """Batches of one size, and their positions; the last may overlap the one before, so one program does all."""
     size = min(batch_size, len(tasks))
     for start in range(0, len(tasks), size):
         rows = np.arange(size) + min(start, len(tasks) - size)
@@ -156,7 +156,7 @@ def batches(tasks: Any, batch_size: int) -> Iterator[tuple[np.ndarray, mi.Task]]
 
 
 def detection(table: mi.scoring.ScoreTable) -> dict[str, dict[str, Any]]:
-    """How well scores find what a file's own columns `harm` and `label_flipped` call damaged, where they do."""
+    """How well scores find the data that a file's columns `harm` and `label_flipped` call damaged, if it has any."""
     found = {}
     for role, column in (("task", "harm"), ("support", "label_flipped"), ("query", "label_flipped")):
         if column not in table.labels:
@@ -180,6 +180,6 @@ def detection(table: mi.scoring.ScoreTable) -> dict[str, dict[str, Any]]:
 
 
 def plan(config: EvaluateConfig) -> mi.Plan:
-    """What a score of the same takes, which an evaluation stays far below."""
+    """What scoring the same would cost; an evaluation stays far below that."""
     job = runs.load(config.run, config.problem)
     return mi.preflight(job.problem)(job.meta_params, job.source)

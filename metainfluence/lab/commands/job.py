@@ -1,4 +1,4 @@
-"""What the commands after `train` work on, and how a user's function gives it."""
+"""What the commands after `train` work on, and how a user's function supplies it."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from metainfluence.lab.experiments.named import named_function
 from metainfluence.lab.show.printing import say
 from metainfluence.scoring import Source
 
-# Tasks of the default target where a problem names none.
+# Tasks of the default target if a problem names none.
 MOST_AIMED = 100
 
 
@@ -24,20 +24,21 @@ class Job(NamedTuple):
       problem: as made by `metainfluence.bilevel` or `metainfluence.from_task_loss`.
       meta_params: λ, trained.
       source: the training tasks: a list of `metainfluence.Task`, or any `scoring.Source`.
-      target_args: what the target takes after λ: for `query_loss`, stacked held-out tasks, in whose place the training
-        tasks are taken where none are given.
+      target_args: the target's arguments after λ: for `query_loss`, stacked held-out tasks. If none are given, the
+        training tasks take their place.
       target: φ: (meta_params, *target_args) -> scalar; None for `query_loss(problem)`.
-      test: tasks like those of the source, which neither training nor the target has seen, for `evaluate`.
+      test: tasks of the same kind as the source's, which neither training nor the target has seen, for `evaluate`.
       metric: (meta_params, stacked tasks) -> one number per task, which `evaluate` compares; None for the query loss.
-      metric_name: of that number.
-      images: (a task's support or query) -> [n, H, W] or [n, H, W, 3] from 0 to 1, for the report; None without any.
+      metric_name: name of that number.
+      images: (a task's support or query) -> [n, H, W] or [n, H, W, 3] from 0 to 1, for the report; None if there are
+        none.
       run: the training, made by `metainfluence.training` or `training_loop`, for scores by its trajectory.
-      start: what it starts from.
-      checkpoints: of the training, as made by `metainfluence.checkpoints`, for scores by segments.
-      text: (a task's support or query) -> a string for each example, for the report of data that are no images; None
-        for the numbers of short leaves, or the examples' ids.
-      full: the same problem in full precision, where `problem` computes in half: `score` then compares a few tasks
-        first, see `metainfluence.mixed`, and takes the target of this one. None where there is nothing to compare.
+      start: the state that the run starts from.
+      checkpoints: of the training, made by `metainfluence.checkpoints`, for scores by segments.
+      text: (a task's support or query) -> a string for each example, for the report on data other than images; None
+        shows the numbers of short leaves, or the examples' ids.
+      full: the same problem in full precision, if `problem` computes in half precision. `score` then first compares a
+        few tasks, see `metainfluence.mixed`, and takes its target from here. None if there is nothing to compare.
     """
 
     problem: mi.Bilevel
@@ -56,7 +57,7 @@ class Job(NamedTuple):
     full: mi.Bilevel | None = None
 
     def stacked(self) -> mi.Task:
-        """All training tasks; half-precision data in float32, as `scoring.score` takes them."""
+        """All training tasks; half-precision data as float32, as `scoring.score` takes them."""
         return mi.stack_tasks([widened(self.source[k]) for k in range(len(self.source))])
 
     def phi(self) -> Callable[..., Any]:
@@ -67,9 +68,9 @@ class Job(NamedTuple):
 
 
 def aimed(job: Job) -> Job:
-    """The job with tasks for the default target: where none are given, the training tasks, evenly spread ones of many.
+    """The job with tasks for the default target: if none are given, the training tasks, evenly thinned if many.
 
-    With a line that says so, since λ was trained to make just this loss small.
+    It prints a line that says so, since λ was trained to make exactly this loss small.
     """
     if job.target is not None or job.target_args:
         return job
@@ -81,9 +82,9 @@ def aimed(job: Job) -> Job:
 
 
 def tolerance(meta_params: Any, full: mi.Bilevel | None = None) -> float:
-    """Relative residual to ask for: what rounding can be trusted to reach at these meta-parameters' precision.
+    """Relative residual to ask for: one that rounding reliably allows at these meta-parameters' precision.
 
-    Products of rounded numbers, where there is a problem without them, leave some hundredths.
+    Half-precision products, which a `full` problem implies, leave a few hundredths.
     """
     if full is not None:
         return 2e-2
@@ -96,18 +97,18 @@ def of_function(name: str) -> Job:
 
     Raises:
       ConfigError: there is no such module or function.
-      TypeError: it returns something else than a `Job` or a dict of its fields.
+      TypeError: it does not return a `Job` or a dict of its fields.
     """
     return checked(named_function(name, "--problem")(), name)
 
 
 def checked(returned: Any, name: str) -> Job:
-    """What a user's function returned, as a job.
+    """Converts what a user's function returned into a job.
 
-    Meta-parameters and the target's arguments of half precision are taken to float32.
+    Half-precision meta-parameters and target arguments are converted to float32.
 
     Raises:
-      TypeError: it is something else, or a part of it is; meta-parameters that are no arrays.
+      TypeError: it, or a part of it, has the wrong type; meta-parameters that are not arrays.
     """
     if isinstance(returned, Mapping):
         required = {field for field in Job._fields if field not in Job._field_defaults}
@@ -148,7 +149,7 @@ def check_arrays(tree: Any, name: str) -> None:
 
 
 def widened(tree: Any) -> Any:
-    """Arrays of half precision as float32, which is what is computed in; all other leaves as they are."""
+    """Half-precision arrays as float32, in which everything is computed; all other leaves unchanged."""
 
     def wide(leaf: Any) -> Any:
         dtype = getattr(leaf, "dtype", None)

@@ -1,4 +1,4 @@
-"""`metainfluence report`: a score file as one page that any browser shows."""
+"""`metainfluence report`: shows a score file as one page for any browser."""
 
 import dataclasses
 import json
@@ -27,17 +27,17 @@ class ReportConfig:
     """Write scores, the worst and the best tasks with their examples, and diagnostics as one HTML page."""
 
     scores: Path | None = None
-    """Score file of `metainfluence score`."""
+    """Score file written by `metainfluence score`."""
     run: Path | None = None
-    """Folder that `metainfluence train` wrote, for the examples; none for that of the score file."""
+    """Folder that `metainfluence train` wrote, for the examples; by default the one that holds the score file."""
     problem: str | None = None
     """Instead of a run: MODULE:FUNCTION, as for `metainfluence score`; it may return `images` or `text`."""
     most: Annotated[int, Range(2)] = 24
     """Tasks shown with their examples: half of them the most harmful, half the most helpful."""
     pictures: bool = True
-    """Show the examples, as pictures or text; else their ids."""
+    """Show the examples, as pictures or text; otherwise their ids."""
     out: OutFile | None = None
-    """Page to write; none for the score file's name with .html."""
+    """Page to write; by default the score file's name with .html."""
 
 
 def run(config: ReportConfig) -> None:
@@ -45,8 +45,8 @@ def run(config: ReportConfig) -> None:
 
     Raises:
       ConfigError: no score file is named.
-      ValueError: it is none.
-      FileNotFoundError: it is not there.
+      ValueError: it is not a score file.
+      FileNotFoundError: it does not exist.
     """
     if config.scores is None:
         raise ConfigError("expected a score file: metainfluence report scores.parquet")
@@ -71,10 +71,10 @@ def run(config: ReportConfig) -> None:
 
 
 def measured(folder: Path, table: mi.scoring.ScoreTable) -> Measured | None:
-    """What `edit` and `evaluate` measured without the worst of a role; None where they did not, or of other scores.
+    """What `edit` and `evaluate` measured without the worst of a role; None if they did not, or for other scores.
 
     Raises:
-      ValueError: a file of theirs that is none.
+      ValueError: one of their files is invalid.
     """
     change = _read(folder / CHANGE)
     run: Any = table.metadata.get("run")

@@ -1,4 +1,4 @@
-"""Experiments from TOML files, one by one or all of them, and the report on what they found."""
+"""Runs experiments from TOML files, one at a time or all of them, and reports what they found."""
 
 import argparse
 import difflib
@@ -27,7 +27,7 @@ from metainfluence.lab.experiments.named import ConfigError
 from metainfluence.lab.experiments.ranges import Place
 from metainfluence.lab.show.printing import say
 
-# experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` of the configuration.
+# experiment -> (module, configuration dataclass); the module's `run` makes a `results.Result` from the configuration.
 EXPERIMENTS = {
     name: (f"metainfluence.lab.experiments.{name}", f"{name.capitalize()}Config")
     for name in ("removal", "agreement", "estimators", "depth", "conditioning", "speed", "editing", "leaving")
@@ -35,27 +35,28 @@ EXPERIMENTS = {
 SIZES = ("small", "full")
 PARTS = ("experiment", "common", *SIZES)
 REPORT = "README.md"
-# Under a budget: the paper's tables, then the banks of outcomes that scores are judged by, then the rest by name.
+# With a budget, the paper's tables come first, then the banks of outcomes, then the rest by name.
 FIRST = (
     "table_omniglot", "table_mini_imagenet", "agreement_runs_maml", "agreement_runs_imaml", "agreement_runs_anil",
     "agreement_runs_head",
 )  # fmt: skip
 CUT = 75
-"""Exit status of a run whose time was up; sysexits.h names it EX_TEMPFAIL, try again."""
+"""Exit status of a run whose time was up; sysexits.h calls it EX_TEMPFAIL, try again."""
 
 
 def read(path: Path, size: str) -> tuple[str, dict[str, Any]]:
     """Reads an experiment's file.
 
     Args:
-      path: TOML with the keys `experiment`, and the tables `common`, `small` and `full`.
-      size: "small" or "full", whose table is laid over `common`.
+      path: TOML with the key `experiment` and the tables `common`, `small` and `full`.
+      size: "small" or "full"; its table overrides `common`.
 
     Returns:
       The experiment's name, and the fields of its configuration.
 
     Raises:
-      ConfigError: a file that cannot be read or is no TOML, an unknown experiment or key, or a size that it lacks.
+      ConfigError: a file that cannot be read or is not TOML, an unknown experiment or key, or a size that the file
+        lacks.
     """
     values = load_toml(path)
     name = values.get("experiment")
@@ -76,7 +77,7 @@ def read(path: Path, size: str) -> tuple[str, dict[str, Any]]:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """One table laid over another, down to single fields."""
+    """One table overridden by another, down to single fields."""
     both = {**base, **over}
     for key in base.keys() & over.keys():
         if isinstance(base[key], dict) and isinstance(over[key], dict):
@@ -88,7 +89,7 @@ def configured(path: Path, size: str, overrides: Sequence[str]) -> tuple[Any, An
     """The function that runs an experiment, and its configuration.
 
     Raises:
-      ConfigError: as `read`; a field that there is not, or a number out of its range.
+      ConfigError: as `read`; an unknown field, or a number out of its range.
       SystemExit: options that make no sense.
     """
     name, values = read(path, size)
@@ -102,7 +103,7 @@ def configured(path: Path, size: str, overrides: Sequence[str]) -> tuple[Any, An
 
 
 def compile_quickly() -> None:
-    """XLA's newer CPU emitters make compiling three times as slow, and these experiments compile more than they run."""
+    """Turns off XLA's newer CPU emitters: they compile three times as slowly, and compiling dominates experiments."""
     if version("jaxlib").startswith(("0.8", "0.9", "0.10")) and "xla_cpu_use_fusion_emitters" not in os.environ.get(
         "XLA_FLAGS", ""
     ):
@@ -110,13 +111,13 @@ def compile_quickly() -> None:
 
 
 def check_out(out: Path) -> None:
-    """Raises ConfigError where no results can be written to a folder."""
+    """Raises ConfigError if results cannot be written to a folder."""
     if told := Place(folder=True).problem(out):
         raise ConfigError(f"--out: {told}")
 
 
 def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
-    """Runs one experiment unless its results are there already.
+    """Runs one experiment, unless its results already exist.
 
     Returns:
       The folder with its results.
@@ -133,7 +134,7 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
         return folder
     compile_quickly()
     keeps = "cache" in inspect.signature(run).parameters
-    # What is finished in parts is kept as it comes, so that a run that was cut goes on where it was.
+    # Finished parts are kept at once, so that an interrupted run continues where it stopped.
     made = missing(folder)
     more = {"cache": results.claim(folder, config, code)} if keeps else {}
     say(f"{path.stem}, {size}: {config.title}")
@@ -152,7 +153,7 @@ def run_one(path: Path, size: str, out: Path, overrides: Sequence[str]) -> Path:
 
 
 def show(path: Path, size: str, out: Path, overrides: Sequence[str]) -> None:
-    """Prints what `run_one` would run, and whether it is there already.
+    """Prints what `run_one` would run, and whether its results already exist.
 
     Raises:
       ConfigError: as `configured`.
@@ -166,17 +167,17 @@ def show(path: Path, size: str, out: Path, overrides: Sequence[str]) -> None:
 
 
 def run_all(folder: Path, size: str, out: Path, budget: float | None = None) -> int:
-    """Runs every experiment of a folder, each in a process of its own, and writes the report.
+    """Runs every experiment of a folder, each in its own process, and writes the report.
 
     Args:
-      folder: with the TOML files.
+      folder: folder of the TOML files.
       size: "small" or "full".
       out: folder for the results.
-      budget: seconds, after which the one that runs is stopped, keeping its finished parts, and no other begins; those
-        of FIRST come first then. None for all the time that it takes.
+      budget: seconds after which the current experiment is stopped, keeping its finished parts, and no other begins;
+        those in FIRST then come first. None for no limit.
 
     Returns:
-      The exit status: 0; 1 where an experiment failed, whose message is on standard error; CUT where the time was up.
+      The exit status: 0; 1 if an experiment failed, with its message on standard error; CUT if the time was up.
     """
     check_out(out)
     started, failed, left = time.monotonic(), 0, []
@@ -203,7 +204,7 @@ def run_all(folder: Path, size: str, out: Path, budget: float | None = None) -> 
 
 
 def experiment_files(folder: Path, size: str) -> list[Path]:
-    """The TOML files in a folder that name an experiment, but for those of another size only."""
+    """The TOML files in a folder that name an experiment, except those of another size only."""
     named = re.compile(r"^experiment\s*=", re.MULTILINE)
     found = []
     for path in sorted(folder.glob("*.toml")):
@@ -215,7 +216,7 @@ def experiment_files(folder: Path, size: str) -> list[Path]:
 
 
 def report(paths: Sequence[Path], size: str, out: Path) -> None:
-    """Writes one page of all results that are there, with what was promised of them first."""
+    """Writes one page with all existing results, starting with what was promised of them."""
     sections, missing, older = [], [], []
     for path in paths:
         folder = out / path.stem / size
@@ -257,8 +258,8 @@ def main(args: Sequence[str]) -> None:
     """Parses the arguments of `metainfluence reproduce`.
 
     Raises:
-      SystemExit: 0 after --help, 1 where an experiment of --all failed, 2 for arguments or files that make no sense,
-        CUT where the time of --budget was up.
+      SystemExit: 0 after --help, 1 if an experiment of --all failed, 2 for arguments or files that make no sense, CUT
+        if the time of --budget was up.
     """
     parser = argparse.ArgumentParser(
         prog="metainfluence reproduce",

@@ -1,4 +1,4 @@
-"""`metainfluence score`: scores all tasks and examples, and goes on where it was when it is called again."""
+"""`metainfluence score`: scores all tasks and examples; called again, it continues where it stopped."""
 
 import dataclasses
 import shlex
@@ -26,46 +26,47 @@ MOST_SHOWN = 10
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """Predict what the target becomes without each task and each example: by one solve or one sweep, resumable."""
+    """Predict the target without each task and each example, by one solve or one sweep; resumable."""
 
     run: Path | None = None
     """Folder that `metainfluence train` wrote."""
     problem: str | None = None
-    """Instead of a run: MODULE:FUNCTION of your own, which returns a dict with problem, meta_params, source,
-    target_args, and, where there are, target, test, metric, metric_name, images."""
+    """Instead of a run: your own MODULE:FUNCTION, which returns a dict with problem, meta_params, source, target_args
+    and optionally target, test, metric, metric_name, images."""
     out: OutFile | None = None
-    """Score file; none for scores.parquet in the run's folder, or, for a problem, here."""
+    """Score file; by default scores.parquet in the run's folder or, with --problem, in the current folder."""
     by: Literal["auto", "trajectory", "segments", "optimum"] = "auto"
-    """Which estimator: the derivative of the training run, its checkpoints, or the optimum's; auto for the rule of
-    metainfluence.choose, which says which one it takes and why. The options from solver to on_error are of optimum."""
+    """Which estimator: the derivative of the training run, its checkpoints, or the optimum; auto follows the rule of
+    metainfluence.choose, and says which one it takes and why. The options from solver to on_error apply to optimum
+    only."""
     smoothness: bool = True
-    """Let the rule train eight times more, to measure whether the run's derivative tells what removals do."""
+    """Let the rule train eight more times, to measure whether the run's derivative predicts removals."""
     solver: Literal["cg", "minres", "auto"] = "cg"
-    """minres for a total Hessian that the damping leaves indefinite; auto for the default of the functions in Python,
-    which up to 200 meta-parameters diagonalises the matrix, and where H is indefinite goes on with |H|."""
+    """minres is for a total Hessian that the damping leaves indefinite. auto is the default of the Python functions: it
+    diagonalises the matrix up to 200 meta-parameters, and continues with |H| if H is indefinite."""
     tol: Positive | None = None
-    """Relative residual to reach; none for 1e-6, or, in float32, whose rounding leaves about 1e-5, 1e-4; in half
-    precision 2e-2."""
+    """Relative residual to reach; by default 1e-6 in float64, 1e-4 in float32 (rounding leaves about 1e-5), and 2e-2 in
+    half precision."""
     max_steps: Count | None = None
-    """Of cg or minres; none for their own."""
+    """Steps of cg or minres; by default their own limit."""
     curvature: Literal["exact", "linearized", "gamma", "gauss_newton", "direct"] = "exact"
-    """Which second-order operator."""
+    """Which second-order operator to use."""
     damping: NotNegative | Literal["auto"] = "auto"
-    """Added to every eigenvalue of the total Hessian; auto for the rule of metainfluence.damping.auto."""
+    """Added to every eigenvalue of the total Hessian; auto follows the rule of metainfluence.damping.auto."""
     batch_size: Count | None = None
-    """Tasks at a time; none for as many as fit in memory."""
+    """Tasks at a time; by default as many as fit in memory."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a task that cannot be read."""
     resume: bool = True
-    """Go on with what an earlier call left; else start anew."""
+    """Continue from what an earlier call left; otherwise start again."""
 
 
 def run(config: ScoreConfig) -> None:
     """Scores, writes the file and prints the most harmful tasks.
 
     Raises:
-      SolveError: the solve failed; the file is there and says so.
-      PrecisionError: half precision turns the scores of a few tasks into another ranking.
+      SolveError: the solve failed; the file is written and says so.
+      PrecisionError: half precision changes the ranking of a few tasks' scores.
     """
     job = aimed(runs.load(config.run, config.problem))
     target = job.phi()
@@ -103,10 +104,10 @@ def run(config: ScoreConfig) -> None:
 
 
 def probe(config: ScoreConfig, job: Job, target: Any) -> None:
-    """Compares scores of a few tasks with those in full precision, where the job computes in half.
+    """If the job computes in half precision, compares scores of a few tasks with those in full precision.
 
     Raises:
-      PrecisionError: they are another ranking.
+      PrecisionError: the ranking changes.
     """
     if job.full is None:
         return
@@ -119,7 +120,7 @@ def probe(config: ScoreConfig, job: Job, target: Any) -> None:
 
 
 def refuse_others(out: Path, choice: estimators.Choice) -> None:
-    """Raises ValueError where the file that is there is by another estimator."""
+    """Raises ValueError if the existing file is by another estimator."""
     by = written_by(out).name
     if by != choice.name:
         raise ValueError(
@@ -129,14 +130,14 @@ def refuse_others(out: Path, choice: estimators.Choice) -> None:
 
 
 def written_by(out: Path) -> estimators.Choice:
-    """The estimator of a score file, and why it was taken."""
+    """The estimator of a score file, and why it was chosen."""
     said = mi.read_scores(out).metadata.get("estimator")
     name, _, reason = (said if isinstance(said, str) else "optimum: as in the file that is there").partition(": ")
     return estimators.Choice(name, reason)
 
 
 def chosen(config: ScoreConfig, job: Job, out: Path) -> estimators.Choice:
-    """The estimator: the one asked for, that of the file which is there, or the rule's."""
+    """The estimator: the one that is asked for, that of an existing file, or the rule's."""
     asked = [name for name in OF_OPTIMUM if getattr(config, name) != getattr(ScoreConfig(), name)]
     option = f"--{asked[0].replace('_', '-')}" if asked else ""
     if config.by == estimators.AUTO and not option and config.resume and out.exists():
@@ -147,7 +148,7 @@ def chosen(config: ScoreConfig, job: Job, out: Path) -> estimators.Choice:
 def tell(
     scores: Any, job: Job, config: ScoreConfig, out: Path, there: bool, ids: Sequence[str], skipped: Sequence[str] = ()
 ) -> None:
-    """Prints the most harmful tasks, what the scores rest on, and what comes next.
+    """Prints the most harmful tasks, what the scores rest on, and the next step.
 
     Raises:
       SolveError: what they rest on failed.
@@ -159,7 +160,7 @@ def tell(
     for each in skipped:
         say(f"Left out: {each}")
     say_table(("", "", ""), facts(scores.info))
-    # With the scores themselves, since some of what is told is seen in them alone.
+    # The scores themselves are passed, since some errors show only in them.
     say_budget(scores, job.meta_params, OF_SCORE, own=config.run is None)
     own = ["--problem", str(config.problem)] if config.run is None else ["--run", str(config.run)]
     own = [] if config.run is not None and config.run == out.parent else own
@@ -168,7 +169,7 @@ def tell(
     try:
         check_solve(scores, OF_SCORE)
     except mi.SolveError:
-        # What comes next is the cure, which the error names.
+        # The next step is the cure, which the error names.
         say(told)
         raise
     say(f"{told}; next: {following}")
@@ -180,10 +181,10 @@ def order(scores: np.ndarray) -> np.ndarray:
 
 
 def solver(config: ScoreConfig, job: Job) -> mi.Solver:
-    """The solver that is meant.
+    """The solver that the options select.
 
     Raises:
-      ConfigError: steps for a solver that counts none.
+      ConfigError: a number of steps for a solver that takes none.
     """
     options: dict[str, Any] = {"tol": tolerance(job.meta_params, job.full) if config.tol is None else config.tol}
     if config.max_steps is not None:
@@ -196,13 +197,13 @@ def solver(config: ScoreConfig, job: Job) -> mi.Solver:
 
 
 def curvature(config: ScoreConfig) -> mi.curvature.Curvature:
-    """The curvature that is meant."""
+    """The curvature that the options select."""
     chosen: mi.curvature.Curvature = getattr(mi.curvature, config.curvature)()
     return chosen
 
 
 def origin(config: ScoreConfig, job: Job) -> dict[str, Any]:
-    """What the score file says of where it comes from, for those who read it; nothing is ever run because of it."""
+    """What the score file says about its origin, for readers; nothing is ever run because of it."""
     trained = {} if config.run is None else {"training": results.plain(runs.read(config.run))}
     given = ["--problem", config.problem or ""] if config.run is None else [str(config.run)]
     return {
@@ -215,7 +216,7 @@ def origin(config: ScoreConfig, job: Job) -> dict[str, Any]:
 
 
 def plan(config: ScoreConfig) -> mi.Plan:
-    """What this will take."""
+    """What this will cost."""
     job = runs.load(config.run, config.problem)
     return mi.preflight(job.problem, curvature=curvature(config), batch_size=config.batch_size)(
         job.meta_params, job.source

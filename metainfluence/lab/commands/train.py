@@ -1,4 +1,4 @@
-"""`metainfluence train`: meta-trains a learner, and goes on where it was when it is called again."""
+"""`metainfluence train`: meta-trains a learner; called again, it continues where it stopped."""
 
 import logging
 import shlex
@@ -29,8 +29,8 @@ def run(config: TrainConfig) -> None:
     """Trains and writes the folder.
 
     Raises:
-      ValueError: a folder that another configuration has written, with the differences named; and as the parts.
-      TrainingError: training that ended in NaN or infinity; nothing of it is left.
+      ValueError: the folder belongs to another configuration, with the differences named; and whatever the parts raise.
+      TrainingError: training ended in NaN or infinity; nothing of it is kept.
     """
     jax.config.update("jax_enable_x64", config.float64)
     config = runs.settled(config)
@@ -61,10 +61,10 @@ def run(config: TrainConfig) -> None:
         checkpoints=folder / CHECKPOINTS,
         save_every=steps.save_every,
     )
-    # Orbax warns where a checkpoint took longer to write than the next block of steps to compute.
+    # Orbax warns if writing a checkpoint takes longer than computing the next block of steps.
     logging.getLogger("absl").setLevel(logging.ERROR)
     tasks = fewshot.materialize(listed.training, listed.dataset.images)
-    # What can be refused is refused before anything is written, since a folder with a configuration is taken.
+    # Everything that can be refused is refused before anything is written, since a configuration claims its folder.
     one_step = training_steps(learner.problem, optimizer, 1, tasks_per_step=steps.tasks_per_step)
     jax.eval_shape(one_step, initial, optimizer.init(initial), tasks, mi.unit_weights(tasks))
     made = missing(folder)
@@ -88,7 +88,7 @@ def run(config: TrainConfig) -> None:
 
 
 def refuse_others(folder: Path, config: TrainConfig) -> None:
-    """Raises ValueError where the folder is another configuration's, or has parts of who knows what."""
+    """Raises ValueError if the folder belongs to another configuration, or has parts of unknown origin."""
     if not (folder / CONFIG).exists():
         for part in (CHECKPOINTS, runs.STATES, TRAINED):
             if (folder / part).exists():
@@ -106,15 +106,15 @@ def refuse_others(folder: Path, config: TrainConfig) -> None:
 
 
 def claim(folder: Path, config: TrainConfig) -> None:
-    """Makes the folder this configuration's, where it is not yet."""
+    """Makes the folder this configuration's, unless it already is."""
     if not (folder / CONFIG).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        # Without its own name, so that it may be moved.
+        # Without the folder's name, so that the folder may be moved.
         write_atomically(folder / CONFIG, as_toml(config, leave_out=["out"]).encode())
 
 
 def kept_anything(folder: Path) -> bool:
-    """Whether there is a step of this training from which another call would go on."""
+    """Whether there is a step of this training from which another call could continue."""
     return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
 
 
@@ -127,7 +127,7 @@ def release(folder: Path, made: Sequence[Path]) -> None:
 
 
 def plan(config: TrainConfig) -> mi.Plan:
-    """What scoring will take, once this is trained."""
+    """What scoring will cost once training is done."""
     jax.config.update("jax_enable_x64", config.float64)
     listed = runs.lists(config)
     learner, initial = runs.learner(config, listed)

@@ -1,1 +1,1 @@
-"""Labelled images and curves, few-shot tasks of them, and these as sources for scoring."""
+"""Labelled images and curves, few-shot tasks from these, and sources for scoring."""

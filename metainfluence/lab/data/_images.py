@@ -1,4 +1,4 @@
-"""Decoding of single images, from files and from bytes, so that what is no image is named and never swallowed."""
+"""Decodes single images, from files and from bytes; anything that is not an image is named, never ignored."""
 
 import io
 import os
@@ -14,7 +14,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 _MOST_16_BITS = 65535
 
-# More than any image takes whose pixels Pillow would not refuse.
+# Larger than any image file whose pixels Pillow would not refuse.
 _MOST_BYTES = 1 << 28
 
 
@@ -36,7 +36,7 @@ def image_files(root: Path) -> tuple[list[Path], list[str]]:
 
 
 def _inside(folder: Path, home: Path, *, folders: bool = True) -> list[Path]:
-    """What the folder holds, by name, after a look at each."""
+    """The contents of a folder, by name, after checking each of them."""
     entries = sorted(folder.iterdir())
     if not entries:
         raise ValueError(f"{folder}: expected {'folders' if folders else 'images'}, got an empty folder")
@@ -61,7 +61,7 @@ def decode_file(path: str | os.PathLike[str], *, size: int, mode: str) -> np.nda
     """Reads an image file as `decode` does.
 
     Raises:
-      ValueError: no readable image, or a file too large for one; the message names the file.
+      ValueError: an unreadable image, or a file too large for one; the message names the file.
     """
     try:
         size_of_file = os.stat(path).st_size
@@ -75,8 +75,8 @@ def decode_file(path: str | os.PathLike[str], *, size: int, mode: str) -> np.nda
 def decode(encoded: bytes, *, size: int | None, mode: str) -> np.ndarray:
     """Decodes an image, float32 [size, size] or [size, size, 3] in [0, 1], averaged down or interpolated up.
 
-    Whatever the file's bits, palette or colour model are, the values fill the same range; 16 bits are rounded to 8. An
-    image that says how the camera was held is turned upright.
+    The values fill the same range whatever the file's bit depth, palette or colour model; 16 bits are rounded to 8. An
+    image that records how the camera was held is turned upright.
 
     Args:
       encoded: a JPEG or PNG.
@@ -84,19 +84,19 @@ def decode(encoded: bytes, *, size: int | None, mode: str) -> np.ndarray:
       mode: Pillow's "L" for grey or "RGB" for colour.
 
     Raises:
-      ValueError: no readable image; one that is transparent somewhere, since what lies behind is not known; an
-        animation; or one of so many pixels that Pillow takes it for an attack.
+      ValueError: an unreadable image; a partly transparent one, since what lies behind is unknown; an animation; or one
+        with so many pixels that Pillow treats it as an attack.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Pillow looks at the number of pixels in the header, before it allocates any.
+            # Pillow reads the number of pixels from the header, before it allocates any.
             with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as opened:
                 picture = _plain(opened).convert(mode)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"expected an image of reasonable size, got one that Pillow refuses: {error}") from error
     except UnidentifiedImageError as error:
-        # Pillow's own message names the buffer.
+        # Pillow's own message would name the buffer.
         raise ValueError(f"expected a readable JPEG or PNG image, got {len(encoded)} bytes of another kind") from error
     except (OSError, SyntaxError, EOFError, struct.error) as error:
         raise ValueError(f"expected a readable JPEG or PNG image, got {len(encoded)} bytes: {error}") from error
@@ -110,15 +110,15 @@ def _plain(opened: Image.Image) -> Image.Image:
     """The image upright, in a mode that Pillow converts to grey and colour without loss of meaning.
 
     Raises:
-      ValueError: a transparent or animated image, a colour that the palette lacks, or a mode of which nothing is known.
+      ValueError: a transparent or animated image, a colour that the palette lacks, or an unknown mode.
     """
-    # A JPEG's further pictures are previews, depths or the other eye's.
+    # Further pictures in a JPEG are previews, depth maps or the other eye's view.
     frames = getattr(opened, "n_frames", 1) if opened.format == "PNG" else 1
     if frames > 1:
         raise ValueError(f"expected a single picture, got an animation of {frames}; save the one that is meant")
     turned: Image.Image = ImageOps.exif_transpose(opened)
     if turned.mode.startswith("I"):
-        # Pillow would cut all above 255 off.
+        # Pillow would clip all values above 255.
         values = np.asarray(turned)
         if values.min() < 0 or values.max() > _MOST_16_BITS:
             raise ValueError(f"expected grey values of at most 16 bits, got up to {values.max()}")

@@ -1,4 +1,4 @@
-"""Datasets that tensorflow-datasets has prepared, read without TensorFlow."""
+"""Reads datasets that tensorflow-datasets has prepared, without TensorFlow."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,10 @@ def builder(name: str, root: str | os.PathLike[str] | None = None) -> Any:
 
     Args:
       name: as TFDS calls it.
-      root: folder of prepared datasets; None for `TFDS_DATA_DIR`, or `~/tensorflow_datasets` where it is not set.
+      root: folder of prepared datasets; None for `TFDS_DATA_DIR` or, if that is not set, `~/tensorflow_datasets`.
 
     Raises:
-      FileNotFoundError: the dataset is not prepared; the message has the command that does it.
+      FileNotFoundError: the dataset is not prepared; the message gives the command that prepares it.
     """
     import tensorflow_datasets as tfds
 
@@ -34,10 +34,10 @@ def builder(name: str, root: str | os.PathLike[str] | None = None) -> Any:
 
 
 def examples(source: Any, split: str) -> Iterator[dict[str, Any]]:
-    """Iterates over a split's examples, images as the bytes in the file.
+    """Iterates over a split's examples, with images as the bytes in the file.
 
-    TFDS's own decoding depends on the packages that are installed: without OpenCV it gives PNGs of one bit, as
-    Omniglot's, the values 0 and 1, and with it 0 and 255.
+    TFDS's own decoding depends on the installed packages: one-bit PNGs such as Omniglot's get the values 0 and 1
+    without OpenCV, and 0 and 255 with it.
 
     Raises:
       ValueError: a split that is not prepared.
@@ -55,12 +55,12 @@ def examples(source: Any, split: str) -> Iterator[dict[str, Any]]:
 def columns(
     source: Any, split: str, keys: Sequence[str], *, size: int | None, mode: str
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Reads a whole split.
+    """Reads a complete split.
 
     Args:
-      source: as given by `builder`.
-      split: one that is prepared.
-      keys: integer features to be read beside the image.
+      source: a dataset from `builder`.
+      split: a prepared split.
+      keys: integer features to read besides the image.
       size: height and width of the images; None for their own.
       mode: "L" for grey or "RGB" for colour.
 
@@ -69,8 +69,8 @@ def columns(
       features: key -> int64 [N].
 
     Raises:
-      ValueError: a split that is not prepared, or an image that cannot be read, or not as the first; it is named by its
-        place.
+      ValueError: a split that is not prepared, or an image that cannot be read or differs in shape from the first; the
+        message gives its position.
     """
     images: list[np.ndarray] = []
     rows = []

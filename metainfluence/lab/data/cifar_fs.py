@@ -8,7 +8,7 @@ from metainfluence.lab.data import _prepared as prepared
 from metainfluence.lab.data.datasets import Dataset, by_class
 
 # fmt: off
-# The order of CIFAR-100's labels, which is that of the alphabet.
+# The order of CIFAR-100's labels, which is alphabetical.
 CLASS_NAMES = (
     "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy",
     "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock",
@@ -39,15 +39,15 @@ def cifar100(size: int | None, root: str | os.PathLike[str] | None) -> tuple[np.
     Returns:
       images: float32 [N, size, size, 3].
       labels: int [N], indices of `CLASS_NAMES`.
-      superclasses: int [N], indices of CIFAR-100's 20 superclasses in the order of the alphabet.
+      superclasses: int [N], indices of CIFAR-100's 20 superclasses in alphabetical order.
 
     Raises:
-      FileNotFoundError: the dataset is not prepared; the message has the command that does it.
+      FileNotFoundError: the dataset is not prepared; the message gives the command that prepares it.
       ValueError: class names that are not CIFAR-100's.
     """
     source = prepared.builder("cifar100", root)
     names = tuple(source.info.features["label"].names)
-    # Without its file of names, a prepared dataset numbers them.
+    # A dataset prepared without its file of names numbers the classes.
     if names not in (CLASS_NAMES, tuple(map(str, range(100)))):
         raise ValueError(f"cifar100: expected the class names of CIFAR-100, got {', '.join(names[:5])}, …")
     keys = ("label", "coarse_label")

@@ -1,7 +1,7 @@
 """Image datasets with pools of example ids for meta-training and meta-testing, and checks that pools do not leak.
 
-A few-shot dataset is split by class: training tasks and test tasks share none. A dataset of ten classes, as digits, is
-split by example: all pools hold all classes, and share no example.
+A few-shot dataset is split by class: training tasks and test tasks share no class. A dataset of only ten classes, such
+as digits, is split by example: all pools hold all classes but share no example.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from PIL import Image
 from metainfluence import _memory
 from metainfluence.lab.data._images import decode_file, image_files
 
-# name -> the module whose `dataset` reads it; only the one that is meant is imported, with the packages it brings.
+# name -> the module whose `dataset` reads it; only the requested module is imported, with the packages that it needs.
 LOADERS = {
     "digits": "metainfluence.lab.data.digits",
     "mnist": "metainfluence.lab.data.mnist",
@@ -35,11 +35,11 @@ class Dataset(NamedTuple):
     """Labelled images.
 
     Attributes:
-      name: of the dataset.
+      name: name of the dataset.
       images: float32 [N, H, W], or [N, H, W, C] in colour, in [0, 1].
       labels: int64 [N], indices of `class_names`.
-      class_names: one for each class.
-      pools: split -> ids of its examples, int64 [M], ascending; "train" and "test", and "val" where there is one.
+      class_names: one per class.
+      pools: split -> ids of its examples, int64 [M], ascending; "train", "test" and, if there is one, "val".
     """
 
     name: str
@@ -53,15 +53,14 @@ def load(name: str, *, size: int | None = None, root: str | os.PathLike[str] | N
     """Load a dataset by its name.
 
     Args:
-      name: a key of `LOADERS`; or a folder, which `image_folder` reads in colour.
-      size: height and width of the images; None for the dataset's own, which a folder has not.
-      root: folder with the data; None for where the dataset's environment variable points: TFDS_DATA_DIR for omniglot,
+      name: a key of `LOADERS`, or a folder, which `image_folder` reads in colour.
+      size: height and width of the images; None for the dataset's own; a folder has none.
+      root: folder with the data; None for the one in the dataset's environment variable: TFDS_DATA_DIR for omniglot,
         mnist, cifar_fs and fc100, METAINFLUENCE_MINI_IMAGENET for mini_imagenet. Digits come with scikit-learn.
 
     Raises:
-      ValueError: an unknown name, a size that is no positive integer, a folder without a size, or data that is not what
-        it should be.
-      FileNotFoundError: the data is not there; the message says how to get it.
+      ValueError: an unknown name, a size that is not a positive integer, a folder without a size, or unexpected data.
+      FileNotFoundError: the data is missing; the message says how to get it.
     """
     if name not in LOADERS:
         if is_folder(name):
@@ -81,7 +80,7 @@ def load(name: str, *, size: int | None = None, root: str | os.PathLike[str] | N
 
 
 def is_folder(name: str) -> bool:
-    """Whether a dataset's name is a folder's: no key of `LOADERS`, but a path of several parts or one that is there."""
+    """Whether a dataset's name means a folder: no key of `LOADERS`, but a path of several parts or one that exists."""
     return name not in LOADERS and (os.sep in name or Path(name).is_dir())
 
 
@@ -94,12 +93,12 @@ def check_size(size: int) -> None:
 def check_pools(
     groups: np.ndarray, pools: Mapping[str, np.ndarray], names: Sequence[str], kind: str = "classes"
 ) -> None:
-    """Raises ValueError, naming what is shared, where two pools have examples of the same group.
+    """Raises ValueError, naming what is shared, if two pools have examples of the same group.
 
     Args:
       groups: int [N], the group of every example: its class, its alphabet, or the example itself.
       pools: split -> ids.
-      names: of the groups.
+      names: names of the groups.
       kind: what the groups are, for the message.
     """
     splits = list(pools)
@@ -120,11 +119,11 @@ def by_class(
 
     Args:
       labels: int [N].
-      class_names: of the labels.
+      class_names: names of the labels.
       splits: split -> its classes' names.
 
     Raises:
-      ValueError: a name that is no class, or a class in two splits.
+      ValueError: a name that is not a class, or a class in two splits.
     """
     index = {name: label for label, name in enumerate(class_names)}
     unknown = [name for names in splits.values() for name in names if name not in index]
@@ -136,7 +135,7 @@ def by_class(
 
 
 def by_example(labels: np.ndarray, *, test_share: float = 0.5, seed: int = 0) -> dict[str, np.ndarray]:
-    """Pools "train" and "test" that hold all classes and share no example."""
+    """Pools "train" and "test" that both hold all classes and share no example."""
     from sklearn.model_selection import train_test_split
 
     ids = np.arange(len(labels))
@@ -145,13 +144,13 @@ def by_example(labels: np.ndarray, *, test_share: float = 0.5, seed: int = 0) ->
 
 
 def with_rotations(dataset: Dataset, splits: Sequence[str] = ("train",)) -> Dataset:
-    """Adds the images of some splits, turned by 90°, 180° and 270°, as further classes.
+    """Adds the images of some splits, turned by 90°, 180° and 270°, as additional classes.
 
     The usual augmentation for Omniglot (Santoro et al., ICML 2016): a turned character is another character.
 
     Args:
       dataset: with square images, split by class.
-      splits: those whose classes are added; others stay as they are.
+      splits: splits that get additional classes; others are unchanged.
 
     Raises:
       ValueError: an unknown split, images that are not square, or pools that share classes.
@@ -168,11 +167,11 @@ def with_rotations(dataset: Dataset, splits: Sequence[str] = ("train",)) -> Data
 
 
 def with_mirrors(dataset: Dataset, splits: Sequence[str] = ("train",)) -> Dataset:
-    """Adds the images of some splits, mirrored left to right, as further classes: of characters, not of photographs.
+    """Adds the images of some splits, mirrored left to right, as additional classes; not meant for photographs.
 
     Args:
       dataset: split by class.
-      splits: those whose classes are added; others stay as they are.
+      splits: splits that get additional classes; others are unchanged.
 
     Raises:
       ValueError: an unknown split, or pools that share classes.
@@ -185,7 +184,7 @@ def with_mirrors(dataset: Dataset, splits: Sequence[str] = ("train",)) -> Datase
 def _with_classes(
     dataset: Dataset, splits: Sequence[str], changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]
 ) -> Dataset:
-    """Adds all classes of some splits, changed in each of some ways, as further classes named by the change."""
+    """Adds all classes of some splits, changed in each of several ways, as new classes named after the change."""
     check_pools(dataset.labels, dataset.pools, dataset.class_names)
     images, labels, names = [dataset.images], [dataset.labels], list(dataset.class_names)
     pools, count = dict(dataset.pools), len(dataset.labels)
@@ -202,17 +201,17 @@ def _with_classes(
 
 
 def with_distortions(dataset: Dataset, split: str = "train", *, copies: int = 4, seed: int = 0) -> Dataset:
-    """Adds distorted copies of a split's images as further examples of their classes.
+    """Adds distorted copies of a split's images as additional examples of their classes.
 
-    Each copy is turned by up to 15°, sheared by up to 0.2, scaled by 0.85 to 1.15, moved by up to a tenth of the image,
-    and bent by moving the knots of a 4 × 4 mesh by up to a twentieth, at random; black where nothing is left.
-    Handwriting differs in these ways, so that classes stay what they are.
+    Each copy is randomly turned by up to 15°, sheared by up to 0.2, scaled by 0.85 to 1.15 and moved by up to a tenth
+    of the image. It is also bent, by moving the knots of a 4 × 4 mesh by up to a twentieth. Uncovered areas are black.
+    Handwriting varies in these ways, so classes are preserved.
 
     Args:
-      dataset: in grey, ink bright on black.
-      split: whose images are copied.
-      copies: of each image.
-      seed: of the distortions; one generator per (seed, image).
+      dataset: grey images, with bright ink on black.
+      split: the split whose images are copied.
+      copies: copies of each image.
+      seed: seed of the distortions; one generator per (seed, image).
 
     Raises:
       ValueError: an unknown split, or images in colour.
@@ -242,17 +241,17 @@ def with_distortions(dataset: Dataset, split: str = "train", *, copies: int = 4,
 def with_crops(
     dataset: Dataset, split: str = "train", *, copies: int = 4, size: int | None = None, seed: int = 0
 ) -> Dataset:
-    """Adds parts of a split's images as further examples of their classes.
+    """Adds parts of a split's images as additional examples of their classes.
 
-    Each copy shows a window of a half to all of the image, 3:4 to 4:3, stretched to the image's own shape, and mirrored
-    at random: what photographs differ in, so that classes stay what they are.
+    Each copy shows a window of half to all of the image's area, with aspect ratio 3:4 to 4:3, stretched to the image's
+    shape and mirrored at random. Photographs vary in these ways, so classes are preserved.
 
     Args:
-      dataset: with square images, read at more than `size`, so that the parts are sharp.
-      split: whose images are copied.
-      copies: of each image.
-      size: height and width of all images of the result; None for those that they have.
-      seed: of the windows; one generator per (seed, image).
+      dataset: square images, read larger than `size`, so that the parts are sharp.
+      split: the split whose images are copied.
+      copies: copies of each image.
+      size: height and width of all images of the result; None keeps the present ones.
+      seed: seed of the windows; one generator per (seed, image).
 
     Raises:
       ValueError: an unknown split, or images that are not square.
@@ -284,7 +283,7 @@ def with_crops(
 
 
 def _random_window(rng: np.random.Generator, length: int) -> tuple[float, float, float, float]:
-    """A part of a square image: left, top, right and bottom."""
+    """A random part of a square image: left, top, right and bottom."""
     area, ratio = rng.uniform(0.5, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
     width, height = (min(1.0, np.sqrt(area * by)) * length for by in (ratio, 1 / ratio))
     left, top = rng.uniform(0, length - width), rng.uniform(0, length - height)
@@ -292,7 +291,7 @@ def _random_window(rng: np.random.Generator, length: int) -> tuple[float, float,
 
 
 def _random_mesh(rng: np.random.Generator, width: int, height: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-    """Cells of the copy, and the corners in the image that each is drawn from, as Pillow takes them."""
+    """Cells of the copy, and the image corners that each is drawn from, in Pillow's format."""
     angle, shear, scale = rng.uniform([-np.pi / 12, -0.2, 0.85], [np.pi / 12, 0.2, 1.15])
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]]) / scale
@@ -320,8 +319,8 @@ def add_foreign(dataset: Dataset, other: Dataset) -> Dataset:
     """Adds another dataset's examples, for tasks from the wrong domain.
 
     Args:
-      dataset: whose image shape and pools are kept.
-      other: whose images are resized, and turned grey or coloured, to fit.
+      dataset: its image shape and pools are kept.
+      other: its images are resized, and converted to grey or colour, to fit.
 
     Returns:
       A dataset with the pools of both, those of `other` under "<its name>/<split>".
@@ -350,7 +349,7 @@ def check_split(dataset: Dataset, split: str) -> None:
 
 
 def resized(images: np.ndarray, size: int | None) -> np.ndarray:
-    """Images [N, H, W] or [N, H, W, C] as [N, size, size, …], averaged down or interpolated up; None: as given."""
+    """Images [N, H, W] or [N, H, W, C] as [N, size, size, …], averaged down or interpolated up; None: unchanged."""
     if size is None or images.shape[1:3] == (size, size):
         return images
     check_size(size)
@@ -365,19 +364,19 @@ def resized(images: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def image_folder(path: str | os.PathLike[str], *, size: int, color: bool = True, name: str | None = None) -> Dataset:
-    """Reads a folder of images laid out as split/class/image.jpg (or .png); any such folder.
+    """Reads any folder of images laid out as split/class/image.jpg (or .png).
 
-    Images are decoded into memory once, in the order of their names, and nothing is written to disk.
+    Images are decoded into memory once, in the order of their names. Nothing is written to disk.
 
     Args:
       path: the folder; its subfolders are the splits.
       size: height and width that images are resized to.
-      color: three channels, else one in grey.
-      name: of the dataset; None for the folder's.
+      color: three channels; otherwise one, in grey.
+      name: name of the dataset; None for the folder's.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: a file that is no readable image, or a transparent or animated one; a link that leads out of the
+      ValueError: a file that is not a readable image, or a transparent or animated image; a link that leads out of the
         folder; a class or a file in two splits; a folder without splits, classes or images; images that would not fit
         into this machine's memory.
     """
@@ -391,7 +390,7 @@ def image_folder(path: str | os.PathLike[str], *, size: int, color: bool = True,
     labels = np.array([index[file.parent.name] for file in files])
     pools = {split: np.flatnonzero(np.array([file.parent.parent.name == split for file in files])) for split in splits}
     check_pools(labels, pools, class_names)
-    # An accent is one character or two, by the system that named the folder.
+    # An accented letter is one character or two, depending on the system that named the folder.
     spelt, groups = np.unique([unicodedata.normalize("NFC", name) for name in class_names], return_inverse=True)
     check_pools(groups[labels], pools, spelt.tolist())
     targets, groups = np.unique([os.path.realpath(file) for file in files], return_inverse=True)
@@ -403,7 +402,7 @@ def image_folder(path: str | os.PathLike[str], *, size: int, color: bool = True,
 
 
 def check_memory(shape: Sequence[int]) -> None:
-    """Raises ValueError where float32 images of this shape exceed the memory that the machine, or its job, has."""
+    """Raises ValueError if float32 images of this shape exceed the memory of the machine, or of its job."""
     needed = 4 * int(np.prod(shape, dtype=object))
     available = _memory.most()
     if needed > available:

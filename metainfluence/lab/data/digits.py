@@ -1,4 +1,4 @@
-"""scikit-learn's digits: 1,797 real 8x8 images that come with the package, so nothing is downloaded."""
+"""scikit-learn's digits: 1,797 real 8x8 images that come with the package, so no download is needed."""
 
 import os
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from metainfluence.lab.data.datasets import Dataset, by_example, resized
 
 
 class Digits(NamedTuple):
-    """Images with brightness in [0, 1], their classes, and two pools of example ids that share none."""
+    """Images with brightness in [0, 1], their classes, and two disjoint pools of example ids."""
 
     images: np.ndarray  # float [1797, 8, 8]
     labels: np.ndarray  # int [1797]
@@ -22,8 +22,8 @@ def load(*, held_out_share: float = 0.5, seed: int = 0) -> Digits:
     """Load the digits and split the examples of every class into the two pools.
 
     Args:
-      held_out_share: of every class's examples, between 0 and 1.
-      seed: of the split.
+      held_out_share: share of every class's examples, between 0 and 1.
+      seed: seed of the split.
     """
     data = load_digits()
     pools = by_example(data.target, test_share=held_out_share, seed=seed)
@@ -31,7 +31,7 @@ def load(*, held_out_share: float = 0.5, seed: int = 0) -> Digits:
 
 
 def dataset(*, size: int | None = None, root: str | os.PathLike[str] | None = None) -> Dataset:
-    """The digits as a `Dataset` of 8 × 8 images, or of another size; pools are halves that share no example.
+    """The digits as a `Dataset` of 8 × 8 images, or of another size; the pools are disjoint halves.
 
     Raises:
       ValueError: `root` is given, though the digits come with scikit-learn.

@@ -40,7 +40,7 @@ SPLITS = {
 
 
 def dataset(*, size: int | None = None, root: str | os.PathLike[str] | None = None) -> Dataset:
-    """FC100 with the published pools: 60 classes of 12 superclasses to train, 20 of 4 each to validate and to test."""
+    """FC100 with the published pools: 60 classes of 12 superclasses to train on, 20 of 4 each to validate and test."""
     images, labels, superclasses = cifar100(size, root)
     pools = {split: np.flatnonzero(np.isin(superclasses, chosen)) for split, chosen in SPLITS.items()}
     check_pools(superclasses, pools, SUPERCLASSES, "superclasses")

@@ -1,7 +1,7 @@
-"""A finite, identified list of N-way K-shot tasks over any array dataset, and damage that is recorded as ground truth.
+"""A finite list of identified N-way K-shot tasks over any array dataset, with damage recorded as ground truth.
 
-A list of tasks holds ids only, so it is small, can be written down, and is the same on every machine; `materialize`
-turns it into the arrays that the library scores. Damage is done to the list: every function returns a new one.
+A list of tasks holds only ids, so it is small, can be saved, and is the same on every machine. `materialize` turns it
+into the arrays that the library scores. Functions that damage a list return a new list.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,14 @@ from metainfluence.lab.data.datasets import Dataset, check_split
 
 CLEAN, FLIPPED, SHORTCUT, NOISE, WRONG_DOMAIN = "clean", "flipped labels", "shortcut", "noise images", "wrong domain"
 KINDS = (CLEAN, FLIPPED, SHORTCUT, NOISE, WRONG_DOMAIN)
-DIM = 0.15  # what a shortcut task leaves of its images' brightness
+DIM = 0.15  # the share of its images' brightness that a shortcut task keeps
 NO_NOISE = -1
 
 
 class FewShotTasks(NamedTuple):
-    """T identified tasks; task k is row k. Example ids index into the dataset.
+    """T identified tasks; task k is row k. Example ids are indices into the dataset.
 
-    Labels are ways (0 … ways - 1), as the learner sees them: after any flip. The last five are ground truth.
+    Labels are ways (0 … ways - 1), as the learner sees them: after any flip. The last five fields are ground truth.
     """
 
     classes: np.ndarray  # int [T, ways]: the dataset's class behind each way
@@ -35,7 +35,7 @@ class FewShotTasks(NamedTuple):
     support_flipped: np.ndarray  # bool [T, n_support]: which support labels were replaced
     query_flipped: np.ndarray  # bool [T, n_query]: which query labels were replaced
     shortcut: np.ndarray  # bool [T]: which tasks teach the shortcut
-    noise_seed: np.ndarray  # int [T]: of the noise that all the task's images are replaced by; NO_NOISE where none is
+    noise_seed: np.ndarray  # int [T]: seed of the noise that replaces all the task's images; NO_NOISE for none
     wrong_domain: np.ndarray  # bool [T]: which tasks come from another dataset
 
 
@@ -59,7 +59,7 @@ def sample_tasks(
 ) -> FewShotTasks:
     """Sample tasks whose support and query sets share no example.
 
-    Task k draws from a generator seeded with (seed, k), so it is the same whatever the number of tasks.
+    Task k draws from a generator seeded with (seed, k), so it does not depend on the number of tasks.
 
     Args:
       labels: int [N], the dataset's classes.
@@ -67,16 +67,16 @@ def sample_tasks(
       ways: classes per task.
       shots: support examples per class.
       queries: query examples per class.
-      seed: of the whole list.
-      pool: int [M], the ids that may be used (so also which classes may); None means all.
-      class_names: one for each class, for messages; None for their numbers.
+      seed: seed of the list.
+      pool: int [M], the ids, and hence the classes, that may be used; None for all.
+      class_names: one per class, for messages; None for their numbers.
 
     Returns:
-      The tasks, undamaged, examples ordered by way.
+      The undamaged tasks, with examples ordered by way.
 
     Raises:
-      ValueError: if the pool has fewer classes than `ways`, or a class fewer than `shots + queries` examples, or a
-        number is not positive.
+      ValueError: the pool has fewer classes than `ways`, a class has fewer than `shots + queries` examples, or a number
+        is not positive.
     """
     for name, value in {"num_tasks": num_tasks, "ways": ways, "shots": shots, "queries": queries}.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
@@ -132,13 +132,13 @@ def sample(
 
 
 def take(tasks: FewShotTasks, index: ArrayLike | slice) -> FewShotTasks:
-    """The tasks in `index`, as a list of their own: integers [n], booleans [T] or a slice."""
+    """The tasks in `index` as a new list: integers [n], booleans [T] or a slice."""
     rows = np.arange(len(tasks.classes))[index if isinstance(index, slice) else np.atleast_1d(index)]
     return FewShotTasks(*(field[rows] for field in tasks))
 
 
 def join(*lists: FewShotTasks) -> FewShotTasks:
-    """One list after the other.
+    """Concatenates lists of tasks.
 
     Raises:
       ValueError: lists that differ in ways, shots or queries.
@@ -157,14 +157,14 @@ def flip_labels(tasks: FewShotTasks, index: ArrayLike, *, share: float, seed: in
     """Replace a share of the labels of the tasks in `index` by another way's label, drawn uniformly.
 
     Args:
-      tasks: the list to damage; it is left as it is.
+      tasks: the list to damage; it is not modified.
       index: the tasks to damage.
-      share: of each such task's labels on the side, between 0 and 1.
-      seed: of the choice of examples and of the new labels; one generator per (seed, task) and side.
+      share: share of each such task's labels on the side, between 0 and 1.
+      seed: seed of the choice of examples and of the new labels; one generator per (seed, task) and side.
       side: "query", "support" or "both".
 
     Raises:
-      ValueError: a share out of range, an unknown side, or fewer labels that are not flipped yet than are to be.
+      ValueError: a share out of range, an unknown side, or too few labels that are not flipped yet.
     """
     _check_share(share)
     for name, stream in _sides(side):
@@ -172,7 +172,7 @@ def flip_labels(tasks: FewShotTasks, index: ArrayLike, *, share: float, seed: in
         count = round(share * labels.shape[1])
         for k in np.asarray(index, int).tolist():
             rng = np.random.default_rng([seed, k, *stream])
-            # A label that is flipped twice may be right again.
+            # A label that is flipped twice may be correct again.
             whole = np.flatnonzero(~flipped[k])
             if len(whole) < count:
                 raise ValueError(
@@ -190,13 +190,13 @@ def flip_examples(tasks: FewShotTasks, *, share: float, seed: int, side: str = "
     """Replace a share of all tasks' labels, wherever they fall, by another way's label, drawn uniformly.
 
     Args:
-      tasks: the list to damage; it is left as it is.
-      share: of the labels of all tasks on the side, between 0 and 1.
-      seed: of the choice of examples and of the new labels.
+      tasks: the list to damage; it is not modified.
+      share: share of the labels of all tasks on the side, between 0 and 1.
+      seed: seed of the choice of examples and of the new labels.
       side: "query", "support" or "both", each of which loses the share.
 
     Raises:
-      ValueError: a share out of range, an unknown side, or fewer labels that are not flipped yet than are to be.
+      ValueError: a share out of range, an unknown side, or too few labels that are not flipped yet.
     """
     _check_share(share)
     for name, stream in _sides(side):
@@ -229,9 +229,9 @@ def replace_by_foreign(tasks: FewShotTasks, index: ArrayLike, foreign: FewShotTa
     """Replace the tasks in `index` by tasks from the wrong domain.
 
     Args:
-      tasks: the list to damage; it is left as it is.
+      tasks: the list to damage; it is not modified.
       index: int [n], the tasks to replace.
-      foreign: n tasks of another dataset's classes, as sampled from a split that `datasets.add_foreign` adds.
+      foreign: n tasks of another dataset's classes, sampled from a split that `datasets.add_foreign` adds.
 
     Raises:
       ValueError: another number of tasks, or tasks of another shape.
@@ -285,10 +285,10 @@ def materialize(tasks: FewShotTasks, images: np.ndarray) -> mi.Task:
 
 
 def indexed(tasks: FewShotTasks) -> mi.Task:
-    """Like `materialize`, with ids in place of images, for `lookup`, so that thousands of tasks take little memory.
+    """Like `materialize`, with ids instead of images, for `lookup`, so that thousands of tasks take little memory.
 
     Raises:
-      ValueError: tasks whose images are damaged, which looking up would lose.
+      ValueError: tasks whose images are damaged, since a lookup would lose the damage.
     """
     if tasks.shortcut.any() or (tasks.noise_seed != NO_NOISE).any():
         raise ValueError("tasks: expected none with a shortcut or noise images, which only materialize can apply")
@@ -298,13 +298,13 @@ def indexed(tasks: FewShotTasks) -> mi.Task:
 
 
 def lookup(tasks: mi.Task, images: jax.Array) -> mi.Task:
-    """Tasks as made by `indexed`, with the images that their ids point to: pure, for use inside of a compiled step."""
+    """Tasks made by `indexed`, with the images that their ids point to: pure, for use inside a compiled step."""
     support, query = (Batch(images[side.images], side.labels) for side in (tasks.support, tasks.query))
     return tasks._replace(support=support, query=query)
 
 
 class TaskSource:
-    """Tasks that are materialised when they are asked for: a random-access sequence of single `metainfluence.Task`s.
+    """Tasks that are materialised on access: a random-access sequence of single `metainfluence.Task`s.
 
     Args:
       tasks: T tasks.
@@ -329,7 +329,7 @@ def _check_share(share: float) -> None:
 
 
 def _sides(side: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The sides that are meant, and what tells their random streams apart."""
+    """The selected sides, and the key that separates their random streams."""
     if side not in ("query", "support", "both"):
         raise ValueError(f"side: expected 'query', 'support' or 'both', got {side!r}")
     streams: dict[str, tuple[int, ...]] = {"query": (), "support": (1,)}

@@ -17,8 +17,8 @@ def dataset(*, size: int | None = None, root: str | os.PathLike[str] | None = No
       root: the folder; None for the value of METAINFLUENCE_MINI_IMAGENET.
 
     Raises:
-      FileNotFoundError: no folder, or the variable is not set.
-      ValueError: other splits or numbers of classes, or whatever `image_folder` refuses.
+      FileNotFoundError: the folder does not exist, or the variable is not set.
+      ValueError: wrong splits or numbers of classes, or whatever `image_folder` refuses.
     """
     folder = root or os.environ.get(VARIABLE)
     if not folder:

@@ -9,10 +9,10 @@ from metainfluence.lab.data.datasets import Dataset, by_example
 
 
 def dataset(*, size: int | None = None, root: str | os.PathLike[str] | None = None) -> Dataset:
-    """All prepared splits, as two halves that hold all ten classes and share no example.
+    """All prepared splits, as two halves that both hold all ten classes and share no example.
 
     Raises:
-      FileNotFoundError: the dataset is not prepared; the message has the command that does it.
+      FileNotFoundError: the dataset is not prepared; the message gives the command that prepares it.
     """
     source = prepared.builder("mnist", root)
     parts = [prepared.columns(source, split, ("label",), size=size, mode="L") for split in sorted(source.info.splits)]

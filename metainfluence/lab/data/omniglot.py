@@ -15,11 +15,11 @@ class Characters(NamedTuple):
     """A split of Omniglot.
 
     Attributes:
-      images: float32 [N, size, size], ink 1 on 0, averaged down from 105 × 105.
+      images: float32 [N, size, size], ink 1 on 0, averaged down from 105 × 105 pixels.
       labels: int [N], the characters as TFDS numbers them.
       alphabets: int [N].
       names: character -> "<alphabet>_<number within it>".
-      alphabet_names: of all alphabets.
+      alphabet_names: names of all alphabets.
     """
 
     images: np.ndarray
@@ -35,10 +35,10 @@ def characters(split: str, *, size: int = SIZE, root: str | os.PathLike[str] | N
     Args:
       split: a TFDS split: "train", "test", "small1" or "small2".
       size: height and width of the images.
-      root: folder of prepared datasets; None for where `TFDS_DATA_DIR` points.
+      root: folder of prepared datasets; None for `TFDS_DATA_DIR`.
 
     Raises:
-      FileNotFoundError: the dataset is not prepared; the message has the command that does it.
+      FileNotFoundError: the dataset is not prepared; the message gives the command that prepares it.
       ValueError: a split that is not prepared.
     """
     source = prepared.builder("omniglot", root)
@@ -59,9 +59,9 @@ def load(split: str = "small1") -> tuple[np.ndarray, np.ndarray]:
 
 
 def dataset(*, size: int | None = None, root: str | os.PathLike[str] | None = None) -> Dataset:
-    """The small background sets: trained on small1, tested on the alphabets of small2 that small1 lacks.
+    """The small background sets: small1 for training; for testing, the alphabets of small2 that are not in small1.
 
-    Greek and Latin are in both, so that small2 as a whole would test on characters that were trained on.
+    Greek and Latin are in both, so all of small2 would test on characters seen in training.
     """
     size = SIZE if size is None else size
     train, test = (characters(split, size=size, root=root) for split in ("small1", "small2"))
@@ -70,10 +70,10 @@ def dataset(*, size: int | None = None, root: str | os.PathLike[str] | None = No
 
 
 def join(train: Characters, test: Characters) -> Dataset:
-    """Makes two splits one dataset with the pools "train" and "test".
+    """Combines two splits into one dataset with the pools "train" and "test".
 
     Raises:
-      ValueError: alphabets that are in both, which are named.
+      ValueError: alphabets that are in both; the message names them.
     """
     alphabets = np.concatenate([train.alphabets, test.alphabets])
     ids = np.arange(len(alphabets))

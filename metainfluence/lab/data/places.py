@@ -1,4 +1,4 @@
-"""Data of a source by the ids that score files have: where they are in the source, and the weights without them."""
+"""Finds data of a source by the ids in score files: their places in the source, and the weights without them."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ SIDES = ("support", "query")
 
 
 class Place(NamedTuple):
-    """Where a datum is: the task's position; and the side and the position among its real examples, or neither."""
+    """Where a datum is: the task's position, and, for an example, its side and its position among the real examples."""
 
     task: int
     side: str | None = None
@@ -21,10 +21,10 @@ class Place(NamedTuple):
 
 
 def locator(source: mi.scoring.Source, table: mi.scoring.ScoreTable) -> Callable[[int], Place]:
-    """Makes (row of a score file) -> where its datum is in the source.
+    """Makes (row of a score file) -> the place of its datum in the source.
 
     Raises:
-      ValueError: when called, for a row about what the source does not hold.
+      ValueError: when called, for a row about data that the source does not hold.
     """
     position = {str(id_): k for k, id_ in enumerate(ids_of(source))}
 
@@ -44,10 +44,10 @@ def locator(source: mi.scoring.Source, table: mi.scoring.ScoreTable) -> Callable
 
 
 def named(source: mi.scoring.Source, names: Sequence[str], role: str) -> list[Place]:
-    """Places of data named by the ids that score files show: `TASK`, or `TASK:EXAMPLE` of one side.
+    """Places of data named by the ids in score files: `TASK`, or `TASK:EXAMPLE` of one side.
 
     Raises:
-      ValueError: a name of nothing.
+      ValueError: an unknown name.
     """
     position = {str(id_): k for k, id_ in enumerate(ids_of(source))}
     found = []
@@ -72,7 +72,7 @@ def named(source: mi.scoring.Source, names: Sequence[str], role: str) -> list[Pl
 
 
 def example_ids(source: mi.scoring.Source, task: int, side: str) -> list[str]:
-    """Ids of the real examples on one side, as score files have them."""
+    """Ids of the real examples on one side, as in score files."""
     describe = getattr(source, "columns", None)
     columns = {} if describe is None else describe(task)
     if "example" in columns:

@@ -1,6 +1,6 @@
 """Regression of sinusoids, MAML's first experiment (Finn et al., ICML 2017): y = A sin(x − φ), five points to adapt to.
 
-A list of tasks holds every task's amplitude, phase and seed, so it is the same on every machine; damage is done to the
+A list of tasks holds every task's amplitude, phase and seed, so it is the same on every machine. Damage is done to the
 list and recorded in it.
 """
 
@@ -18,13 +18,13 @@ AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, np.pi), (-5.0, 5.0)
 
 
 class SinusoidTasks(NamedTuple):
-    """T identified regression tasks; task k is row k. The last two are ground truth."""
+    """T identified regression tasks; task k is row k. The last two fields are ground truth."""
 
     amplitude: np.ndarray  # float [T], uniform in 0.1 … 5
     phase: np.ndarray  # float [T], uniform in 0 … π
     seed: np.ndarray  # int [T]: of the task's inputs and of its noise
-    wrong_sign: np.ndarray  # bool [T]: whose query targets are − A sin(x − φ), against the support set's
-    noise: np.ndarray  # float [T]: standard deviation of what is added to the query targets
+    wrong_sign: np.ndarray  # bool [T]: tasks whose query targets are − A sin(x − φ), unlike their support set's
+    noise: np.ndarray  # float [T]: standard deviation of the noise added to the query targets
 
 
 class Points(NamedTuple):
@@ -38,7 +38,7 @@ def sample_tasks(*, num_tasks: int, seed: int) -> SinusoidTasks:
     """Sample tasks; task k draws from a generator seeded with (seed, k), whatever the number of tasks.
 
     Raises:
-      ValueError: `num_tasks` is no positive integer.
+      ValueError: `num_tasks` is not a positive integer.
     """
     if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
         raise ValueError(f"num_tasks: expected a positive integer, got {num_tasks!r}")
@@ -51,17 +51,17 @@ def sample_tasks(*, num_tasks: int, seed: int) -> SinusoidTasks:
 
 
 def flip_sign(tasks: SinusoidTasks, index: ArrayLike) -> SinusoidTasks:
-    """Give the query targets of the tasks in `index` the wrong sign; a new list."""
+    """Give the query targets of the tasks in `index` the wrong sign; returns a new list."""
     wrong = tasks.wrong_sign.copy()
     wrong[np.asarray(index, int)] = True
     return tasks._replace(wrong_sign=wrong)
 
 
 def add_noise(tasks: SinusoidTasks, index: ArrayLike, *, scale: float) -> SinusoidTasks:
-    """Add Gaussian noise to the query targets of the tasks in `index`; a new list.
+    """Add Gaussian noise to the query targets of the tasks in `index`; returns a new list.
 
     Args:
-      tasks: the list to damage; it is left as it is.
+      tasks: the list to damage; it is not modified.
       index: the tasks to damage.
       scale: standard deviation.
 
@@ -81,7 +81,7 @@ def harm(tasks: SinusoidTasks) -> np.ndarray:
 
 
 def materialize(tasks: SinusoidTasks, *, shots: int = 5, queries: int = 10) -> mi.Task:
-    """Draw the points, inputs uniform in −5 … 5.
+    """Draw the points, with inputs uniform in −5 … 5.
 
     Args:
       tasks: T tasks.
@@ -93,7 +93,7 @@ def materialize(tasks: SinusoidTasks, *, shots: int = 5, queries: int = 10) -> m
     """
     count = shots + queries
     generators = [np.random.default_rng(int(seed)) for seed in tasks.seed]
-    # Inputs and noise by separate calls, so that damage to a task leaves its inputs alone.
+    # Separate calls for inputs and noise, so that damage to a task does not change its inputs.
     inputs = np.stack([rng.uniform(*INPUTS, size=count) for rng in generators])
     noise = np.stack([rng.normal(size=count) for rng in generators]) * tasks.noise[:, None]
     targets = tasks.amplitude[:, None] * np.sin(inputs - tasks.phase[:, None])

@@ -1,4 +1,4 @@
-"""Few-shot tasks as a source for `metainfluence.scoring`: read one by one, with the ground truth beside the scores."""
+"""Few-shot tasks as a source for `metainfluence.scoring`: read one by one, with the ground truth next to the scores."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from metainfluence.lab.data import fewshot
 
 
 class FewShotSource(fewshot.TaskSource):
-    """Single tasks in host memory, and the columns that their score file has besides the scores.
+    """Single tasks in host memory, and the columns that their score file has in addition to the scores.
 
-    Columns: `example`, the examples' ids in the dataset; `label`, the class as the learner is told it, of a task all
-    of its classes; `harm`, what was done to the task; `label_flipped`, whether this example's label was replaced, null
-    for a task.
+    Columns: `example`, the examples' ids in the dataset; `label`, the class that the learner is told or, for a task,
+    all of its classes; `harm`, what was done to the task; `label_flipped`, whether this example's label was replaced,
+    null for a task.
 
     Args:
       tasks: T tasks.
       images: as `fewshot.materialize` takes them.
-      class_names: of the dataset; None for the classes' numbers.
+      class_names: names of the dataset's classes; None for their numbers.
     """
 
     def __init__(self, tasks: fewshot.FewShotTasks, images: np.ndarray, class_names: Sequence[str] | None = None):
@@ -35,7 +35,7 @@ class FewShotSource(fewshot.TaskSource):
         tasks = self.tasks
         if not self._whole[k]:
             return jax.tree.map(np.asarray, super().__getitem__(k))
-        # Without a way through the device, which takes ten times as long.
+        # Avoids the device, which would take ten times as long.
         return mi.Task(
             fewshot.Batch(self.images[tasks.support_ids[k]], tasks.support_labels[k]),
             fewshot.Batch(self.images[tasks.query_ids[k]], tasks.query_labels[k]),

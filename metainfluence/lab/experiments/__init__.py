@@ -1,1 +1,1 @@
-"""Experiments on real tasks, each run by `metainfluence reproduce` from one TOML file."""
+"""Experiments on real tasks; `metainfluence reproduce` runs each from one TOML file."""

@@ -1,7 +1,7 @@
-"""Predicted against retrained: changes of λ, leave-one-out, and the linear datamodeling score of every method.
+"""Predictions compared with retraining: changes of λ, leave-one-out, and each method's linear datamodeling score.
 
-At a λ small enough to diagonalise every curvature, each method is judged at the automatic damping and at the best of a
-grid, the same for all: damping decides more than curvature does, and a method that is not tuned alike is not compared.
+λ is small enough to diagonalise every curvature. Each method is judged at the automatic damping and at the best of a
+grid that is the same for all: damping matters more than curvature, so a fair comparison tunes every method equally.
 """
 
 import dataclasses
@@ -40,37 +40,37 @@ OTHERS = ("TRAK", "TLXML", "TracIn", "gradient similarity", "plain loss", "rando
 
 @dataclasses.dataclass(frozen=True)
 class AgreementConfig:
-    """Every method's scores and steps against retraining, at its default damping and at its best."""
+    """Compares every method's scores and steps with retraining, at its default damping and at its best."""
 
     title: str = "Agreement with retraining"
     """Heading of the results."""
     setting: SettingConfig = dataclasses.field(default_factory=SettingConfig)
     """Data, damage, learner and training."""
     num_subsets: Count = 32
-    """Retrained from scratch, for LDS."""
+    """Subsets retrained from scratch, for the LDS."""
     share: Share = 0.5
-    """Of the tasks that each subset keeps."""
+    """Share of the tasks that each subset keeps."""
     num_left_out: Size = 20
-    """Tasks left out one at a time, trained on from λ."""
+    """Tasks left out one at a time; training then continues from λ."""
     num_targets: Count = 10
     """Groups of held-out tasks; the mean loss on each is one target."""
     floor_subsets: Size = 12
     """Subsets retrained from another start, for the noise floor; 0 for none."""
     factors: tuple[NotNegative, ...] = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-    """The grid, in units of the automatic damping; 0 is no damping at all."""
+    """The grid of dampings, in units of the automatic damping; 0 is no damping."""
     together: Count = 1
     """Retrainings run side by side."""
     draws: Count = 1000
-    """Of each bootstrap."""
+    """Draws of each bootstrap."""
 
 
 class Truth(NamedTuple):
-    """What retraining says.
+    """The results of retraining.
 
     Attributes:
       kept: bool [m, T], tasks that each subset keeps.
       outcomes: [m, J], every target after retraining on each subset.
-      left_out: [n], tasks left out alone.
+      left_out: [n], tasks left out one at a time.
       changes: [n, J], the targets after, minus those after training on with all tasks.
       steps: [n, p], λ after, minus λ after training on with all tasks.
       floor: agreement between two starts; None where it was not measured.
@@ -89,10 +89,10 @@ class Candidate(NamedTuple):
 
     Attributes:
       method: its name.
-      factor: of the automatic damping, or the method's own setting; None where it has none.
-      default: whether that is its default.
+      factor: in units of the automatic damping, or the method's own setting; None if it has none.
+      default: whether the factor is the method's default.
       scores: [J, T].
-      steps: [n, p], predicted changes of λ on leaving out; None for methods that predict none.
+      steps: [n, p], predicted changes of λ when tasks are left out; None for methods that predict none.
     """
 
     method: str
@@ -106,7 +106,8 @@ def run(config: AgreementConfig, cache: Path | None = None) -> Result:
     """Trains, retrains and compares.
 
     Raises:
-      ValueError: a grid without 1, held-out tasks that the targets do not divide, or what `setting.make` refuses.
+      ValueError: a grid without 1, a number of held-out tasks that num_targets does not divide, or what `setting.make`
+        refuses.
     """
     if 1.0 not in config.factors:
         raise ValueError(f"factors: expected 1, the automatic damping, among them, got {config.factors}")
@@ -134,7 +135,7 @@ def run(config: AgreementConfig, cache: Path | None = None) -> Result:
 
 
 def ground_truth(config: AgreementConfig, setting: Setting, targets: mi.Task, cache: Path | None) -> Truth:
-    """Retrains on the subsets, from another start, and without single tasks; what is done is kept in `cache`."""
+    """Retrains on the subsets, from another start, and without single tasks; finished parts are kept in `cache`."""
     weights, tasks = mi.unit_weights(setting.tasks.training), setting.tasks.training
     each = jax.jit(jax.vmap(setting.target, in_axes=(None, 0)))
     fit = setting.fit
@@ -163,7 +164,7 @@ def ground_truth(config: AgreementConfig, setting: Setting, targets: mi.Task, ca
         floor = seed_agreement(pair, num=config.draws)
 
     left_out = np.random.default_rng(config.setting.seed).permutation(len(weights.task))[: config.num_left_out]
-    # The first takes nothing away: training on changes λ, too.
+    # The first run removes nothing, since continued training changes λ too.
     one_less = leave_one_out(weights, tasks=left_out)
     interventions = jax.tree.map(lambda full, less: jnp.concatenate([full[None], less]), weights, one_less)
     models = again("left_out", interventions, setting.trained)
@@ -188,7 +189,7 @@ def candidates(
 
         return np.asarray(jax.jit(all_targets)(at, setting.tasks.training, targets))
 
-    # Its damping is an argument of the program, which is then compiled once for all of the grid.
+    # The damping is an argument of the program, which is thus compiled once for the whole grid.
     def trak(at: Any, tasks: mi.Task, targets: mi.Task, damping: jax.Array) -> jax.Array:
         method = baselines.trak(setting.problem, target, damping=damping)
         return jax.lax.map(lambda held_out: method(at, tasks, held_out).task, targets)
@@ -207,7 +208,7 @@ def candidates(
 
 
 def by_ekfac(config: AgreementConfig, setting: Setting, targets: mi.Task, damping: float) -> Iterator[Candidate]:
-    """EKFAC-IF at every damping of the grid; nothing where it does not apply."""
+    """EKFAC-IF at every damping of the grid; nothing if it does not apply."""
     target = setting.target
 
     def all_targets(at: Any, tasks: mi.Task, targets: mi.Task, damping: jax.Array) -> jax.Array:
@@ -220,7 +221,7 @@ def by_ekfac(config: AgreementConfig, setting: Setting, targets: mi.Task, dampin
             found = program(setting.trained, setting.tasks.training, targets, jnp.asarray(factor * damping))
             yield Candidate("EKFAC-IF", factor, factor == 1.0, np.asarray(found))
     except ValueError as error:
-        # What else a ValueError could mean here is a fault, and not to be passed over.
+        # Any other ValueError is a fault and must not be ignored.
         if "covered by no layer" not in str(error):
             raise
 
@@ -228,7 +229,7 @@ def by_ekfac(config: AgreementConfig, setting: Setting, targets: mi.Task, dampin
 def by_curvature(
     config: AgreementConfig, setting: Setting, targets: mi.Task, truth: Truth, damping: float
 ) -> Iterator[Candidate]:
-    """Influence by every curvature, its matrix diagonalised, at every damping of the grid."""
+    """Influence with every curvature, its matrix diagonalised, at every damping of the grid."""
     problem, tasks = setting.problem, setting.tasks.training
     count = config.setting.data.num_tasks
 
@@ -265,7 +266,7 @@ def by_curvature(
             inverse = (vectors / np.where(damped == 0, np.inf, damped)) @ vectors.T
             steps = of_tasks @ inverse
             yield Candidate(name, factor, factor == 1.0, of_targets @ steps.T, steps[truth.left_out])
-    # As baselines.tlxml solves: a pseudo-inverse in the space of the eigenvalues above a share of the largest.
+    # Solves as baselines.tlxml does: by a pseudo-inverse on the eigenvalues above a share of the largest.
     values, vectors = matrices["gauss_newton"]
     for threshold in (1e-4, 1e-3, 1e-2, 3e-2, 1e-1):
         inverse = (vectors / np.where(values > threshold * values[-1], values, np.inf)) @ vectors.T
@@ -275,7 +276,7 @@ def by_curvature(
 
 
 def judged(config: AgreementConfig, setting: Setting, truth: Truth, candidate: Candidate) -> dict[str, Any]:
-    """One method at one damping against retraining."""
+    """Compares one method at one damping with retraining."""
     options = {"num": config.draws}
     scores = candidate.scores
     each = linear_datamodeling_score(scores, truth.kept, truth.outcomes, **options).mean
@@ -299,12 +300,12 @@ def judged(config: AgreementConfig, setting: Setting, truth: Truth, candidate: C
 
 
 def best(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """A method's row of highest LDS over its grid."""
+    """A method's row with the highest LDS over its grid."""
     return max((row for row in rows if row["method"] == name), key=lambda row: row["lds"])
 
 
 def tables(config: AgreementConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every method at its default and at its best."""
+    """Every method at its default and at its best damping."""
     headers = (
         "method", "damping", "LDS per target", "LDS of the mean", "LOO Spearman", "LOO Pearson", "Δλ cosine",
         "Δλ length", "ROC AUC",
@@ -335,7 +336,7 @@ def cells(row: dict[str, Any]) -> list[Any]:
 
 
 def notes(config: AgreementConfig, facts: dict[str, Any], truth: Truth) -> list[str]:
-    """What the numbers mean."""
+    """Explanations of the numbers."""
     floor = "not measured" if truth.floor is None else interval(*(float(end) for end in truth.floor))
     spectrum = f"{facts['smallest']:.2g} … {facts['largest']:.3g}, gradient norm {facts['outer_gradient_norm']:.1e}."
     return [

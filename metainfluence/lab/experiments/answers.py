@@ -1,4 +1,4 @@
-"""What a reader asks first, answered from the rows of the tables in a sentence each."""
+"""Answers to a reader's first questions, from the rows of the tables, in a sentence each."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,19 +11,19 @@ from metainfluence.lab.experiments.removal_tables import NOTHING, RANDOM, TRUTH,
 from metainfluence.lab.experiments.results import TABLE
 
 Rows = list[dict[str, Any]]
-# Of these keys one is in the rows that can be shown.
+# Rows that can be shown have one of these keys.
 SHOWING = {"picked", "reached", "spearman"}
 IMAGES = {data: name for data, name in verdicts.DETECTION.items() if name.startswith("table_")}
 
 
 def lines(out: Path, size: str, earlier: str = "") -> list[str]:
-    """Five sentences, of those experiments whose results are there; none where there are none.
+    """Five sentences about the experiments whose results exist; nothing without any.
 
     Args:
       out: folder with the folders of the experiments.
       size: "small" or "full".
-      earlier: the report before, whose sentences are kept where rows of an experiment are no longer there, since rows
-        are not stored.
+      earlier: the previous report; its sentences are kept if an experiment's rows no longer exist, since rows are not
+        stored.
     """
     before = dict(line.split("** ", 1) for line in earlier.splitlines() if "?** " in line)
     found: list[str] = []
@@ -121,7 +121,7 @@ def _editing(edits: dict[str, Rows]) -> str:
 
 
 def _ends(rows: Rows) -> list[int]:
-    """The fewest and the most tasks that were removed."""
+    """The smallest and the largest number of removed tasks."""
     counts = [row["removed"] for row in verdicts.picked(rows, how=EDIT)]
     return list(dict.fromkeys((min(counts), max(counts))))
 
@@ -131,13 +131,13 @@ def _scratch(rows: Rows, count: int) -> Rows:
 
 
 def _times(rows: Rows, how: str, count: int) -> float:
-    """Seconds of training from scratch over those of another way to do without so many tasks."""
+    """Seconds of training from scratch over those of another way to remove that many tasks."""
     own = verdicts.picked(rows, how=how, removed=count)
     return verdicts.mean(_scratch(rows, count), "seconds") / verdicts.mean(own, "seconds")
 
 
 def _ahead(rows: Rows, name: str) -> tuple[float, float, int, int] | None:
-    """Retrained accuracy by the rule's estimator minus that by another method, as `removal_tables.paired` has it."""
+    """Retrained accuracy by the rule's estimator minus that by another method, as from `removal_tables.paired`."""
     level = [row for row in verdicts.picked(rows, level="task", how="retrained") if row.get("each") is not None]
     return paired(level, [row for row in level if row["method"] == row["picked"]], lambda row: name)
 

@@ -1,7 +1,7 @@
-"""A bank of outcomes: what targets became in real retrainings, so that any scores can be judged without training again.
+"""A bank of outcomes: targets after real retrainings, by which any scores can be judged without training again.
 
-One Parquet file for each experiment. Its metadata hold the configuration, what is known of the runs and a SHA-256 hash
-of everything in the file, so that a bank that was changed is refused.
+There is one Parquet file for each experiment. Its metadata hold the configuration, facts about the runs and a SHA-256
+hash of everything in the file, so that a changed bank is refused.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ FORMAT = 1
 
 
 class BankError(ValueError):
-    """A bank that is none, or was changed."""
+    """A file that is not a bank, or a bank that was changed."""
 
 
 class Account(NamedTuple):
-    """All that is known of one training, from S starts.
+    """Everything known about one training, from S starts.
 
     Attributes:
-      name: of the training.
-      truth: what the targets become.
+      name: name of the training.
+      truth: the targets after retraining.
       damaged: bool [T], tasks that were damaged on purpose.
       ends: λ at the end of each run with all tasks, flat, [S, p].
-      scores: of every method that is kept, with the option in use: scores [S, J, T].
+      scores: scores [S, J, T] of every method that is kept, with the option in use.
       accuracies: (method, share of the tasks, accuracy after retraining without its worst [S]).
-      facts: what else is known of each run: one mapping for each start.
-      hashes: of the data: name -> digest.
+      facts: further facts about each run: one mapping per start.
+      hashes: hashes of the data: name -> digest.
     """
 
     name: str
@@ -53,9 +53,9 @@ def save(path: Path, config: dict[str, Any], accounts: list[Account]) -> None:
     """Writes a bank.
 
     Args:
-      path: of the file.
-      config: of the experiment, as JSON can hold it.
-      accounts: of its trainings.
+      path: the file.
+      config: the experiment's configuration, in a form that JSON can hold.
+      accounts: the accounts of its trainings.
     """
     rows = [row for account in accounts for row in rows_of(account)]
     about = [
@@ -78,7 +78,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Account]]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      BankError: it is no bank, of another format, or not what was written.
+      BankError: it is not a bank, has another format, or was changed.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a bank of outcomes, and there is none")
@@ -100,7 +100,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Account]]:
 
 
 def digest(table: pa.Table, content: dict[str, Any]) -> str:
-    """SHA-256 of the values, whatever version of Parquet holds them."""
+    """SHA-256 of the values, independent of the Parquet version that holds them."""
     found = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for row in table.to_pylist():
         for name in ("training", "part", "key", "option"):
@@ -118,7 +118,7 @@ def shape_of(account: Account) -> tuple[int, int, int]:
 
 
 def rows_of(account: Account) -> list[dict[str, Any]]:
-    """One row for each mask, end, matrix of scores and accuracy."""
+    """One row per mask, end, matrix of scores and accuracy."""
     rows: list[dict[str, Any]] = []
 
     def add(part: str, key: str = "", **values: Any) -> None:
@@ -140,7 +140,7 @@ def rows_of(account: Account) -> list[dict[str, Any]]:
 
 
 def table_of(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows in Arrow's types."""
+    """Rows as a table with Arrow types."""
     schema = pa.schema(
         {
             "training": pa.string(),
@@ -191,7 +191,7 @@ def account_of(about: dict[str, Any], rows: list[dict[str, Any]]) -> Account:
 
 
 def mask_of(places: list[int], total: int) -> np.ndarray:
-    """True at some places."""
+    """A boolean mask, True at the given places."""
     mask = np.zeros(total, bool)
     mask[places] = True
     return mask

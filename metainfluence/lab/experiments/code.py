@@ -1,4 +1,4 @@
-"""What an experiment's results depend on in the code, so that a table older than the code can be told."""
+"""The code that an experiment's results depend on, so that a table older than the code can be recognised."""
 
 import ast
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 import metainfluence
 
 ROOT = Path(metainfluence.__file__).parent
-# What shows, measures time or reads a command line changes no result; nor does this module.
+# Code that displays, measures time or reads a command line changes no result; neither does this module.
 LEFT_OUT = ("lab/bench", "lab/show", "lab/commands", "lab/experiments/code.py", "docs")
 EXPERIMENTS = "lab/experiments"
 UNKNOWN = "of which no record was kept"
@@ -28,12 +28,12 @@ class _Bare(ast.NodeTransformer):
 
 
 def digest(text: str) -> str:
-    """A hash of a module that comments, docstrings, line breaks and the version of Python do not change."""
+    """A hash of a module that does not depend on comments, docstrings, line breaks or the Python version."""
     return hashlib.sha256(_dumped(_Bare().visit(ast.parse(text))).encode()).hexdigest()[:12]
 
 
 def _dumped(node: Any) -> str:
-    """As `ast.dump` of Python 3.13, which leaves out empty fields; earlier versions write them, and know other ones."""
+    """Like `ast.dump` of Python 3.13, which leaves out empty fields; earlier versions write them, and differ."""
     if isinstance(node, list):
         return f"[{', '.join(map(_dumped, node))}]"
     if not isinstance(node, ast.AST):
@@ -49,9 +49,9 @@ def _dumped(node: Any) -> str:
 
 @functools.cache
 def code_of(experiment: str) -> dict[str, str]:
-    """Module -> its digest, of all modules that the results of an experiment may depend on.
+    """Module -> its digest, for all modules that the results of an experiment may depend on.
 
-    These are the core, the lab's data and learners, and of the experiments the one named and what it imports.
+    These are the core, the lab's data and learners, the named experiment and what it imports.
     """
     files = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
     own = _imported(experiment)
@@ -64,7 +64,7 @@ def code_of(experiment: str) -> dict[str, str]:
 
 
 def _imported(experiment: str) -> set[str]:
-    """The experiment's module and those in its folder that it imports, and they in turn."""
+    """The experiment's module and the modules in its folder that it imports, directly or indirectly."""
     found, left = set(), [experiment]
     while left:
         stem = left.pop()
@@ -81,7 +81,7 @@ def _imported(experiment: str) -> set[str]:
 
 
 def changed(before: Mapping[str, str] | None, now: Mapping[str, str]) -> list[str]:
-    """The modules that differ, by name; `[UNKNOWN]` where what was run was not recorded."""
+    """The modules that differ, by name; `[UNKNOWN]` if the code of the run was not recorded."""
     if before is None:
         return [UNKNOWN]
     counted = (name for name in {*before, *now} if not name.startswith(LEFT_OUT))

@@ -14,12 +14,12 @@ from metainfluence.lab.show.plots import clean
 
 @dataclasses.dataclass(frozen=True)
 class ConditioningConfig:
-    """Error of total gradients and of task-IF against the condition number of the inner problems."""
+    """Errors of total gradients and of task-IF against the condition number of the inner problems."""
 
     title: str = "Conditioning of the inner problem"
     """Heading of the results."""
     conditions: tuple[Positive, ...] = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8)
-    """Condition numbers that are asked for."""
+    """Condition numbers to aim for."""
 
 
 def run(config: ConditioningConfig) -> Result:

@@ -1,4 +1,4 @@
-"""The whole job on real data: train on digits, find the harmful tasks, edit them out, check by retraining."""
+"""The complete task on real data: train on digits, find the harmful tasks, edit them out, check by retraining."""
 
 import dataclasses
 import time
@@ -28,7 +28,7 @@ class DemoConfig:
     num_tasks: Count = 200
     """Meta-training tasks, the harmful ones included."""
     num_held_out: Count = 200
-    """Clean tasks, on other images, whose mean loss the scores are about."""
+    """Clean tasks on other images; their mean loss is the target of the scores."""
     num_flipped: Size = 20
     """Tasks whose query labels are flipped."""
     num_shortcut: Size = 20
@@ -48,16 +48,16 @@ class DemoConfig:
     meta_l2: NotNegative = 1e-3
     """Penalty of the meta-parameters."""
     learning_rate: Positive = 0.05
-    """Adam's, falling to 0 along a cosine."""
+    """Adam's learning rate, falling to 0 along a cosine."""
     num_steps: Count = 200
     """Meta-training steps on all tasks."""
     damping: NotNegative | None = None
-    """Added to every eigenvalue of the total Hessian; none for the rule of metainfluence.damping.auto."""
+    """Added to every eigenvalue of the total Hessian; by default the rule of metainfluence.damping.auto decides."""
     trajectory: bool = False
-    """Whether to score by the derivative through the training run, too: one sweep back through all its steps, as long
-    as all else."""
+    """Whether to score also by the derivative through the training run. This is one sweep back through all its steps,
+    and takes as long as everything else."""
     seed: Size = 0
-    """Of the tasks, the damage and the initial parameters."""
+    """Seed of the tasks, the damage and the initial parameters."""
     out: OutFolder = Path("demo-output")
     """Folder for scores.parquet and scores.png."""
 
@@ -74,7 +74,7 @@ def make_data(config: DemoConfig) -> Data:
     """Sample the tasks and damage some of them, chosen at random.
 
     Raises:
-      ValueError: more tasks to damage than there are.
+      ValueError: more damaged tasks than there are tasks.
     """
     damaged = config.num_flipped + config.num_shortcut
     if damaged > config.num_tasks:
@@ -116,8 +116,8 @@ def run(config: DemoConfig) -> None:
 
     target = mi.query_loss(problem)
 
-    # The rule of the damping sees the total Hessian and the gradient, and knows nothing of what is harmful. A
-    # preconditioner would take longer to compile than it saves, here and in the edit.
+    # The damping rule sees the total Hessian and the gradient, but not what is harmful. A preconditioner would take
+    # longer to compile than it saves, here and in the edit.
     solver = mi.solvers.block_cg()
     score = Compiled(
         mi.influence_scores(
@@ -147,7 +147,7 @@ def run(config: DemoConfig) -> None:
     }
     report.detection(console, methods, truth, np.asarray(scores.query), data.listed.query_flipped)
 
-    # Flagged without a look at the truth: removing the task is predicted to lower the held-out loss.
+    # Flagged without the ground truth: removing the task is predicted to lower the held-out loss.
     flagged = np.flatnonzero(methods["exact influence"] < 0)
     without = mi.drop(mi.unit_weights(data.tasks), tasks=flagged)
     edit = Compiled(mi.edit(problem, solver=solver, damping=damping))
@@ -185,7 +185,7 @@ def through_the_run(problem: mi.Bilevel, optimizer: Any, num_steps: int, target:
 
 
 def first_order_scores(problem: mi.Bilevel, target: Any, meta_params: Any, data: Data) -> np.ndarray:
-    """TracIn-like scores of the tasks, [T]: the identity in place of the inverse total Hessian."""
+    """TracIn-like scores of the tasks, [T]: the identity instead of the inverse total Hessian."""
     score = mi.influence_scores(problem, target, solver=mi.solvers.identity())
-    # Of all results only these are asked for, so that XLA leaves out the Hessian that the diagnostics would need.
+    # Only these results are requested, so that XLA leaves out the Hessian that the diagnostics would need.
     return np.asarray(Compiled(lambda *args: score(*args).task)(meta_params, data.tasks, data.held_out))

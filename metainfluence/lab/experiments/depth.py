@@ -1,4 +1,4 @@
-"""Accuracy and time against the number of Hessian products: Neumann's depth J beside conjugate gradients."""
+"""Accuracy and time against the number of Hessian products: Neumann's depth J, compared with conjugate gradients."""
 
 import dataclasses
 from typing import Any
@@ -22,20 +22,20 @@ from metainfluence.response import expand
 
 @dataclasses.dataclass(frozen=True)
 class DepthConfig:
-    """Scores after each step of an iterative solver, against the converged ones."""
+    """Compares the scores after each step of an iterative solver with the converged ones."""
 
     title: str = "Depth of the series"
     """Heading of the results."""
     setting: SettingConfig = dataclasses.field(default_factory=SettingConfig)
     """Data, damage, learner and training."""
     steps: Count = 200
-    """J: terms of the series, and steps of the others."""
+    """J: terms of the series, or steps of the other solvers."""
     shown: tuple[Count, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
-    """Steps in the table."""
+    """Numbers of steps to show in the table."""
 
 
 def run(config: DepthConfig) -> Result:
-    """Traces each solver's scores.
+    """Traces each solver's scores step by step.
 
     Raises:
       ValueError: whatever `setting.make` refuses.

@@ -1,11 +1,11 @@
-"""What editing is worth: one task, 5 % and 40 % of the tasks removed by `edit`, by training again, by training on.
+"""What editing is worth: removing one task, 5 % and 40 % of the tasks by `edit`, by retraining or by training on.
 
 An edit can be prepared once for all removals: the response at the trained λ, with the curvature of a sample of the
-tasks, is made before anything is asked; a removal then costs the gradients of the tasks that go.
+tasks, is computed in advance. A removal then costs only the gradients of the removed tasks.
 
-Training on starts at the trained λ and takes batches of the tasks that are left: until the loss on held-out tasks is as
-low as the edit's, at the learning rate that gets there first; and for a share of the steps of training, its learning
-rate falling to 0.
+Training on starts at the trained λ and uses batches of the remaining tasks. It runs until the loss on held-out tasks is
+as low as the edit's, at the learning rate that gets there first. A second variant runs for a share of the training
+steps, with a learning rate that falls to 0.
 """
 
 import dataclasses
@@ -45,42 +45,42 @@ FRESH = 1000
 
 @dataclasses.dataclass(frozen=True)
 class EditingConfig:
-    """Edit against training from scratch and against training on, in time and in accuracy."""
+    """Compares editing with training from scratch and with training on, in time and in accuracy."""
 
     title: str = "What editing is worth"
     """Heading of the results."""
     setting: SettingConfig = dataclasses.field(default_factory=SettingConfig)
     """Data, damage, learner and training."""
     removed: tuple[Share, ...] = (0.0, 0.05, 0.4)
-    """Shares of the tasks that go, most harmful first; 0 for one task."""
+    """Shares of the tasks to remove, most harmful first; 0 for one task."""
     chosen_by: str = by.SEGMENTS
-    """The method that calls them harmful."""
+    """The method that selects the harmful tasks."""
     solves: by.SolvesConfig = dataclasses.field(default_factory=by.SolvesConfig)
-    """What choosing may cost."""
+    """Costs allowed for the selection."""
     newton_steps: Size = 0
-    """Of the edit, after its first-order step."""
+    """Newton steps of the edit, after its first-order step."""
     tol: Positive = 0.1
     """Relative residual at which the edit's solves stop."""
     sampled_tasks: Count | None = None
-    """Tasks whose curvature the prepared edit takes for that of all; none for a sixteenth."""
+    """Tasks whose curvature stands in for that of all tasks in the prepared edit; by default a sixteenth of them."""
     sampled_rank: Count = 100
-    """Products with it, when preparing."""
+    """Products with that curvature during preparation."""
     learning_rates: tuple[Positive, ...] = (1e-4, 1e-3)
-    """Adam's, when training on to the edit's held-out loss."""
+    """Adam's learning rates, for training on to the edit's held-out loss."""
     short: Share = 0.1
-    """Of the steps of training, for which training on goes as well."""
+    """Share of the training steps that the short training on takes."""
     short_rate: Positive | None = None
-    """Adam's then, at its height; none for that of training."""
+    """Adam's peak learning rate in that variant; by default that of training."""
     block: Count = 5
-    """Steps of training on between two looks at the held-out loss."""
+    """Steps of training on between two checks of the held-out loss."""
     most_blocks: Count = 20
-    """Looks, after which training on is given up."""
+    """Number of checks after which training on is given up."""
     seeds: tuple[Size, ...] = (0, 1, 2)
-    """Every seed is a repetition with other tasks, damage and start."""
+    """Seeds; each is a repetition with other tasks, damage and start."""
 
 
 def run(config: EditingConfig, cache: Path | None = None) -> Result:
-    """Removes, edits, trains; every part is kept in `cache` as it comes.
+    """Removes, edits and trains; every part is kept in `cache` as soon as it is finished.
 
     Raises:
       ValueError: an unknown method; whatever `setting.make` refuses.
@@ -191,9 +191,9 @@ def _scores(config: EditingConfig, setting: Setting, damping: float) -> dict[str
 
 
 def removal_of(problem: mi.Bilevel, total: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Makes two functions of (response, the tasks that go): λ without them, and the relative residual of its solve.
+    """Makes two functions of (response, the removed tasks): λ without them, and the relative residual of its solve.
 
-    Removing whole tasks takes their own gradients alone, which a direction in all weights would not know.
+    Removing complete tasks takes only their own gradients. A direction in all weights could not exploit that.
     """
     loss = mi.task_loss(problem)
 
@@ -204,12 +204,12 @@ def removal_of(problem: mi.Bilevel, total: int) -> tuple[Callable[..., Any], Cal
     def removal(at: Any, gone: mi.Task) -> Any:
         return optax.tree.add(at.meta_params, at.solve(slope(at, gone))[0])
 
-    # Apart, since it takes a product with the curvature of all tasks.
+    # A separate function, since it takes a product with the curvature of all tasks.
     return removal, lambda at, gone: at.solve(slope(at, gone))[1].relative_residual
 
 
 def trained_shortly(config: EditingConfig, setting: Setting, weights: mi.Weights) -> tuple[Any, float, dict[str, Any]]:
-    """λ after a share of the steps of training without the tasks of weight 0, from the trained λ, and the seconds."""
+    """λ after a share of the training steps, from the trained λ and without the tasks of weight 0, and the seconds."""
     training = setting.config.training
     count = max(1, round(config.short * training.num_steps))
     rate = training.learning_rate if config.short_rate is None else config.short_rate
@@ -224,9 +224,9 @@ def trained_shortly(config: EditingConfig, setting: Setting, weights: mi.Weights
 def trained_on(
     config: EditingConfig, setting: Setting, weights: mi.Weights, goal: float
 ) -> tuple[Any, float, dict[str, Any]]:
-    """λ where training on first has a held-out loss of `goal`, the seconds of those steps, their number; and if it has.
+    """λ once training on reaches a held-out loss of `goal`, the seconds of its steps, their number, and whether it did.
 
-    Looking at the loss is not counted.
+    Evaluating the loss is not timed.
     """
     loss = Compiled(setting.target)
     best: tuple[int, Any, float, bool] | None = None

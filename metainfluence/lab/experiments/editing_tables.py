@@ -1,4 +1,4 @@
-"""The tables of what editing is worth: rows to cells, sentences and a picture."""
+"""The tables on what editing is worth: from rows to cells, sentences and a picture."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ TIMES = 20
 
 
 def cells_of(rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """The table: means over the seeds."""
+    """The table's cells: means over the seeds."""
     cells = []
     for count, how in dict.fromkeys((row["removed"], row["how"]) for row in rows):
         own = [row for row in rows if (row["removed"], row["how"]) == (count, how)]
@@ -41,19 +41,19 @@ def cells_of(rows: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 def ratio(rows: list[dict[str, Any]], count: int, how: str) -> str:
-    """Training from scratch over this, in time, for every seed."""
+    """Time of training from scratch over that of this way, for every seed."""
     seconds = {(row["seed"], row["how"]): row["seconds"] for row in rows if row["removed"] == count}
     each = [seconds[seed, AGAIN] / seconds[seed, how] for seed in dict.fromkeys(seed for seed, _ in seconds)]
     return f"{np.mean(each):.1f} × ({', '.join(f'{value:.1f}' for value in each)})"
 
 
 def difference(own: list[dict[str, Any]], scratch: list[dict[str, Any]]) -> tuple[float, float, int, int]:
-    """Accuracy minus that of training from scratch on the same test tasks, as `removal_tables.paired` has it."""
+    """Accuracy minus that of training from scratch on the same test tasks, as from `removal_tables.paired`."""
     return over_seeds([np.asarray(a["each"]) - np.asarray(b["each"]) for a, b in zip(own, scratch, strict=True)])
 
 
 def notes(config: Any, rows: list[dict[str, Any]]) -> list[str]:
-    """How the three were made, and what a product costs in steps of training."""
+    """How the three were made, and the cost of a product in training steps."""
     edits = [row for row in rows if row["how"] == EDIT]
     products = sum(row["products"] for row in edits)
     per_product = sum(row["seconds"] for row in edits) / max(products, 1)
@@ -79,7 +79,7 @@ def notes(config: Any, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def prepared_notes(config: Any, rows: list[dict[str, Any]]) -> list[str]:
-    """What preparing costs, and from how many removals on it pays."""
+    """What preparing costs, and after how many removals it pays off."""
     own = [row for row in rows if row["how"] == PREPARED]
     if not own:
         return []
@@ -106,7 +106,7 @@ def prepared_notes(config: Any, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def picture(title: str, rows: list[dict[str, Any]]) -> Figure:
-    """Seconds against accuracy."""
+    """A plot of accuracy against seconds."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     ax = figure.subplots()
     colors = {

@@ -1,8 +1,7 @@
-"""The three responses and all baselines against retraining without one task, or without shares of them.
+"""Compares the three responses and all baselines with retraining without one task, or without shares of the tasks.
 
-Everything is trained from the same start in the same order. The runs end nowhere near a stationary point, on purpose.
-All methods are judged by the same retrained models, which go
-into a bank, see `metainfluence.lab.experiments.bank`.
+Everything is trained from the same start in the same order. On purpose, no run ends near a stationary point. All
+methods are judged by the same retrained models, which are stored in a bank, see `metainfluence.lab.experiments.bank`.
 """
 
 import dataclasses
@@ -54,58 +53,58 @@ REMOVING = (*ESTIMATORS, "TRAK", "TracIn", "gradient similarity", "random")
 
 @dataclasses.dataclass(frozen=True)
 class EstimatorsConfig:
-    """Trajectory, segments, optimum and the baselines against retraining."""
+    """Trajectory, segments, optimum and the baselines, compared with retraining."""
 
     title: str = "Trajectory, segments, optimum"
     """Heading of the results."""
     setting: SettingConfig = dataclasses.field(default_factory=SettingConfig)
-    """Data, damage and learner; its `training` is not used, its seed is that of tasks, damage and subsets."""
+    """Data, damage and learner; its `training` is not used; its seed is that of tasks, damage and subsets."""
     trainings: tuple[str, ...] = ("adam", "smooth")
-    """Which of the following."""
+    """Which of the following trainings to run."""
     adam: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    """As practitioners train."""
+    """Training with common settings."""
     smooth: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(learning_rate=0.01, eps_root=1e-5, warmup=10, cosine=True)
     )
-    """With what makes a run smooth."""
+    """Training with settings that make a run smooth."""
     batches: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=0.01, eps_root=1e-5, warmup=10, cosine=True, tasks_per_step=20
         )
     )
-    """The same on batches of tasks."""
+    """The same with batches of tasks."""
     num_steps: Count = 60
-    """Of every run."""
+    """Steps of every run."""
     num_checkpoints: Count = 5
-    """For segments and TracIn; they divide num_steps."""
+    """Checkpoints for segments and TracIn; must divide num_steps."""
     seeds: tuple[Size, ...] = (0, 1, 2)
-    """Of the start."""
+    """Seeds of the start."""
     removed: tuple[Share, ...] = (0.01, 0.05, 0.2, 0.5)
-    """Shares of the tasks that subsets lack."""
+    """Shares of the tasks that the subsets leave out."""
     num_subsets: Count = 20
-    """Of each share."""
+    """Subsets per share."""
     num_left_out: Count = 40
     """Tasks left out one at a time."""
     worst: tuple[Share, ...] = (0.05, 0.1, 0.2)
-    """Shares of the tasks, the worst by a method's scores, without which accuracy is measured."""
+    """Shares of the tasks, the worst by a method's scores; accuracy is measured after retraining without them."""
     num_targets: Count = 10
     """Groups of held-out tasks; the mean loss on each is one target."""
     together: Count = 8
     """Retrainings run side by side."""
     smoothness_directions: Count = 4
-    """Of `metainfluence.smoothness`, at three step sizes each."""
+    """Directions of `metainfluence.smoothness`, with three step sizes each."""
     draws: Count = 500
-    """Of each bootstrap."""
+    """Draws of each bootstrap."""
     least_difference: Positive = 0.05
-    """The rule may be off the best of the three by so much."""
+    """How far the rule may be from the best of the three estimators."""
 
 
 def run(config: EstimatorsConfig, cache: Path | None = None) -> results.Result:
-    """Trains, retrains, scores and compares; what is finished is kept in `cache`, the bank beside it.
+    """Trains, retrains, scores and compares; finished parts are kept in `cache`, with the bank next to it.
 
     Raises:
-      ValueError: an unknown training, held-out tasks that the targets do not divide, checkpoints that do not divide the
-        steps, or what `setting.image_tasks` and `setting.make_learner` refuse.
+      ValueError: an unknown training, a number of held-out tasks that num_targets does not divide, checkpoints that do
+        not divide the steps, or what `setting.image_tasks` and `setting.make_learner` refuse.
     """
     for name in config.trainings:
         if name not in ("adam", "smooth", "batches"):
@@ -116,7 +115,7 @@ def run(config: EstimatorsConfig, cache: Path | None = None) -> results.Result:
     for name in config.trainings:
         folder = None if cache is None else cache / name
         done = None if folder is None else folder / "account.parquet"
-        # A folder of another configuration is refused by the caller, who keeps a record of it.
+        # The caller records the configuration of a folder, and refuses a folder of another one.
         if done is not None and done.exists():
             accounts += bank.load(done)[1]
             continue
@@ -140,7 +139,7 @@ def data_of(config: EstimatorsConfig) -> tuple[Tasks, Learner]:
 
 
 def hashes_of(tasks: Tasks) -> dict[str, str]:
-    """Digests by which a bank knows its tasks."""
+    """Digests by which a bank recognises its tasks."""
     return {"training": of_arrays(tasks.training), "held_out": of_arrays(tasks.held_out)}
 
 
@@ -148,8 +147,8 @@ def cases_of(config: EstimatorsConfig, name: str, tasks: Tasks, learner: Learner
     """The runs of one training from every start.
 
     Args:
-      config: of the experiment.
-      name: of the training.
+      config: the experiment's configuration.
+      name: name of the training.
       tasks: the tasks.
       learner: the learner.
       ends: λ after each run, `[S, ...]` or flat `[S, p]`.
@@ -205,12 +204,12 @@ def account_of(
 
 
 def together(found: Sequence[Scored]) -> Scored:
-    """The same method on all starts, `[S, J, T]`."""
+    """The results of one method from all starts, `[S, J, T]`."""
     return found[0]._replace(scores=np.stack([each.scores for each in found]))
 
 
 def facts_of(config: EstimatorsConfig, case: Case, seeded: Any) -> dict[str, Any]:
-    """What else is known of a run: how stationary, and how smooth."""
+    """Further facts about a run: how stationary and how smooth it is."""
     measured: Any = mi.smoothness(
         seeded, num_directions=config.smoothness_directions, parts=False, runs_at_once=config.together
     )(case.start, case.tasks)
@@ -232,7 +231,7 @@ def facts_of(config: EstimatorsConfig, case: Case, seeded: Any) -> dict[str, Any
 def accuracies_of(
     config: EstimatorsConfig, again: Retrained, tasks: mi.Task, scores: Sequence[Scored]
 ) -> list[tuple[str, float, np.ndarray]]:
-    """Accuracy on test tasks after retraining without the worst tasks by each method's scores, at its default."""
+    """Accuracy on test tasks after retraining without the worst tasks by each method's default scores."""
     chosen = {each.method: each.scores.mean(1) for each in scores if each.default and each.method in REMOVING}
     places = [(method, share) for method in chosen for share in config.worst]
     if not places:
@@ -247,10 +246,10 @@ def accuracies_of(
 
 
 def config_of(stored: dict[str, Any]) -> EstimatorsConfig:
-    """A configuration from what a bank keeps of it.
+    """Restores a configuration from what a bank stores of it.
 
     Raises:
-      bank.BankError: fields that there are not.
+      bank.BankError: unknown fields.
     """
 
     def made(kind: Any, values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How the inner solver's errors reach the total gradient and task-IF, against the inner Hessian's condition number."""
+"""How the inner solver's errors affect the total gradient and task-IF, against the inner Hessian's condition number."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ UNROLLED = f"unrolled, {UNROLLED_STEPS} gradient steps"
 
 
 def make_tasks(condition: float, seed: int = 0) -> mi.Task:
-    """Weighted least-squares tasks, of which XᵀX has the given condition number.
+    """Weighted least-squares tasks whose XᵀX has the given condition number.
 
     X = √n U Σ Vᵀ with random orthonormal U and V, Σ² from 1 down to 1/condition; queries share V and Σ.
     """
@@ -50,7 +50,7 @@ def make_tasks(condition: float, seed: int = 0) -> mi.Task:
     def task():
         rotation = np.linalg.qr(rng.normal(size=(FEATURES, FEATURES)))[0]
         support = batch(NUM_SUPPORT, rotation)
-        # One for each example, as the leaves of a support set are.
+        # One copy per example, like the other leaves of a support set.
         support["back"] = np.broadcast_to(rotation / scales, (NUM_SUPPORT, FEATURES, FEATURES))
         return mi.Task(support, batch(NUM_QUERY, rotation), None, None)
 
@@ -59,7 +59,7 @@ def make_tasks(condition: float, seed: int = 0) -> mi.Task:
 
 
 def start(seed: int = 0) -> Any:
-    """λ: what moves the targets, and what weighs the examples."""
+    """λ: parameters that shift the targets, and parameters that weight the examples."""
     rng = np.random.default_rng(seed)
     return {name: jnp.asarray(0.3 * rng.normal(size=(COVARIATES, OUTPUTS))) for name in ("target", "weight")}
 
@@ -69,19 +69,19 @@ def _targets(meta_params, batch):
 
 
 def inner_loss(params, meta_params, batch):
-    """Weighted squares; H_in depends on λ by the weights, and its condition number up to these is that of XᵀX."""
+    """Weighted squares; H_in depends on λ through the weights, and without them has the condition number of XᵀX."""
     outputs = mi.ekfac.outputs(LAYER(params, batch["x"]))
     weights = jnp.exp(batch["z"] @ meta_params["weight"])
     return 0.5 * jnp.sum(weights * (outputs - _targets(meta_params, batch)) ** 2, axis=1)
 
 
 def outer_loss(params, meta_params, batch):
-    """Squares of the predictions."""
+    """Squared errors of the predictions."""
     return 0.5 * jnp.sum((LAYER(params, batch["x"]) - _targets(meta_params, batch)) ** 2, axis=1)
 
 
 def solution(meta_params, support, coefficients):
-    """θ in the basis U, in which no condition number is left: the exact answer."""
+    """The exact answer: θ computed in the basis U, where the condition number of XᵀX plays no role."""
     weights = coefficients[:, None] * jnp.exp(support["z"] @ meta_params["weight"])
     basis = support["basis"]
     gram = jnp.einsum("no,nd,ne->ode", weights, basis, basis)
@@ -90,7 +90,7 @@ def solution(meta_params, support, coefficients):
 
 
 def adaptations() -> dict[str, Any]:
-    """By name; all implicit ones start at the exact minimum, so that their linear solves alone are judged."""
+    """Adaptations by name; all implicit ones start at the exact minimum, so only their linear solves are judged."""
 
     def minimum(meta_params, support):
         return solution(meta_params, support, jnp.full(NUM_SUPPORT, 1 / NUM_SUPPORT))
@@ -102,7 +102,8 @@ def adaptations() -> dict[str, Any]:
         name: mi.adaptation.implicit(inner_loss, minimum, minimizer=mi.adaptation.given(), linear_solver=make())
         for name, make in LINEAR_SOLVERS.items()
     }
-    # With weights up to about 2 the largest curvature is, too, so that this step is close to the longest stable one.
+    # With weights up to about 2, the largest curvature is about 2 as well, so this step is close to the longest stable
+    # one.
     unrolled = mi.adaptation.unrolled(inner_loss, zero, optax.sgd(0.5), UNROLLED_STEPS)
     return implicit | {UNROLLED: unrolled}
 
@@ -118,8 +119,8 @@ def rows(conditions: Sequence[float], *, damping: float = 0.1) -> Iterator[Row]:
     """Errors of the total gradients and of task-IF of all tasks, by inner solver and condition number.
 
     Args:
-      conditions: numbers that are asked for.
-      damping: of task-IF.
+      conditions: condition numbers to aim for.
+      damping: damping of task-IF.
     """
     meta_params = start()
     data = [(condition, make_tasks(condition)) for condition in conditions]

@@ -1,4 +1,4 @@
-"""Scores of runs against what retraining says: agreement, intervals, differences, and the rule that picks one."""
+"""Compares scores of runs with retraining: agreement, intervals, differences, and the rule that picks a method."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ AUC = "damaged"
 
 
 class Judged(NamedTuple):
-    """Methods beside each other on one training.
+    """Methods compared on one training.
 
     Attributes:
-      names: of the methods.
-      options: in use, of each method.
+      names: names of the methods.
+      options: each method's option in use.
       agreement: column -> estimates [methods]: Spearman correlation with retraining, mean over starts and targets.
       ahead: column -> estimates [methods]: trajectory's agreement minus each method's, resampled in pairs.
-      auc: [methods], mean over the starts; NaN where nothing was damaged.
+      auc: [methods], mean over the starts; NaN if nothing was damaged.
     """
 
     names: list[str]
@@ -34,15 +34,15 @@ class Judged(NamedTuple):
 
 
 def correlations(predicted: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Spearman's along the first axis; 0 where a side does not vary or is not finite."""
+    """Spearman correlations along the first axis; 0 if a side does not vary or is not finite."""
     left, right = (rankdata(side, axis=0) - (len(side) + 1) / 2 for side in (predicted, found))
     scale = np.linalg.norm(left, axis=0) * np.linalg.norm(right, axis=0)
-    # Ranks of columns that hold NaN are NaN.
+    # Columns that hold NaN have NaN ranks.
     return np.nan_to_num(np.sum(left * right, axis=0) / np.where(scale > 0, scale, np.inf))
 
 
 def predictions(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Changes [m, S, J] of the targets as scores [S, J, T] predict them: sums over the tasks that are lacking."""
+    """Changes [m, S, J] of the targets that scores [S, J, T] predict: sums over the removed tasks."""
     found: np.ndarray = np.moveaxis(scores @ (~kept).T.astype(float), -1, 0)
     return found
 
@@ -50,19 +50,19 @@ def predictions(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
 def agreement(
     scores: Sequence[np.ndarray], truth: Truth, draws: int
 ) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """Agreement of every method, and how far the first is ahead of each.
+    """Agreement of every method, and how far the first method is ahead of each.
 
     Args:
       scores: [S, J, T] of each method.
-      truth: what retraining says.
-      draws: of the bootstrap, which resamples removals: they are the same for all starts.
+      truth: the results of retraining.
+      draws: draws of the bootstrap, which resamples removals: these are the same for all starts.
 
     Returns:
       Both as column -> estimates [methods].
     """
     values, ahead = {}, {}
     for column, kept in truth.kept.items():
-        # The removals come first, since they are resampled.
+        # The removals are the first axis, since they are resampled.
         predicted = np.stack([predictions(each.astype(float), kept) for each in scores], axis=1)
         found = np.moveaxis(truth.changes[column], 1, 0)
 
@@ -77,7 +77,7 @@ def agreement(
 
 
 def mean_agreement(scores: np.ndarray, truth: Truth) -> float:
-    """Mean over all columns, without an interval: by which the best option is chosen."""
+    """Mean over all columns, without an interval; the best option is chosen by it."""
     return float(
         np.mean(
             [
@@ -89,7 +89,7 @@ def mean_agreement(scores: np.ndarray, truth: Truth) -> float:
 
 
 def kept_options(found: Sequence[Scored], truth: Truth) -> list[Scored]:
-    """Of each method its default option, and the one of highest mean agreement where that is another."""
+    """Each method's default option and, if it is another, the option with the highest mean agreement."""
     names = list(dict.fromkeys(each.method for each in found))
     kept = []
     for name in names:
@@ -100,7 +100,7 @@ def kept_options(found: Sequence[Scored], truth: Truth) -> list[Scored]:
 
 
 def in_use(found: Sequence[Scored], truth: Truth, best: bool) -> list[Scored]:
-    """One option of each method: the default, or the best; trajectory comes first."""
+    """One option of each method, the default or the best; trajectory comes first."""
     names = list(dict.fromkeys(each.method for each in found))
     chosen = []
     for name in [TRAJECTORY, *(name for name in names if name != TRAJECTORY)]:
@@ -114,7 +114,7 @@ def in_use(found: Sequence[Scored], truth: Truth, best: bool) -> list[Scored]:
 
 
 def judged(account: Account, chosen: Sequence[Scored], draws: int) -> Judged:
-    """Methods, the first of which is trajectory, against retraining."""
+    """Compares methods, of which the first is trajectory, with retraining."""
     scores = [each.scores for each in chosen]
     values, ahead = agreement(scores, account.truth, draws)
     auc = np.full(len(scores), np.nan)
@@ -124,12 +124,12 @@ def judged(account: Account, chosen: Sequence[Scored], draws: int) -> Judged:
 
 
 def area(scores: np.ndarray, damaged: np.ndarray) -> float:
-    """ROC AUC; that of a guess where scores are not finite."""
+    """ROC AUC; that of guessing if scores are not finite."""
     return float(roc_auc(scores, damaged)) if np.all(np.isfinite(scores)) else 0.5
 
 
 def rule(account: Account, best: bool) -> list[dict[str, Any]]:
-    """What `metainfluence.choose` picks for each start and each removal, beside the three estimators' agreement."""
+    """What `metainfluence.choose` picks for each start and each removal, with the three estimators' agreement."""
     chosen = {each.method: each.scores for each in in_use(account.scores, account.truth, best)}
     rows = []
     for column, kept in account.truth.kept.items():

@@ -1,4 +1,4 @@
-"""Parts of an experiment on disk, so that one that was cut goes on where it was."""
+"""Parts of an experiment on disk, so that an interrupted one continues where it stopped."""
 
 import io
 from collections.abc import Callable
@@ -15,19 +15,19 @@ Make = Callable[[], dict[str, Any]]
 
 
 class Kept:
-    """Arrays under names: made once, then read.
+    """Named arrays that are made once and then read.
 
-    The folder is one configuration's and one code's, which `results.claim` sees to.
+    The folder belongs to one configuration and one version of the code, which `results.claim` ensures.
 
     Args:
-      folder: of the files; None keeps nothing.
+      folder: folder of the files; None keeps nothing.
     """
 
     def __init__(self, folder: Path | None):
         self._folder = folder
 
     def __call__(self, name: str, make: Make) -> dict[str, np.ndarray]:
-        """The arrays that `make` returns, or returned when it was called under this name."""
+        """The arrays that `make` returns, or returned when this name was first used."""
         path = None if self._folder is None else self._folder / f"{name}.npz"
         if path is not None and path.exists():
             with np.load(path, allow_pickle=False) as archive:
@@ -41,7 +41,7 @@ class Kept:
         return found
 
     def tree(self, name: str, make: Callable[[], tuple[Any, float]], like: Any) -> tuple[Any, float]:
-        """The same for a pytree of the structure of `like`, and the seconds that it took."""
+        """The same for a pytree with the structure of `like`, and the seconds that making it took."""
 
         def arrays() -> dict[str, Any]:
             tree, seconds = make()
@@ -52,5 +52,5 @@ class Kept:
         return jax.tree.unflatten(jax.tree.structure(like), leaves), float(found["seconds"])
 
     def below(self, name: str) -> "Kept":
-        """A folder in the folder."""
+        """The store in a subfolder."""
         return Kept(None if self._folder is None else self._folder / name)

@@ -1,7 +1,7 @@
-"""Leaving one task out, on a trained few-shot learner: what every method predicts, and what training again finds.
+"""Leaving one task out of a trained few-shot learner: compares every method's prediction with training again.
 
-What training again finds is the truth that a score of a single task answers for, and so the highest bar for telling
-damaged tasks apart: a score that does it better than the truth answers another question.
+Training again gives the truth that a score of a single task estimates. It is therefore the upper limit for telling
+damaged tasks apart: a score that does so better than the truth answers another question.
 """
 
 import dataclasses
@@ -28,30 +28,30 @@ TRUTH = "training without it"
 
 @dataclasses.dataclass(frozen=True)
 class LeavingConfig:
-    """Predicted against retrained, one task at a time."""
+    """Compares predictions with retraining, one task at a time."""
 
     title: str = "One task left out"
     """Heading of the results."""
     setting: SettingConfig = dataclasses.field(default_factory=SettingConfig)
     """Data, damage, learner and training."""
     each: Count = 22
-    """Tasks of each kind, undamaged ones too, that are left out one at a time."""
+    """Tasks of each kind, including undamaged ones, that are left out one at a time."""
     methods: tuple[str, ...] = (
         by.TRAJECTORY, by.SEGMENTS, by.INFLUENCE, "direct-IF", "TRAK", by.TRACIN, "gradient similarity", "plain loss",
         "random",
     )  # fmt: skip
     """Methods; see metainfluence.lab.experiments.methods."""
     solves: by.SolvesConfig = dataclasses.field(default_factory=by.SolvesConfig)
-    """What the estimators may cost."""
+    """Costs allowed for the estimators."""
     draws: Count = 1000
-    """Of each bootstrap."""
+    """Draws of each bootstrap."""
 
 
 def run(config: LeavingConfig, cache: Path | None = None) -> Result:
-    """Trains, scores, and trains again without each of some tasks; every part is kept in `cache` as it comes.
+    """Trains, scores, and trains again without each of some tasks; finished parts are kept in `cache` at once.
 
     Raises:
-      ConfigError: fewer tasks of a kind than are to be left out.
+      ConfigError: fewer tasks of a kind than should be left out.
       ValueError: an unknown method; whatever `setting.make` refuses.
     """
     by.check_names("methods", config.methods)
@@ -115,7 +115,7 @@ def run(config: LeavingConfig, cache: Path | None = None) -> Result:
 
 
 def _chosen(harm: np.ndarray, config: LeavingConfig) -> np.ndarray:
-    """As many tasks of each kind, drawn by the setting's seed."""
+    """The same number of tasks of each kind, drawn by the setting's seed."""
     generator = np.random.default_rng(config.setting.seed)
     drawn = []
     for kind in sorted(set(harm)):
@@ -143,7 +143,7 @@ def _scored(config: LeavingConfig, setting: Setting, damping: float, name: str) 
 
 
 def agreement(predicted: np.ndarray, changes: np.ndarray, draws: int) -> dict[str, float]:
-    """Correlations of predicted and found changes, with 95 % intervals over the tasks."""
+    """Correlations of predicted and actual changes, with 95 % intervals over the tasks."""
     found = loo_correlation(predicted, changes, num=draws)
     return {
         f"{name}{end}": float(value)
@@ -164,7 +164,7 @@ def areas(values: np.ndarray, kinds: np.ndarray, draws: int) -> dict[str, float]
 
 
 def agreement_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Methods, the truth first, then by their rank correlation with it."""
+    """Methods, the truth first, then by rank correlation with it."""
     (truth,) = (row for row in rows if row["how"] == "retrained")
     scored = [row for row in rows if row["how"] == "scored"]
     kinds = [
@@ -193,7 +193,7 @@ def changes_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]
 
 
 def notes(rows: list[dict[str, Any]], seconds: float, learner: str) -> list[str]:
-    """What the numbers mean."""
+    """Explanations of the numbers."""
     kinds = dict.fromkeys(row["kind"] for row in rows if row["how"] == "left out" and row["kind"] != CLEAN)
     (truth,) = (row for row in rows if row["how"] == "retrained")
     told = ", ".join(f"{truth[f'auc {kind}']:.2f} of {kind}" for kind in kinds)
@@ -211,7 +211,7 @@ def notes(rows: list[dict[str, Any]], seconds: float, learner: str) -> list[str]
 
 
 def picture(title: str, predicted: dict[str, np.ndarray], changes: np.ndarray, kinds: np.ndarray) -> Figure:
-    """Predicted against found changes, of the first three methods."""
+    """Predicted against actual changes, for the first three methods."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     names = list(predicted)[:3]
     for axes, name in zip(

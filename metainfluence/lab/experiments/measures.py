@@ -1,4 +1,4 @@
-"""How far two vectors are from each other: relative error, angle, ranks."""
+"""How far apart two vectors are: relative error, angle, ranks."""
 
 from typing import Any
 
@@ -18,13 +18,13 @@ def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
 
 
 def cosine(left: np.ndarray, right: np.ndarray) -> float:
-    """Of the angle between two vectors; 0 where one of them is 0."""
+    """Cosine of the angle between two vectors; 0 if one of them is 0."""
     scale = np.linalg.norm(left) * np.linalg.norm(right)
     return float(left @ right / scale) if scale > 0 else 0.0
 
 
 def spearman(left: np.ndarray, right: np.ndarray) -> float:
-    """Rank correlation; NaN where a value is."""
+    """Rank correlation; NaN if a value is NaN."""
     if not (np.all(np.isfinite(left)) and np.all(np.isfinite(right))):
         return float("nan")
     ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (left, right)]

@@ -24,28 +24,28 @@ Score = Callable[..., mi.Scores]
 
 @dataclasses.dataclass(frozen=True)
 class SolvesConfig:
-    """What the estimators may cost; the defaults are the library's."""
+    """Costs allowed for the estimators; the defaults are the library's."""
 
     tol: Positive = 1e-6
     """Relative residual at which the solves of optimum and direct-IF stop."""
     damping_rank: Count = 40
-    """Products by which the damping is chosen."""
+    """Products from which the damping is chosen."""
     segments_rank: Count = 12
-    """Products at most for each segment."""
+    """Products per segment, at most."""
     tlxml_rank: Count = 100
-    """Eigenpairs of TLXML."""
+    """Number of eigenpairs of TLXML."""
     ekfac_tasks: Count | None = None
-    """Tasks at a time for the factors of EKFAC-IF, whose memory this bounds; none for all."""
+    """Tasks at a time for the factors of EKFAC-IF, which bounds their memory; by default all."""
 
 
 class Scored(NamedTuple):
     """One method's scores.
 
     Attributes:
-      name: of the method.
-      scores: of all tasks and examples; None where the method does not apply.
-      seconds: of the run, without compiling.
-      reason: why it does not apply, else "".
+      name: name of the method.
+      scores: scores of all tasks and examples; None if the method does not apply.
+      seconds: run time, without compiling.
+      reason: why it does not apply; otherwise "".
     """
 
     name: str
@@ -57,8 +57,8 @@ class Scored(NamedTuple):
 def influence_on_objective(problem: mi.Bilevel, target: Any = None, *, damping: Any = 0.0) -> Score:
     """Makes (meta_params, tasks, *target_args) -> Scores: the change of min F itself on removal, − w ∂_w F.
 
-    By the envelope theorem the change of λ adds nothing to first order. For a support example this is the effect of its
-    task's parameters alone, the paper's inner influence; the target and the damping are not used.
+    By the envelope theorem the change of λ adds nothing to first order. For a support example this is only the effect
+    through its task's parameters, the paper's inner influence. The target and the damping are not used.
     """
     del target, damping
     objective = mi.total_objective(problem)
@@ -99,14 +99,14 @@ NAMES = (*METHODS, TRACIN, SEGMENTS, TRAJECTORY)
 
 
 def check_names(field: str, names: Sequence[str]) -> None:
-    """Raises ValueError for a method that there is not."""
+    """Raises ValueError for an unknown method."""
     for name in names:
         if name not in NAMES:
             raise ValueError(f"{field}: expected some of {', '.join(NAMES)}; got {name!r}")
 
 
 def chosen_damping(setting: Setting, rank: int = SolvesConfig.damping_rank) -> mi.damping.Damping:
-    """What damping="auto" takes at the trained λ."""
+    """The damping that damping="auto" chooses at the trained λ."""
     rule: mi.damping.Damping = Compiled(mi.damping.auto(setting.problem, rank=rank))(
         setting.trained, setting.tasks.training
     )
@@ -116,7 +116,7 @@ def chosen_damping(setting: Setting, rank: int = SolvesConfig.damping_rank) -> m
 def score(setting: Setting, name: str, damping: Any, solves: SolvesConfig | None = None) -> Scored:
     """Scores of all tasks and examples for the held-out loss, by one method.
 
-    Those of `trajectory` take the training again, and then the way back through it.
+    The scores of `trajectory` repeat the training, and then go back through it.
     """
     target, tasks, training = setting.target, setting.tasks, setting.config.training
     solves = SolvesConfig() if solves is None else solves
@@ -144,8 +144,8 @@ def score(setting: Setting, name: str, damping: Any, solves: SolvesConfig | None
             return mi.baselines.ekfac_if(setting.problem, target, damping=damping, batch_size=solves.ekfac_tasks)
         return METHODS[name](setting.problem, target, damping)
 
-    # The damping is an argument, so that all seeds share a program. A method that solves nothing is not charged for the
-    # residual in its report, which nobody asks for: XLA leaves out what is not returned.
+    # The damping is an argument, so that all seeds share a program. XLA leaves out what is not returned: a method that
+    # solves nothing does not pay for the residual in its report, which nobody needs here.
     def run(at: Any, training: mi.Task, held_out: mi.Task, damping: jax.Array) -> tuple[Any, ...]:
         scores = method(damping)(at, training, held_out)
         return tuple(scores) if name in SOLVING else (*scores[:3], None)
@@ -163,14 +163,14 @@ def _answering(respond: Callable[..., Any], target: Any) -> Score:
 
 
 def gradient_ratio(setting: Setting) -> float:
-    """‖D_λF‖ at the trained λ over that at the start, as `metainfluence.choose` takes it."""
+    """‖D_λF‖ at the trained λ over that at the start, as used by `metainfluence.choose`."""
     slope = jax.grad(mi.total_objective(setting.problem))
     norm = jax.jit(lambda m, tasks: optax.tree.norm(slope(m, tasks)))
     return float(norm(setting.trained, setting.tasks.training) / norm(setting.initial, setting.tasks.training))
 
 
 def held_out_losses(setting: Setting) -> dict[str, float]:
-    """The held-out loss of the trained λ, and what it is at the temperature that fits it best; of classification."""
+    """The held-out loss of the trained λ, plain and at the temperature that fits it best; for classification only."""
     if setting.config.data.dataset == SINUSOID:
         return {}
     makers = (mi.query_loss, learners.calibrated_loss)
@@ -181,7 +181,7 @@ def held_out_losses(setting: Setting) -> dict[str, float]:
 
 
 def level_scores(scores: mi.Scores, level: str) -> np.ndarray:
-    """Scores of tasks, of support or of query examples as one vector."""
+    """Scores of tasks, or of support or query examples, as one vector."""
     return np.ravel(getattr(scores, level))
 
 
@@ -191,7 +191,7 @@ def most_harmful(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def level_harm(setting: Setting, level: str) -> np.ndarray:
-    """Which of them were damaged, as one vector of booleans."""
+    """Which data of a level were damaged, as one boolean vector."""
     tasks = setting.tasks
     if level == "task":
         return tasks.task_harm != "clean"
@@ -199,7 +199,7 @@ def level_harm(setting: Setting, level: str) -> np.ndarray:
 
 
 def without(setting: Setting, level: str, removed: np.ndarray) -> mi.Weights:
-    """Unit weights with 0 for the removed ones, which are indices into `level_scores`."""
+    """Unit weights with 0 for the removed data, given as indices into `level_scores`."""
     weights = mi.unit_weights(setting.tasks.training)
     field = getattr(weights, level)
     return weights._replace(**{level: jnp.ravel(field).at[removed].set(0.0).reshape(field.shape)})

@@ -9,15 +9,15 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """Options, or a file of them, that make no sense."""
+    """Invalid options, or an invalid file of options."""
 
 
 def named_function(name: str, option: str) -> Callable[..., Any]:
-    """The function `module:function`, found as Python finds modules and in the current directory.
+    """The function `module:function`, found on Python's module path or in the current directory.
 
     Args:
-      name: of the function.
-      option: that names it, for messages.
+      name: the function's name.
+      option: the option that names it, for messages.
 
     Raises:
       ConfigError: there is no such module or function.

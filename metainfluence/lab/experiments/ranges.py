@@ -1,4 +1,4 @@
-"""What an option may be, beside the field that holds it: ranges of numbers, places to write to; one check for all."""
+"""What an option may be, stated next to its field: ranges of numbers, places to write to; one check for all."""
 
 import dataclasses
 import math
@@ -8,14 +8,14 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 
 class Range(NamedTuple):
-    """Numbers from `least` to `most`, both included unless `above` leaves out the least."""
+    """Numbers from `least` to `most`, both included, except that `above` leaves out `least`."""
 
     least: float
     most: float = math.inf
     above: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a number is in the range; infinity and NaN are in none."""
+        """Whether a number is in the range; infinity and NaN never are."""
         above_least = self.least < value if self.above else self.least <= value
         return math.isfinite(value) and above_least and value <= self.most
 
@@ -31,12 +31,12 @@ class Range(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a command writes: a folder, which is made where it is not there, or a file."""
+    """Where a command writes: a folder, which is created if it does not exist, or a file."""
 
     folder: bool
 
     def problem(self, path: Path) -> str | None:
-        """Why nothing can be written there, for a message; None where it can."""
+        """Why nothing can be written there, for a message; None if it can."""
         kind = "a folder" if self.folder else "a file"
         if path.exists() and path.is_dir() != self.folder:
             return f"expected {kind} to write, got {path}, which is {'a file' if self.folder else 'a folder'}"
@@ -64,12 +64,12 @@ class RangeError(ValueError):
 
 
 def check(config: Any, prefix: str = "", *, places: bool = True) -> None:
-    """Raises RangeError, naming the option, where a field of a configuration is not what it is annotated with.
+    """Raises RangeError, naming the option, if a field of a configuration violates its annotation.
 
     Args:
       config: a dataclass, with others nested in it.
-      prefix: of the options' names.
-      places: whether it is about to write; else what its paths lead to is left alone.
+      prefix: prefix of the options' names.
+      places: whether to check paths too, before writing; otherwise paths are not touched.
     """
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
@@ -84,7 +84,7 @@ def check(config: Any, prefix: str = "", *, places: bool = True) -> None:
 
 
 def allowed_by(hint: Any) -> list[Range | Place]:
-    """What a type is annotated with, its parts included, as in `Count | None`."""
+    """The annotations of a type, including those of its parts, as in `Count | None`."""
     own = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Range | Place)]
     parts = get_args(hint)[:1] if get_origin(hint) is Annotated or own else get_args(hint)
     return own + [each for part in parts for each in allowed_by(part)]

@@ -1,7 +1,7 @@
-"""Find what was damaged, take it away, train again: the paper's table and figures.
+"""Finds what was damaged, removes it, trains again: the paper's table and figures.
 
-At each level (tasks, support examples, query examples) some data are damaged on purpose, every method scores all data,
-and what it calls most harmful is removed, by retraining and by editing without retraining.
+At each level (tasks, support examples, query examples) some data are damaged on purpose and every method scores all
+data. What a method calls most harmful is then removed, by retraining and by editing without retraining.
 """
 
 import dataclasses
@@ -45,33 +45,33 @@ class LevelConfig:
     noise: Share = 0.0
     """Share of tasks whose images are noise."""
     flip_share: Share = 0.8
-    """Of the labels of a task with flipped labels."""
+    """Share of the labels flipped in a task with flipped labels."""
     examples: Share = 0.0
-    """Share of the level's examples with flipped labels; of support and query levels."""
+    """Share of the level's examples with flipped labels; for the support and query levels."""
     removed: Share = 0.4
-    """Share of the level's data that every method takes away."""
+    """Share of the level's data that every method removes."""
     run: bool = False
     """Whether this level is run."""
     methods: tuple[str, ...] = ()
-    """Methods at this level; none for those of all levels."""
+    """Methods at this level; by default those of all levels."""
     retrained: tuple[str, ...] = ()
-    """Of these, those whose choice is removed by retraining; none for those of all levels."""
+    """Methods at this level whose choice is removed by retraining; by default those of all levels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RemovalConfig:
-    """Detection of damaged data, and what becomes of the model without what each method calls harmful."""
+    """Detection of damaged data, and the model without what each method calls harmful."""
 
     title: str = "Removal"
     """Heading of the results."""
     setting: SettingConfig = dataclasses.field(default_factory=SettingConfig)
-    """Data, learner and training; its damage is set by the levels."""
+    """Data, learner and training; the levels set its damage."""
     task: LevelConfig = dataclasses.field(default_factory=LevelConfig)
-    """Whole tasks."""
+    """Damage and removal of complete tasks."""
     support: LevelConfig = dataclasses.field(default_factory=LevelConfig)
-    """Support examples."""
+    """Damage and removal of support examples."""
     query: LevelConfig = dataclasses.field(default_factory=LevelConfig)
-    """Query examples."""
+    """Damage and removal of query examples."""
     methods: tuple[str, ...] = (
         by.INFLUENCE, "direct-IF", "EKFAC-IF", "TLXML", "TRAK", by.TRACIN, "gradient similarity", "plain loss",
         "random",
@@ -80,27 +80,27 @@ class RemovalConfig:
     retrained: tuple[str, ...] = (
         by.INFLUENCE, "direct-IF", "EKFAC-IF", "TRAK", by.TRACIN, "plain loss", "random",
     )  # fmt: skip
-    """Of these, those whose choice is removed by retraining."""
+    """Methods whose choice is removed by retraining."""
     edited: tuple[str, ...] = (by.INFLUENCE,)
-    """Of these, those whose choice is also removed by editing."""
+    """Methods whose choice is also removed by editing."""
     solves: by.SolvesConfig = dataclasses.field(default_factory=by.SolvesConfig)
-    """What the estimators may cost."""
+    """Costs allowed for the estimators."""
     newton_steps: Size = 3
-    """Of the edit."""
+    """Newton steps of the edit."""
     curve: tuple[Share, ...] = ()
-    """Shares removed for the curve of accuracy; none for no curve."""
+    """Shares removed, for the curve of accuracy; by default no curve."""
     curve_methods: tuple[str, ...] = (by.INFLUENCE, "plain loss", by.TRACIN, "direct-IF", "random")
     """Methods in that curve."""
     seeds: tuple[Size, ...] = (0,)
-    """Every seed is a repetition with other tasks, damage and start."""
+    """Seeds; each is a repetition with other tasks, damage and start."""
     draws: Count = 1000
-    """Of each bootstrap."""
+    """Draws of each bootstrap."""
     published: tuple[str, ...] = ()
     """Rows of the paper's own table, as "level, method, accuracy, seconds"."""
 
 
 def run(config: RemovalConfig, cache: Path | None = None) -> Result:
-    """Runs all levels at all seeds; every training and every method's scores are kept in `cache` as they come.
+    """Runs all levels at all seeds; trainings and scores are kept in `cache` as soon as they are finished.
 
     Raises:
       ValueError: an unknown method, no level, or whatever `setting.make` refuses.
@@ -132,7 +132,7 @@ def run(config: RemovalConfig, cache: Path | None = None) -> Result:
 
 
 def level_setting(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Setting:
-    """The setting damaged at one level, trained."""
+    """The setting with damage at one level, trained."""
     of_level = getattr(config, level)
     harm = dataclasses.replace(
         config.setting.harm,
@@ -190,7 +190,7 @@ def at_level(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Outcom
         removal(f"{AS_MANY}{size}", "retrained", functools.partial(retrained, drawn))
     scored: dict[str, np.ndarray] = {}
     reference: np.ndarray | None = None
-    # Against which the others are held: the one that the rule names, where it is among them.
+    # The reference for the other methods: the one that the rule names, if it is among them.
     names = of_level.methods or config.methods
     first = picked.estimator if picked.estimator in names else by.INFLUENCE
     for name in sorted(names, key=lambda name: name != first):
@@ -221,14 +221,14 @@ def at_level(config: RemovalConfig, level: str, seed: int, kept: Kept) -> Outcom
 
 
 def kinds_of(setting: Setting, level: str) -> dict[str, np.ndarray]:
-    """Which tasks were damaged in which way; nothing at the other levels, and where all were in one way."""
+    """Which tasks were damaged in which way; empty at the other levels, and if all were damaged in the same way."""
     harm = setting.tasks.task_harm
     kinds = sorted(set(harm[by.level_harm(setting, level)])) if level == "task" else []
     return {str(kind): harm == kind for kind in kinds} if len(kinds) > 1 else {}
 
 
 def _among_clean(values: np.ndarray, damaged: np.ndarray, own: np.ndarray) -> float:
-    """ROC AUC of one kind of damage against what is whole."""
+    """ROC AUC of one kind of damage against undamaged data."""
     judged = own | ~damaged
     return float(roc_auc(values[judged], own[judged]))
 
@@ -263,7 +263,7 @@ def _edited(setting: Setting, level: str, edit: Any, removed: np.ndarray) -> tup
 
 
 def editors(config: RemovalConfig, setting: Setting, damping: float) -> dict[str, Any]:
-    """Ways to remove without retraining: influence with Newton steps, and what people would do instead."""
+    """Ways to remove data without retraining: influence with Newton steps, and common alternatives."""
     problem, training = setting.problem, setting.config.training
     solver = mi.solvers.auto(tol=1e-3)
     steps = max(training.num_steps // 20, 1)

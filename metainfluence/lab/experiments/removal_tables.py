@@ -1,4 +1,4 @@
-"""Tables, sentences and the picture of what was found and removed."""
+"""Tables, sentences and the picture about what was found and removed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,12 +30,12 @@ class Outcome(NamedTuple):
 
 
 def guesses(row: Mapping[str, Any]) -> bool:
-    """Whether a learner's accuracy cannot be told from that of guessing; never for regression."""
+    """Whether a learner's accuracy is indistinguishable from guessing; never for regression."""
     return row["chance"] is not None and row["accuracy"] - row["half_width"] <= row["chance"]
 
 
 def warnings_of(rows: Rows) -> list[str]:
-    """What is to be read before any score: a learner that may be no better than guessing."""
+    """Warnings to read before any score: a learner that may be no better than guessing."""
     return [
         f"{row['level'].capitalize()} level, seed {row['seed']}: the learner has learnt nothing that can be told from "
         f"guessing: accuracy {row['accuracy']:.3f} ± {row['half_width']:.3f}, chance {row['chance']:.3f}. No score "
@@ -76,7 +76,7 @@ def tables(rows: Rows, measure: str, seeds: Sequence[int], published: Sequence[s
 
 
 def kinds_in(rows: Rows) -> list[str]:
-    """The kinds of damage that were told apart."""
+    """The kinds of damage that were distinguished."""
     return [
         key.removeprefix("auc ") for key in dict.fromkeys(key for row in rows for key in row) if key.startswith("auc ")
     ]
@@ -125,14 +125,14 @@ def paired(rows: Rows, own: Rows, other: Any, sign: int = 1) -> tuple[float, flo
     """The difference of retrained accuracies on the same test tasks, seed by seed.
 
     Args:
-      rows: of one level.
-      own: rows of one method, one for each seed.
-      other: (row) -> the method to be held against.
+      rows: rows of one level.
+      own: rows of one method, one per seed.
+      other: (row) -> the method to compare with.
       sign: −1 for the other minus this one.
 
     Returns:
-      The mean over seeds and tasks, half of its 95 % interval over the test tasks of these seeds, in how many seeds it
-      is above 0, and the seeds; None where a seed lacks the other.
+      The mean over seeds and tasks, half the width of its 95 % interval over the test tasks of these seeds, the number
+      of seeds in which it is above 0, and the number of seeds; None if a seed lacks the other method.
     """
     by_seed = {(row["method"], row["seed"]): row for row in rows if row["how"] == "retrained"}
     differences = []
@@ -145,7 +145,7 @@ def paired(rows: Rows, own: Rows, other: Any, sign: int = 1) -> tuple[float, flo
 
 
 def over_seeds(differences: Sequence[np.ndarray]) -> tuple[float, float, int, int]:
-    """Of differences of the test tasks, one array a seed: what `paired` returns."""
+    """What `paired` returns, from the differences of the test tasks, one array per seed."""
     means = np.array([each.mean() for each in differences])
     variance = sum(each.var(ddof=1) / len(each) for each in differences) / len(means) ** 2
     return float(means.mean()), float(1.96 * variance**0.5), int((means > 0).sum()), len(means)
@@ -160,7 +160,7 @@ def signed(found: tuple[float, float, int, int] | None) -> str:
 
 
 def notes(rows: Rows, measure: str, seeds: Sequence[int]) -> list[str]:
-    """What the rule chose, what the edit keeps of retraining's gain, and what scores save."""
+    """What the rule chose, how much of retraining's gain the edit keeps, and what scores save."""
     lines = []
     for level in dict.fromkeys(row["level"] for row in rows):
         own = [row for row in rows if row["level"] == level]
@@ -194,7 +194,7 @@ def notes(rows: Rows, measure: str, seeds: Sequence[int]) -> list[str]:
 
 
 def confidence(rows: Rows) -> list[str]:
-    """How sure the learner is of classes that it has not seen, since the held-out loss asks for that too."""
+    """How sure the learner is about unseen classes, since the held-out loss depends on that too."""
     own = [row for row in rows if row["how"] == "trained" and row.get(by.HELD_OUT[1]) is not None]
     if not own:
         return []
@@ -207,7 +207,7 @@ def confidence(rows: Rows) -> list[str]:
 
 
 def harms(rows: Rows, measure: str) -> list[str]:
-    """Whether each kind of damage does harm: retrained without exactly those tasks, against as many random ones."""
+    """Whether each kind of damage does harm: retraining without exactly those tasks, against as many random ones."""
     lines = []
     for kind in kinds_in(rows):
         own = [row for row in rows if row["method"] == f"{TRUTH}, {kind}"]
@@ -224,7 +224,7 @@ def harms(rows: Rows, measure: str) -> list[str]:
 
 
 def picture(title: str, shares: Sequence[float], shown: Mapping[str, Outcome], measure: str) -> Figure:
-    """Detection curves for each level, and accuracy against the share removed where that was measured."""
+    """Detection curves for each level, and accuracy against the share removed if that was measured."""
     curves = {level: outcome for level, outcome in shown.items() if outcome.curve}
     figure = Figure(figsize=(5.2 * (len(shown) + len(curves)), 4.2), layout="constrained")
     figure.suptitle(title)
@@ -247,12 +247,12 @@ def picture(title: str, shares: Sequence[float], shown: Mapping[str, Outcome], m
 
 
 def plural(level: str) -> str:
-    """The level's data."""
+    """The plural name of the level's data."""
     return "tasks" if level == "task" else f"{level} examples"
 
 
 def _asks(row: Mapping[str, Any]) -> list[str]:
-    """At the support level, which of two questions a method answers."""
+    """Which of two questions a method answers at the support level."""
     if row["level"] != "support":
         return []
     return [MISLABELLED if row["method"] == by.OWN else "" if row["method"] in (TRUTH, NOTHING) else BETTER]

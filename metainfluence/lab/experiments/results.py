@@ -1,4 +1,4 @@
-"""What an experiment leaves: a Parquet of its rows, a picture, a Markdown table, and what it ran on."""
+"""What an experiment writes: a Parquet file of its rows, a picture, a Markdown table, and what it ran on."""
 
 import dataclasses
 import datetime
@@ -27,11 +27,11 @@ class Result(NamedTuple):
     """What an experiment found.
 
     Attributes:
-      rows: one mapping for each row of the Parquet file; missing keys are null.
+      rows: one mapping per row of the Parquet file; missing keys are null.
       tables: title -> (headers, rows of cells), for the Markdown.
       figure: the picture.
       notes: sentences for the Markdown, below the tables.
-      warnings: sentences to be read before any table.
+      warnings: sentences to read before any table.
     """
 
     rows: list[dict[str, Any]]
@@ -46,7 +46,7 @@ class OtherConfigError(ValueError):
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A configuration as JSON can hold it."""
+    """A configuration in a form that JSON can hold."""
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return found
 
@@ -72,12 +72,12 @@ def finished(folder: Path, config: Any, code: Mapping[str, str]) -> bool:
     """Whether the folder holds this configuration's results, made by this code.
 
     Args:
-      folder: of one experiment at one size.
-      config: of the experiment.
-      code: as given by `code_of`.
+      folder: folder of one experiment at one size.
+      config: the experiment's configuration.
+      code: the digests from `code_of`.
 
     Raises:
-      OtherConfigError: it holds another's; the message names the fields that differ, or the modules.
+      OtherConfigError: it holds other results; the message names the fields or modules that differ.
     """
     path = folder / RECORD
     if not path.exists():
@@ -87,10 +87,10 @@ def finished(folder: Path, config: Any, code: Mapping[str, str]) -> bool:
 
 
 def claim(folder: Path, config: Any, code: Mapping[str, str]) -> Path:
-    """Makes the folder's cache this configuration's and this code's, and returns it.
+    """Reserves the folder's cache for this configuration and this code, and returns it.
 
     Raises:
-      OtherConfigError: what lies in it is another's, whose run was cut.
+      OtherConfigError: it belongs to another, interrupted run.
     """
     path = folder / CACHE / OWNER
     if path.exists():
@@ -102,10 +102,10 @@ def claim(folder: Path, config: Any, code: Mapping[str, str]) -> Path:
 
 
 def release(folder: Path, made: Sequence[Path] = ()) -> None:
-    """Undoes `claim` where nothing has been kept, so that a run that was refused leaves no folder behind.
+    """Undoes `claim` if nothing has been kept, so that a refused run leaves no folder behind.
 
     Args:
-      folder: of the experiment.
+      folder: folder of the experiment.
       made: folders that `claim` made, the lowest first.
     """
     cache = folder / CACHE
@@ -127,19 +127,19 @@ def _refuse_others(folder: Path, record: Mapping[str, Any], config: Any, code: M
 
 
 def outdated(folder: Path, code: Mapping[str, str]) -> list[str]:
-    """The modules that changed since the folder's results were made; none where there are no results."""
+    """The modules that changed since the folder's results were made; none if there are no results."""
     path = folder / RECORD
     return changed(json.loads(path.read_text(encoding="utf-8")).get("code"), code) if path.exists() else []
 
 
 def shortened(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first names, and how many more there are."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
 
 
 def machine() -> dict[str, Any]:
-    """What the experiment runs on."""
+    """The machine that the experiment runs on."""
     device = jax.devices()[0]
     return {
         "device": f"{device.platform} ({device.device_kind})",
@@ -154,7 +154,7 @@ def machine() -> dict[str, Any]:
 def write(
     result: Result, config: Any, folder: Path, *, title: str, command: str, seconds: float, code: Mapping[str, str]
 ) -> None:
-    """Writes the files; the record, by which the experiment counts as finished, comes last."""
+    """Writes the files; the record, which marks the experiment as finished, comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"metainfluence": json.dumps({"config": plain(config), "machine": machine()})}
     pq.write_table(pa.Table.from_pylist(aligned(result.rows)).replace_schema_metadata(metadata), folder / ROWS)
@@ -178,13 +178,13 @@ def write(
 
 
 def aligned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the same keys, in the order in which these first come."""
+    """Rows with the same keys, in the order of their first appearance."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key) for key in keys} for row in rows]
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A table; columns whose cells are all numbers are set to the right."""
+    """A table; columns whose cells are all numbers are right-aligned."""
     numeric = [all(isinstance(row[k], (int, float)) for row in rows) for k in range(len(headers))]
     marks = ["---:" if number else ":---" for number in numeric]
     body = [[_cell(value) for value in row] for row in rows]

@@ -26,7 +26,7 @@ class Scored(NamedTuple):
 
 
 class Methods:
-    """All methods on one problem: what does not depend on the run is compiled once for all runs.
+    """All methods on one problem: everything that does not depend on the run is compiled once for all runs.
 
     Args:
       problem: the problem.
@@ -75,8 +75,8 @@ class Methods:
           case: the run.
           respond: `metainfluence.trajectory(case.run)`, made once for all starts.
           states: λ and the optimiser's state at the checkpoints, stacked.
-          optimizer: the run's.
-          seed: of the random scores.
+          optimizer: the run's optimiser.
+          seed: seed of the random scores.
         """
         at, tasks, targets, count = case.meta_params, case.tasks, case.targets, self._count
         slopes = self.slopes(at, targets)
@@ -93,7 +93,7 @@ class Methods:
                 eps_root=optimizer.eps_root,
                 place=place,
             )
-            # Numbers of steps would be traced, which nothing asks for.
+            # Step numbers would be traced, and nothing needs them.
             bare = [each._replace(step=None) for each in known]
             yield Scored(SEGMENTS, place, place == "end", -np.asarray(self._segments(bare, tasks, slopes)))
         damping = self._damping(at, tasks)
@@ -126,13 +126,13 @@ class Methods:
         yield Scored("identity", "", True, slopes @ gradients.T)
 
     def _constant_adaptation(self, at: Any, tasks: mi.Task, targets: mi.Task, damping: Any) -> Iterator[Scored]:
-        """What takes θ for a constant; nothing where the outer loss sees λ through θ alone, since all scores are 0."""
+        """Methods that treat θ as constant; none if the outer loss sees λ only through θ: all scores are then 0."""
         for name, program in (("direct-IF", self._direct), ("EKFAC-IF", self._ekfac)):
             for factor in (1.0, 10.0, 100.0, 1000.0):
                 try:
                     found = np.asarray(program(at, tasks, targets, factor * damping))
                 except ValueError as error:
-                    # What else a ValueError could mean here is a fault, and not to be passed over.
+                    # Any other ValueError is a fault and must not be ignored.
                     if "covered by no layer" not in str(error):
                         raise
                     break
@@ -142,5 +142,5 @@ class Methods:
 
 
 def slopes_lead(slopes: Any) -> Any:
-    """A leaf of the slopes, whose length is the number of targets."""
+    """A leaf of the slopes; its length is the number of targets."""
     return jax.tree.leaves(slopes)[0]

@@ -1,4 +1,4 @@
-"""Tables, picture and rows of the estimators' experiment, from its accounts alone: a bank is enough to make them."""
+"""Tables, picture and rows of the estimators experiment, from its accounts alone: a bank is enough to make them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from metainfluence.lab.experiments.run_methods import ESTIMATORS, SEGMENTS, TRAJ
 from metainfluence.lab.experiments.runs import LEFT_OUT
 from metainfluence.lab.show.plots import METHOD_COLORS, clean
 
-# From this share of the tasks on a removal is no small one.
+# Removals of at least this share of the tasks are not small.
 LARGE = 0.2
 
 
@@ -24,7 +24,7 @@ def result_of(config: Any, accounts: Sequence[Account]) -> Result:
 
     Args:
       config: an `EstimatorsConfig`.
-      accounts: of its trainings.
+      accounts: the accounts of its trainings.
     """
     rows: list[dict[str, Any]] = []
     tables: dict[str, Any] = {}
@@ -46,12 +46,12 @@ def result_of(config: Any, accounts: Sequence[Account]) -> Result:
 
 
 def column_name(column: str) -> str:
-    """As a heading."""
+    """A column's name as a heading."""
     return "LOO" if column == LEFT_OUT else f"{float(column):.0%} removed"
 
 
 def agreement_table(found: Judged) -> tuple[list[str], list[list[Any]]]:
-    """Methods and columns, best first by their mean."""
+    """Methods and columns, with the highest mean first."""
     columns = list(found.agreement)
     order = np.argsort(-np.mean([found.agreement[column].value for column in columns], axis=0), kind="stable")
     cells = [
@@ -83,7 +83,7 @@ def entry(estimate: Estimate, index: int, sign: str = "") -> str:
 
 
 def accuracy_table(account: Account) -> tuple[list[str], list[list[Any]]]:
-    """Means over the starts, of each method and share."""
+    """Means over the starts, for each method and share."""
     shares = list(dict.fromkeys(share for _, share, _ in account.accuracies))
     names = list(dict.fromkeys(name for name, _, _ in account.accuracies))
     found = {(name, share): values for name, share, values in account.accuracies}
@@ -95,7 +95,7 @@ def accuracy_table(account: Account) -> tuple[list[str], list[list[Any]]]:
 
 
 def facts_table(account: Account) -> tuple[list[str], list[list[Any]]]:
-    """What is known of each run."""
+    """Facts about each run."""
     names = list(account.facts[0])
     cells = [
         [f"{fact[name]:.3g}" if isinstance(fact[name], float) else str(fact[name]) for name in names]
@@ -105,7 +105,7 @@ def facts_table(account: Account) -> tuple[list[str], list[list[Any]]]:
 
 
 def rows_of(training: str, how: str, found: Judged) -> list[dict[str, Any]]:
-    """One row for each method."""
+    """One row per method."""
     rows = []
     for k, (name, option) in enumerate(zip(found.names, found.options, strict=True)):
         row: dict[str, Any] = {"training": training, "how": how, "method": name, "option": option}
@@ -123,7 +123,7 @@ def rows_of(training: str, how: str, found: Judged) -> list[dict[str, Any]]:
 def promises_table(
     config: Any, accounts: Sequence[Account], shown: dict[str, Judged]
 ) -> tuple[list[str], list[list[str]]]:
-    """What was promised of these runs, and what was found; every method at its best option."""
+    """What was promised of these runs, and what was found, with every method at its best option."""
     cells: list[list[str]] = []
 
     def add(what: str, measured: str, bar: str, met: bool) -> None:
@@ -178,7 +178,7 @@ def overall_table(
     """What was promised of all experiments together.
 
     Args:
-      experiments: the configuration and the accounts of each.
+      experiments: the configuration and the accounts of each experiment.
     """
     leading, runs, picked = [], [], []
     for config, accounts in experiments:
@@ -212,7 +212,7 @@ def overall_table(
 
 
 def leads(found: Judged) -> bool:
-    """Whether trajectory, the first, agrees as promised for small removals, and better than every other method."""
+    """Whether trajectory, the first method, agrees as promised for small removals, and better than all others."""
     small = [column for column in found.agreement if column == LEFT_OUT or float(column) < LARGE]
     enough = [float(found.agreement[column].value[0]) >= (0.95 if column == LEFT_OUT else 0.8) for column in small]
     ahead = [bool(np.all(found.ahead[column].low[1:] > 0)) for column in small]
@@ -234,7 +234,7 @@ def smoothness_rank(accounts: Sequence[Account]) -> float | None:
 
 
 def notes(config: Any) -> list[str]:
-    """What the numbers mean."""
+    """Explanations of the numbers."""
     data = config.setting.data
     first = (
         f"{data.num_tasks} tasks ({data.ways} ways, {data.shots} shots, {data.queries} queries) of {data.dataset}, "
@@ -255,7 +255,7 @@ def notes(config: Any) -> list[str]:
 
 
 def picture(config: Any, shown: dict[str, Judged]) -> Figure:
-    """Bars of the methods in each column, the three estimators first."""
+    """Bars of the methods in each column, with the three estimators first."""
     figure = Figure(figsize=(9, 3.2 * len(shown)), layout="constrained")
     panels = np.ravel(np.asarray(figure.subplots(len(shown), 1, squeeze=False)))
     for axes, (training, found) in zip(panels, shown.items(), strict=True):

@@ -1,4 +1,4 @@
-"""A training run as methods are given it, and what its targets become when it is trained again without some tasks."""
+"""A training run as methods receive it, and its targets when it is trained again without some tasks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,25 +19,25 @@ from metainfluence.lab.learn.learners import Learner, accuracy
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam."""
+    """Options of Adam."""
 
     learning_rate: Positive = 0.02
-    """At its height."""
+    """Peak learning rate."""
     eps_root: NotNegative = 0.0
-    """Under Adam's root; optax's default is 0. The larger, the smoother."""
+    """Added under Adam's root; optax's default is 0. The larger, the smoother."""
     warmup: Size = 0
-    """Steps up to the height; 0 for none."""
+    """Warm-up steps to the peak; 0 for none."""
     cosine: bool = False
-    """Whether the rate falls to 0 along a cosine."""
+    """Whether the learning rate falls to 0 along a cosine."""
     tasks_per_step: Count | None = None
-    """None for all tasks in every step."""
+    """Tasks in each step; by default all."""
 
 
 class Case(NamedTuple):
-    """One training run: what a method is given, to say what its targets become without each task.
+    """One training run, from which a method predicts the targets without each task.
 
     Attributes:
-      name: of the setting and the seed.
+      name: name of the setting and the seed.
       problem: the problem.
       run: the training run, made by `metainfluence.training`: run(start, tasks) is its end.
       start: λ before it.
@@ -56,10 +56,10 @@ class Case(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """What the targets become, from S starts.
+    """The targets after retraining, from S starts.
 
     Attributes:
-      kept: name -> bool [m, T], the tasks that each of m runs keeps; "left out" for one task less.
+      kept: name -> bool [m, T], the tasks that each of m runs keeps; "left out" for one task fewer.
       changes: name -> [S, m, J], the targets after those runs minus those after the run with all tasks.
     """
 
@@ -79,16 +79,16 @@ def schedule_of(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def training_of(config: OptimizerConfig, problem: mi.Bilevel, num_steps: int) -> Any:
-    """The run."""
+    """The training run."""
     optimizer = optax.adam(schedule_of(config, num_steps), eps_root=config.eps_root)
     return mi.training(problem, optimizer, num_steps, tasks_per_step=config.tasks_per_step)
 
 
 def groups_of(held_out: mi.Task, num_targets: int) -> mi.Task:
-    """Held-out tasks in groups.
+    """Divides held-out tasks into groups.
 
     Raises:
-      ValueError: a number of tasks that the targets do not divide.
+      ValueError: a number of tasks that num_targets does not divide.
     """
     count = len(jax.tree.leaves(held_out)[0])
     if count % num_targets:
@@ -97,7 +97,7 @@ def groups_of(held_out: mi.Task, num_targets: int) -> mi.Task:
 
 
 def starts_of(learner: Learner, tasks: mi.Task, seeds: Sequence[int]) -> Any:
-    """λ before training, for every seed on a leading axis."""
+    """λ before training, for all seeds, on a leading axis."""
     each = [learner.init(jax.random.key(seed), tasks.support[0][0]) for seed in seeds]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
@@ -108,15 +108,15 @@ def row_of(tree: Any, index: int) -> Any:
 
 
 class Retrained:
-    """Trains a run again without some tasks, from every start, many at once; what is done is kept.
+    """Retrains a run without some tasks, from every start, many at once; finished runs are kept.
 
     Args:
-      learner: whose problem the run trains on.
+      learner: learner whose problem the run trains on.
       run: the run.
       starts: λ before training, with a leading axis.
-      tasks: of training and of the targets.
+      tasks: tasks of training and of the targets.
       together: runs trained at once.
-      cache: folder; None for none.
+      cache: folder for finished runs; None for none.
     """
 
     def __init__(self, learner: Learner, run: Any, starts: Any, tasks: Tasks, together: int, cache: Path | None):
@@ -146,7 +146,7 @@ class Retrained:
         return again(interventions, self._tasks.training, keys=self._starts)
 
     def each_start(self, weights: Sequence[mi.Weights], name: str) -> Any:
-        """As above, with other interventions for every start: a list of S of them, `[S, m, ...]` at the end."""
+        """The same with other interventions for every start: a list of S of them, `[S, m, ...]` at the end."""
         ends = []
         for index, own in enumerate(weights):
             folder = None if self._cache is None else self._cache / f"{name}-{index}"
@@ -178,13 +178,13 @@ def truth_of(
     """Retrains without single tasks and without shares of them.
 
     Args:
-      again: what retrains.
+      again: the retrainer.
       tasks: the T training tasks.
       targets: J groups of held-out tasks.
       num_left_out: tasks left out one at a time.
       removed: shares of the tasks.
-      num: subsets of each share.
-      seed: of both choices.
+      num: subsets per share.
+      seed: seed of both choices.
 
     Returns:
       The truth, and λ of the runs with all tasks, `[S, ...]`.
@@ -194,7 +194,7 @@ def truth_of(
     left_out = np.random.default_rng(seed).permutation(total)[:num_left_out]
     kept = {LEFT_OUT: np.arange(total)[None] != left_out[:, None]}
     for share in removed:
-        # A seed of its own for each share, so that the subsets are not nested.
+        # A separate seed for each share, so that the subsets are not nested.
         kept[f"{share:g}"] = random_subsets(weights, num, 1 - share, seed + round(1000 * share))[1]
     masks = np.concatenate([np.ones((1, total), bool), *kept.values()])
     models = again("subsets", leave_groups_out(weights, [np.flatnonzero(~mask) for mask in masks]))

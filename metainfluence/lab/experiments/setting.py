@@ -1,4 +1,4 @@
-"""Where an experiment starts: tasks with known damage, a learner, and its trained meta-parameters."""
+"""The starting point of an experiment: tasks with known damage, a learner, and its trained meta-parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class DataConfig:
     dataset: str = "digits"
     """A name in metainfluence.lab.data.datasets, or sinusoid for regression."""
     size: Count | None = None
-    """Height and width of the images; none for the dataset's own."""
+    """Height and width of the images; by default the dataset's own."""
     ways: Count = 5
     """Classes per task; 1 for regression."""
     shots: Count = 5
@@ -45,35 +45,36 @@ class DataConfig:
     num_tasks: Count = 100
     """Meta-training tasks, the harmful ones included."""
     num_held_out: Count = 100
-    """Clean tasks whose mean loss the scores are about."""
+    """Clean tasks whose mean loss is the target of the scores."""
     num_test: Count = 200
     """Clean tasks on which accuracy is measured; no score sees them."""
     rotations: bool = False
-    """Whether training classes turned by 90°, 180° and 270° are further classes, as is usual with Omniglot."""
+    """Whether to add training classes turned by 90°, 180° and 270° as further classes, as is usual with Omniglot."""
     mirrors: bool = False
-    """Whether training classes mirrored are further classes, before they are turned."""
+    """Whether to add mirrored training classes as further classes, before any turning."""
     distortions: Size = 0
-    """Distorted copies of every training image, as further examples of its class; made once, for grey images."""
+    """Distorted copies of every training image, added as further examples of its class; made once, for grey images."""
     crops: Size = 0
-    """Parts of every training image, mirrored or not, as further examples of its class; made once, for photographs."""
+    """Parts of every training image, mirrored at random, added as further examples of its class; made once, for
+    photographs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HarmConfig:
-    """Damage done on purpose; shares of tasks, or of the examples of all tasks."""
+    """Deliberate damage; shares of tasks, or of the examples of all tasks."""
 
     flipped: Share = 0.0
-    """Tasks with flipped query labels; for regression, with the sign of the query targets turned."""
+    """Share of tasks with flipped query labels; for regression, with the sign of the query targets reversed."""
     shortcut: Share = 0.0
-    """Tasks with dimmed images whose label is painted into one pixel of the top row."""
+    """Share of tasks with dimmed images whose label is painted into one pixel of the top row."""
     noise: Share = 0.0
-    """Tasks whose images are noise."""
+    """Share of tasks whose images are noise."""
     flip_share: Share = 0.4
-    """Of the labels of a task with flipped labels."""
+    """Share of the labels flipped in a task with flipped labels."""
     query_examples: Share = 0.0
-    """Query examples of any task with flipped labels."""
+    """Share of query examples, in any task, with flipped labels."""
     support_examples: Share = 0.0
-    """Support examples of any task with flipped labels."""
+    """Share of support examples, in any task, with flipped labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,23 +90,24 @@ class LearnerConfig:
     width: Count = 32
     """Channels of conv4."""
     pooling: str = "max"
-    """Of conv4: max, average or stride."""
+    """Pooling of conv4: max, average or stride."""
     normalization: str | None = None
-    """Of conv4: layer, group, instance or none."""
+    """Normalisation of conv4: layer, group, instance or none."""
     activation: str = "tanh"
-    """Of either model: tanh or swish; or relu, with which the total Hessian does not exist everywhere."""
+    """Activation of either model: tanh or swish; or relu, with which the total Hessian does not exist everywhere."""
     compute_dtype: Literal["bfloat16", "float16"] | None = None
-    """Half precision for the model's products; before tasks are scored, a few are compared with full precision."""
+    """Half precision for the model's products; before scoring, a few tasks are compared with full precision."""
     head_l2: Positive = 0.03
     """Penalty of implicit_head's head."""
     learned_head: bool = True
-    """Whether r2d2 learns the penalty of its head and the scale of its outputs; EKFAC-IF applies where it does not."""
+    """Whether r2d2 learns the penalty of its head and the scale of its outputs; EKFAC-IF applies only if it does
+    not."""
     proximal: Positive = 1.0
     """Weight of imaml's proximal term."""
     inner_lr: Positive = 0.1
-    """Of the unrolled learners' gradient steps."""
+    """Length of the unrolled learners' gradient steps."""
     inner_steps: Count = 5
-    """The unrolled learners' gradient steps."""
+    """Number of the unrolled learners' gradient steps."""
     inner_tol: Positive = 1e-8
     """Relative gradient norm of inner minimisers, and relative residual of their derivative."""
     meta_l2: NotNegative = 1e-3
@@ -125,22 +127,22 @@ class SettingConfig:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     """Training."""
     train_ways: Ways | None = None
-    """Classes per training task, where they are to be others than those of the held-out and the test tasks."""
+    """Classes per training task, if they differ from those of the held-out and test tasks."""
     target: Literal["loss", "calibrated loss"] = "loss"
-    """Held-out loss that scores are about; calibrated: at the temperature that fits it best."""
+    """Held-out loss that the scores predict; calibrated means at the temperature that fits it best."""
     float64: bool = True
     """Compute in float64."""
     seed: Size = 0
-    """Of the tasks, the damage and the initial parameters."""
+    """Seed of the tasks, the damage and the initial parameters."""
 
 
 class Tasks(NamedTuple):
-    """Three lists of tasks, and what was done to the first.
+    """Three lists of tasks, and the damage done to the first.
 
     Attributes:
       training: T tasks, some damaged.
-      held_out: clean ones, on which the target is taken.
-      test: clean ones, on which accuracy is measured.
+      held_out: clean tasks, for the target.
+      test: clean tasks, on which accuracy is measured.
       task_harm: [T] strings, `fewshot.CLEAN` or what was done.
       support_harm: bool [T, n_support], examples whose own label was flipped.
       query_harm: bool [T, n_query].
@@ -158,15 +160,15 @@ class Setting(NamedTuple):
     """A learner trained on tasks with known damage.
 
     Attributes:
-      config: what it was made from.
+      config: the configuration that it was made from.
       tasks: the tasks.
       learner: the learner.
-      tested: its problem on held-out and test tasks, whose number of classes may be another.
+      tested: its problem on held-out and test tasks, whose number of classes may differ.
       initial: λ before training.
       full: the training on all tasks.
       fit: the pure function behind it, (weights, start, tasks) -> λ.
       train: (weights, start) -> Run, compiled.
-      run: the same training as what `metainfluence.trajectory` differentiates.
+      run: the same training in the form that `metainfluence.trajectory` differentiates.
     """
 
     config: SettingConfig
@@ -191,19 +193,20 @@ class Setting(NamedTuple):
 
     @property
     def target(self) -> Callable[..., jax.Array]:
-        """The target of the scores, (meta_params, held-out tasks) -> their mean loss, as the setting asks for."""
+        """The target of the scores, (meta_params, held-out tasks) -> their mean loss, as the setting specifies."""
         makers = {"loss": mi.query_loss, "calibrated loss": learners.calibrated_loss}
         return makers[self.config.target](self.tested)
 
 
 def make(config: SettingConfig, kept: Kept | None = None) -> Setting:
-    """Samples the tasks, damages some, and trains, unless `kept` has it.
+    """Samples the tasks, damages some, and trains, unless the result is in `kept`.
 
     Raises:
-      ConfigError: a target or a number of classes that the tasks or the learner cannot have.
-      ValueError: an unknown dataset, learner, model or split of the checkpoints; more damage than tasks.
-      FileNotFoundError: the dataset is not there.
-      TrainingError: a training that ends in NaN or infinity.
+      ConfigError: a target or a number of classes that the tasks or the learner do not support.
+      ValueError: an unknown dataset, learner or model; checkpoints that do not divide the steps; more damage than
+        tasks.
+      FileNotFoundError: the dataset is missing.
+      TrainingError: the training ends in NaN or infinity.
     """
     if config.data.dataset == SINUSOID and config.target != "loss":
         raise ConfigError(f"setting.target: expected loss, since {SINUSOID} has no classes, got {config.target}")
@@ -212,7 +215,7 @@ def make(config: SettingConfig, kept: Kept | None = None) -> Setting:
     learner, tested = make_learners(config.learner, tasks.training, config.data, config.train_ways)
     inputs = tasks.training.support[0][0]
     initial = learner.init(jax.random.key(config.seed), inputs)
-    # One order for all seeds, whose tasks differ, so that they share a program.
+    # All seeds use one order, since their tasks differ; so they share a program.
     fit = fitting(config.training, learner.problem, ORDER)
     train = timed(fit, tasks.training)
     weights = mi.unit_weights(tasks.training)
@@ -235,10 +238,11 @@ def make(config: SettingConfig, kept: Kept | None = None) -> Setting:
 def make_learners(
     config: LearnerConfig, tasks: mi.Task, data: DataConfig, train_ways: int | None
 ) -> tuple[Learner, mi.Bilevel]:
-    """The learner on training tasks, and its problem on the others, where λ is the same.
+    """The learner on training tasks, and its problem on the other tasks, with the same λ.
 
     Raises:
-      ConfigError: other classes for training a learner whose λ has outputs for as many; of a regression.
+      ConfigError: another number of classes in training, for a regression or for a learner whose λ depends on that
+        number.
       ValueError: an unknown learner or model.
     """
     learner = make_learner(config, tasks, data)
@@ -257,7 +261,7 @@ def make_learners(
 
 
 def make_learner(config: LearnerConfig, tasks: mi.Task, data: DataConfig) -> Learner:
-    """One of the learners, for tasks of this kind.
+    """One of the learners, for such tasks.
 
     Raises:
       ValueError: an unknown learner or model.
@@ -303,7 +307,7 @@ def make_learner(config: LearnerConfig, tasks: mi.Task, data: DataConfig) -> Lea
 
 
 def harmful(config: HarmConfig, num_tasks: int, seed: int) -> dict[str, np.ndarray]:
-    """Which tasks are damaged in which way, chosen at random, no task twice."""
+    """Which tasks are damaged in which way; chosen at random, no task twice."""
     counts = {name: round(getattr(config, name) * num_tasks) for name in ("flipped", "shortcut", "noise")}
     total = sum(counts.values())
     if total > num_tasks:
@@ -317,7 +321,7 @@ def harmful(config: HarmConfig, num_tasks: int, seed: int) -> dict[str, np.ndarr
 
 
 class Lists(NamedTuple):
-    """Tasks by their ids: those trained on, some damaged; the target's; and those of the test."""
+    """Tasks by their ids: the training tasks, some damaged; the target's tasks; and the test tasks."""
 
     dataset: datasets.Dataset
     training: fewshot.FewShotTasks
@@ -326,11 +330,11 @@ class Lists(NamedTuple):
 
 
 def image_lists(data: DataConfig, harm: HarmConfig, seed: int, train_ways: int | None = None) -> Lists:
-    """Tasks of an image dataset: trained on its split "train", scored and tested on images of the others.
+    """Tasks of an image dataset: trained on its split "train", scored and tested on images of the other splits.
 
     Raises:
       ValueError: an unknown dataset; more damage than tasks.
-      FileNotFoundError: the dataset is not there.
+      FileNotFoundError: the dataset is missing.
     """
     source = loaded(data)
     shape: dict[str, Any] = {"ways": data.ways, "shots": data.shots, "queries": data.queries}
@@ -356,9 +360,9 @@ def image_lists(data: DataConfig, harm: HarmConfig, seed: int, train_ways: int |
 
 
 def loaded(data: DataConfig) -> datasets.Dataset:
-    """The dataset, with what training adds to its classes and examples."""
+    """The dataset, including the classes and examples added for training."""
     if data.crops:
-        # Read larger, so that the parts of images are as sharp as the images.
+        # Read larger, so that the cropped parts are as sharp as the images.
         larger = None if data.size is None else 3 * data.size // 2
         found = datasets.with_crops(datasets.load(data.dataset, size=larger), copies=data.crops, size=data.size)
     else:
@@ -374,7 +378,7 @@ def image_tasks(config: SettingConfig) -> Tasks:
     training, held_out, test = (
         fewshot.materialize(tasks, listed.dataset.images) for tasks in (listed.training, listed.held_out, listed.test)
     )
-    # Which tasks are damaged as a whole: single examples with flipped labels do not make a task one of them.
+    # Which tasks are damaged as a whole; single examples with flipped labels do not count.
     task_harm = np.full(config.data.num_tasks, fewshot.CLEAN, object)
     for name, kind in (("flipped", fewshot.FLIPPED), ("shortcut", fewshot.SHORTCUT), ("noise", fewshot.NOISE)):
         task_harm[harmful(config.harm, config.data.num_tasks, config.seed)[name]] = kind
@@ -389,7 +393,7 @@ def image_tasks(config: SettingConfig) -> Tasks:
 
 
 def clean_pools(source: datasets.Dataset, ways: int) -> tuple[np.ndarray, np.ndarray]:
-    """Examples for the target and for the test, which share no class, or, of datasets with few classes, no example."""
+    """Examples for the target and for the test; these share no class or, in datasets with few classes, no example."""
     datasets.check_split(source, "test")
     test = source.pools["test"]
     if "val" in source.pools:
@@ -400,7 +404,7 @@ def clean_pools(source: datasets.Dataset, ways: int) -> tuple[np.ndarray, np.nda
     if shared:
         halves = datasets.by_example(labels)
         return test[halves["train"]], test[halves["test"]]
-    # Neighbouring classes are alike (characters of one alphabet), so each half gets every other one.
+    # Neighbouring classes are similar (characters of one alphabet), so each half gets every other class.
     if len(classes) < 2 * ways:
         raise ValueError(f"ways: expected at most {len(classes) // 2}, half of the test classes, got {ways}")
     first = np.isin(labels, classes[::2])
@@ -408,7 +412,7 @@ def clean_pools(source: datasets.Dataset, ways: int) -> tuple[np.ndarray, np.nda
 
 
 def sinusoid_tasks(config: SettingConfig) -> Tasks:
-    """Regression tasks, some with the sign of their query targets turned."""
+    """Regression tasks, some with the sign of their query targets reversed."""
     data, harm, seed = config.data, config.harm, config.seed
     for name in ("shortcut", "noise", "query_examples", "support_examples"):
         if getattr(harm, name):

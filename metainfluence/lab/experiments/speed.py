@@ -1,4 +1,4 @@
-"""One task removed by `edit` against training on without it, to the same value of the objective."""
+"""Compares one task's removal by `edit` with training on without it, to the same value of the objective."""
 
 import dataclasses
 from typing import Any
@@ -29,17 +29,17 @@ class SpeedConfig:
     num_removed: Count = 5
     """Tasks removed, one at a time."""
     polish: Size = 8
-    """Newton steps on all tasks first, so that what is left to descend is the removal's."""
+    """Newton steps on all tasks first, so that only the removal is left to descend."""
     tol: Positive = 0.1
-    """Relative residual at which the edits' solves stop: the first order is further off than that."""
+    """Relative residual at which the edits' solves stop; the first-order error is larger than that."""
     learning_rates: tuple[Positive, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    """Adam's; the one that gets there first counts."""
+    """Adam's learning rates; the one that gets there first counts."""
     num_steps: Count = 400
-    """Steps allowed."""
+    """Adam steps allowed."""
 
 
 def run(config: SpeedConfig) -> Result:
-    """Edits and trains on, for each task removed.
+    """Edits and trains on, for each removed task.
 
     Raises:
       ValueError: whatever `setting.make` refuses.
@@ -119,13 +119,13 @@ def run(config: SpeedConfig) -> Result:
 
 
 def _first(losses: np.ndarray, value: float) -> int:
-    """The first step at which the objective is as low as `value`; all steps where it never is."""
+    """The first step at which the objective is as low as `value`; the number of steps if it never is."""
     below = np.flatnonzero(losses <= value)
     return int(below[0]) if len(below) else len(losses)
 
 
 def picture(config: SpeedConfig, curves: list[np.ndarray], rows: list[dict[str, Any]]) -> Figure:
-    """The gap against Adam's steps, with what the edits reach."""
+    """The gap against Adam's steps, with the level that the edits reach."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     ax = figure.subplots()
     ax.plot(np.median(np.stack(curves), axis=0), color="#1b1b1b", label="Adam, best learning rate at each step")

@@ -18,26 +18,26 @@ from metainfluence.lab.learn.train import TrainingError
 
 @dataclasses.dataclass(frozen=True)
 class StepsConfig:
-    """Meta-training by Adam, its learning rate falling to 0 along a cosine."""
+    """Meta-training by Adam, with a learning rate that falls to 0 along a cosine."""
 
     learning_rate: Positive = 0.05
-    """At its height, which without a warm-up is the first step."""
+    """Peak learning rate; without a warm-up, that of the first step."""
     warmup: Size = 0
-    """Steps up to the height: with them the run answers the data more smoothly."""
+    """Warm-up steps to the peak: with them the run responds to the data more smoothly."""
     eps_root: NotNegative = 0.0
-    """Under Adam's root, where optax has 0 by default; 1e-6 and more make the run smoother."""
+    """Added under Adam's root, where optax has 0 by default; 1e-6 and more make the run smoother."""
     num_steps: Count = 200
-    """Steps."""
+    """Training steps."""
     tasks_per_step: Count | None = None
-    """Tasks in each step's batch; none for all."""
+    """Tasks in each step's batch; by default all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(StepsConfig):
-    """Meta-training whose states along the way are kept."""
+    """Meta-training that keeps its states along the way."""
 
     num_checkpoints: Count = 5
-    """Evenly spaced, for TracIn and segments; they divide num_steps."""
+    """Evenly spaced checkpoints, for TracIn and segments; must divide num_steps."""
 
 
 class Run(NamedTuple):
@@ -46,7 +46,7 @@ class Run(NamedTuple):
     Attributes:
       meta_params: λ at the end.
       states: (λ, the optimiser's state) along the way, the last one at the end; every leaf [C, ...].
-      seconds: without compiling.
+      seconds: run time, without compiling.
     """
 
     meta_params: Any
@@ -69,10 +69,10 @@ def schedule_of(steps: StepsConfig) -> optax.Schedule:
 
 
 def optimizer_of(steps: StepsConfig) -> optax.GradientTransformation:
-    """What is trained with.
+    """The optimiser of the training.
 
     Raises:
-      ConfigError: a warm-up of all steps.
+      ConfigError: a warm-up that takes all steps.
     """
     if steps.warmup >= steps.num_steps:
         raise ConfigError(
@@ -82,7 +82,7 @@ def optimizer_of(steps: StepsConfig) -> optax.GradientTransformation:
 
 
 def run_of(steps: StepsConfig, problem: mi.Bilevel, seed: int) -> Any:
-    """The training as what `metainfluence.trajectory` differentiates; the seed is that of the order of the tasks."""
+    """The training in the form that `metainfluence.trajectory` differentiates; the seed is that of the task order."""
     return mi.training(problem, optimizer_of(steps), steps.num_steps, tasks_per_step=steps.tasks_per_step, seed=seed)
 
 
@@ -90,7 +90,7 @@ def states_of(run: Any, count: int) -> Callable[..., Any]:
     """Makes (start, tasks, weights=None) -> λ and the optimiser's state after each of `count` equal parts of the run.
 
     Raises:
-      ValueError: a number of parts that does not divide that of the steps.
+      ValueError: a number of parts that does not divide the number of steps.
     """
     if run.num_steps % count:
         raise ValueError(f"num_checkpoints: expected a divisor of num_steps {run.num_steps}, got {count}")
@@ -119,19 +119,19 @@ def fitting(config: TrainingConfig, problem: mi.Bilevel, seed: int) -> Callable[
     """Makes the pure function (weights, start, tasks) -> states of one model, as in `Run`.
 
     Raises:
-      ValueError: a number of checkpoints that does not divide that of the steps.
+      ValueError: a number of checkpoints that does not divide the number of steps.
     """
     states = states_of(run_of(config, problem, seed), config.num_checkpoints)
     return lambda weights, start, tasks: states(start, tasks, weights)
 
 
 def end_of(states: Any) -> Any:
-    """λ at the end of a run, of its states."""
+    """λ at the end of a run, from its states."""
     return jax.tree.map(lambda leaf: leaf[-1], states[0])
 
 
 def check_end(end: Any, run: Any, start: Any, tasks: mi.Task) -> None:
-    """Raises TrainingError, naming the step, where λ at the end of a run, or F of a task there, is not finite."""
+    """Raises TrainingError, naming the step, if λ at the end of a run, or F of a task there, is not finite."""
     objective, first = mi.total_objective(run.problem), jax.tree.map(lambda leaf: leaf[:1], tasks)
 
     @jax.jit
@@ -141,7 +141,7 @@ def check_end(end: Any, run: Any, start: Any, tasks: mi.Task) -> None:
 
     if bool(finite(end)):
         return
-    # Of long runs not every state would fit.
+    # For long runs, not every state would fit in memory.
     count = next(each for each in range(min(run.num_steps, 200), 0, -1) if run.num_steps % each == 0)
     states = jax.jit(states_of(run, count))(start, tasks)
     lost = np.flatnonzero(~np.asarray(jax.lax.map(finite, states[0])))
@@ -165,14 +165,14 @@ def timed(fit: Callable[[mi.Weights, Any, mi.Task], Any], tasks: mi.Task) -> Cal
 
 
 def checkpoint_rates(config: TrainingConfig) -> jax.Array:
-    """For TracIn: the learning rates summed over the steps that each checkpoint stands for, [C]."""
+    """For TracIn: the learning rates summed over the steps that each checkpoint represents, [C]."""
     schedule = schedule_of(config)
     rates = jnp.stack([jnp.asarray(schedule(step)) for step in range(config.num_steps)])
     return jnp.sum(rates.reshape(config.num_checkpoints, -1), axis=1)
 
 
 def checkpoints_of(config: TrainingConfig, states: Any) -> tuple[mi.Checkpoint, ...]:
-    """The states of a run as `metainfluence.segments` takes them."""
+    """The states of a run in the form that `metainfluence.segments` takes."""
     kept = [jax.tree.map(lambda leaf, k=k: leaf[k], states) for k in range(config.num_checkpoints)]
     found = mi.checkpoints(
         kept,
@@ -181,5 +181,5 @@ def checkpoints_of(config: TrainingConfig, states: Any) -> tuple[mi.Checkpoint, 
         second_moments=True,
         eps_root=config.eps_root,
     )
-    # Numbers of steps would be traced, which nothing asks for.
+    # Step numbers would be traced, and nothing needs them.
     return tuple(each._replace(step=None) for each in found)

@@ -1,4 +1,4 @@
-"""What was promised of the results, each with what was measured."""
+"""The promises about the results, each with what was measured."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ FOUND_IN = {"mini-ImageNet": 0.9}
 
 
 class Verdict(NamedTuple):
-    """One promise: what, what was measured, the bar, and whether it is met; None where there is nothing to judge."""
+    """One promise: what, the measurement, the bar, and whether it is met; None if there is nothing to judge."""
 
     what: str
     measured: str
@@ -40,13 +40,13 @@ class Verdict(NamedTuple):
 
 
 def rows_of(out: Path, name: str, size: str) -> list[dict[str, Any]]:
-    """The rows of one experiment; none where it was not run."""
+    """The rows of one experiment; none if it was not run."""
     path = out / name / size / ROWS
     return pq.read_table(path).to_pylist() if path.exists() else []
 
 
 def mean(rows: list[dict[str, Any]], key: str) -> float:
-    """Over seeds."""
+    """Mean of a key over seeds."""
     return sum(row[key] for row in rows) / len(rows)
 
 
@@ -56,7 +56,7 @@ def picked(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
 
 
 def learner(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
-    """Whether there is anything to be concluded about influence."""
+    """Whether anything can be concluded about influence at all."""
     trained = picked(rows, method=NOTHING, how="trained")
     if not trained or trained[0].get("chance") is None:
         return
@@ -67,7 +67,7 @@ def learner(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
 
 
 def learners(out: Path) -> Iterator[Verdict]:
-    """What learners were to reach on classes, or curves, that they have not seen."""
+    """The accuracy that learners should reach on classes, or curves, that they have not seen."""
     for record in accuracies.records(out).values():
         config, regression = record["config"], record["chance"] is None
         data = config["data"]
@@ -86,13 +86,13 @@ def learners(out: Path) -> Iterator[Verdict]:
 
 
 def by_rule(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the estimator that the rule named before any score was known, where it was run; else of optimum."""
+    """Rows of the estimator that the rule named before any score was known, if it was run; otherwise of optimum."""
     own = [row for row in rows if row["method"] == row.get("picked")]
     return own or picked(rows, method=by.INFLUENCE)
 
 
 def detection(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
-    """Damaged tasks found, and by how much better than by every baseline."""
+    """Damaged tasks found, and the lead over every baseline."""
     level = picked(rows, level="task", how="scored")
     exact = by_rule(level)
     if not exact:
@@ -128,7 +128,7 @@ def removed(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
 
 
 def alone(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
-    """Whether the derivative of the run says of single tasks what training without them says."""
+    """Whether the derivative of the run predicts, for single tasks, what training without them finds."""
     for row in picked(rows, method=by.TRAJECTORY, how="scored"):
         what = f"{data}, one task left out: Spearman correlation of {by.TRAJECTORY} with training again"
         told = interval(*(row[f"spearman{end}"] for end in ("", "_low", "_high")))
@@ -136,7 +136,7 @@ def alone(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
 
 
 def worth(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
-    """Editing against training from scratch: in time, and where it was prepared once, in accuracy too."""
+    """Compares editing with training from scratch: in time and, for a prepared edit, in accuracy too."""
     edits = [row for row in rows if row["how"] in (EDIT, PREPARED)]
     for count, how in dict.fromkeys((row["removed"], row["how"]) for row in edits):
         own, scratch = picked(edits, removed=count, how=how), picked(rows, removed=count, how=AGAIN)
@@ -156,7 +156,7 @@ def worth(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
 
 
 def support(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
-    """Flipped support examples found."""
+    """How well flipped support examples are found."""
     for name in (by.OWN, by.INFLUENCE):
         found = picked(rows, level="support", how="scored", method=name)
         if found:
@@ -166,7 +166,7 @@ def support(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
 
 
 def editing(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
-    """What edit keeps of the accuracy that retraining gains, and what scores save."""
+    """How much of the accuracy gained by retraining edit keeps, and what scores save."""
     level = picked(rows, level="task")
     edited, retrained = (picked(level, method=by.INFLUENCE, how=how) for how in ("edited", "retrained"))
     before, scored = picked(level, method=NOTHING), picked(level, method=by.INFLUENCE, how="scored")
@@ -181,7 +181,7 @@ def editing(data: str, rows: list[dict[str, Any]]) -> Iterator[Verdict]:
 
 
 def agreement(out: Path, size: str) -> Iterator[Verdict]:
-    """Exact influence at the automatic damping against every other method at its default, by LDS."""
+    """Compares exact influence at the automatic damping with every other method at its default, by LDS."""
     ahead = {}
     for problem, name in AGREEMENT.items():
         rows = [row for row in picked(rows_of(out, name, size), default=True) if row["lds"] == row["lds"]]
@@ -212,7 +212,7 @@ def agreement(out: Path, size: str) -> Iterator[Verdict]:
 
 
 def speed(out: Path, size: str) -> Iterator[Verdict]:
-    """One removal by edit against training on."""
+    """Compares one removal by edit with training on."""
     rows = rows_of(out, "speed", size)
     for name in dict.fromkeys(row["edit"] for row in rows):
         ratios = sorted(row["ratio"] for row in picked(rows, edit=name))
@@ -222,7 +222,7 @@ def speed(out: Path, size: str) -> Iterator[Verdict]:
 
 
 def all_of(out: Path, size: str) -> list[Verdict]:
-    """All promises whose experiments were run."""
+    """Verdicts on all promises whose experiments were run."""
     found: list[Verdict] = list(learners(out))
     for data, name in DETECTION.items():
         rows = rows_of(out, name, size)
@@ -245,7 +245,7 @@ def lines(out: Path, size: str, earlier: str = "") -> list[str]:
     Args:
       out: folder with the folders of the experiments.
       size: "small" or "full".
-      earlier: the report before, whose lines are kept about what nothing new is known of, since rows are not stored.
+      earlier: the previous report; its lines are kept if there is nothing newer, since rows are not stored.
     """
     title, headers = "## What was promised", ("promise", "measured", "bar", "")
     words = {True: "met", False: "missed", None: "no gain to keep"}
@@ -259,5 +259,5 @@ def lines(out: Path, size: str, earlier: str = "") -> list[str]:
 
 
 def _about(line: str) -> str:
-    """What a line of the table is about: the data, the learner, or the removal."""
+    """The subject of a line of the table: the data, the learner, or the removal."""
     return line.partition(" | ")[0].partition(":")[0]

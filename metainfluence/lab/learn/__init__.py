@@ -1,1 +1,1 @@
-"""Flax models, learners, meta-training, checkpoints, and run times with the compile time kept apart."""
+"""Flax models, learners, meta-training, checkpoints, and run times without compile times."""

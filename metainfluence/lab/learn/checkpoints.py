@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, by orbax, and what tells one run from another."""
+"""Checkpoints of a training run, written by orbax, and a fingerprint that tells runs apart."""
 
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,16 @@ import orbax.checkpoint as ocp
 
 from metainfluence._disk import of_arrays
 
-# Under the name by which the lab knows it.
+# The lab's name for this function.
 fingerprint = of_arrays
 
 
 class Checkpoints:
-    """The checkpoints of one run in a folder of its own, of which the last two are kept; a context manager.
+    """The checkpoints of one run in its own folder, of which the last two are kept; a context manager.
 
     Args:
-      folder: made if it is not there.
-      identity: of the run.
+      folder: created if it does not exist.
+      identity: identity of the run.
 
     Raises:
       ValueError: the folder holds checkpoints of another run.
@@ -38,7 +38,7 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: Any, losses: np.ndarray) -> None:
-        """Saves what a run needs to go on after `step`, and returns when it is on the disk."""
+        """Saves what a run needs to continue after `step`, and returns once it is on the disk."""
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave({"leaves": jax.tree.leaves(state), "losses": losses}),
             run=ocp.args.JsonSave({"identity": self._identity}),
@@ -47,7 +47,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, state: Any, losses: np.ndarray) -> tuple[int, Any, np.ndarray]:
-        """The last step, the state and the losses that were saved, or 0 and the ones given where nothing was."""
+        """The last saved step, state and losses, or 0 and the given state and losses if nothing was saved."""
         step = self._manager.latest_step()
         if step is None:
             return 0, state, losses

@@ -1,7 +1,7 @@
 """A 3 × 3 convolution as matrix products, which stays fast under `vmap` over kernels.
 
-Adapted networks have one kernel per task. Under `vmap` a convolution with such kernels becomes a grouped one, which XLA
-runs badly; matrix products become batched ones, which it runs well.
+Adapted networks have one kernel per task. Under `vmap` a convolution with such kernels becomes a grouped convolution,
+which XLA runs slowly. Matrix products become batched products, which XLA runs fast.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ FULL = ("highest", "float32", "F32_F32_F32")
 def shifted_convolution(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """Convolves with zero padding as "SAME": out[y, x] = Σ_ij inputs[s·y + i - low, s·x + j - low] kernel[i, j].
 
-    By nine products, one for each place of the window.
+    It uses nine products, one for each position in the window.
 
     Args:
       inputs: [..., H, W, in].
@@ -37,13 +37,13 @@ def shifted_convolution(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -
 
 
 def windowed_convolution(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """The same by one product with the windows, nine numbers for each of the image's."""
+    """The same by one product with the windows, which hold nine numbers for each number of the image."""
     windows = jnp.concatenate(_shifts(inputs, stride), axis=-1)
     return jnp.matmul(windows, kernel.reshape(-1, kernel.shape[-1]))
 
 
 def _shifts(inputs: jax.Array, stride: int) -> list[jax.Array]:
-    """The padded images as each of the nine places of the window sees them."""
+    """The padded images, shifted to each of the nine positions in the window."""
     sizes = [-(-length // stride) for length in inputs.shape[-3:-1]]
     missing = [
         max((size - 1) * stride + WINDOW - length, 0) for size, length in zip(sizes, inputs.shape[-3:-1], strict=True)
@@ -58,7 +58,7 @@ def _shifts(inputs: jax.Array, stride: int) -> list[jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class _Windowed(mi.ekfac.Conv):
-    """The layer as EK-FAC knows it."""
+    """The layer in the form that EK-FAC recognises."""
 
     def linear(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         assert isinstance(self.strides, int)
@@ -67,7 +67,7 @@ class _Windowed(mi.ekfac.Conv):
 
 @dataclasses.dataclass(frozen=True)
 class _Shifted(mi.ekfac.Conv):
-    """The layer as EK-FAC knows it."""
+    """The layer in the form that EK-FAC recognises."""
 
     def linear(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         assert isinstance(self.strides, int)
@@ -81,8 +81,8 @@ class ShiftedConv(nn.Module):
       features: output channels.
       stride: steps of the window along both axes.
       impl: "windows" for one matrix product with the windows, "shifted" for nine, "lax" for XLA's convolution; "auto"
-        for the faster under `vmap` over kernels: windows, but on accelerators XLA's where matrix products are at less
-        than full precision.
+        for the faster one under `vmap` over kernels: windows, or XLA's on accelerators whose matrix products run at
+        less than full precision.
     """
 
     features: int
@@ -107,6 +107,6 @@ class ShiftedConv(nn.Module):
 
 
 def fastest(backend: str, dtype: jax.typing.DTypeLike) -> str:
-    """Which implementation "auto" stands for, at the precision of matrix products that is set: as it was measured."""
+    """The implementation that "auto" selects at the current precision of matrix products, from measurements."""
     full = dtype == jnp.float64 or jax.config.jax_default_matmul_precision in FULL
     return "windows" if backend == "cpu" or (backend in ("gpu", "cuda", "rocm") and full) else "lax"

@@ -1,7 +1,7 @@
-"""Meta-learners, each a problem and the way to start its meta-parameters.
+"""Meta-learners: each is a problem with a way to initialise its meta-parameters.
 
-A task's support and query sets are pairs (inputs [n, ...], targets [n]), as `fewshot.Batch`. All problems have an outer
-head, whose outputs are the logits on the query set, so that every curvature can be had.
+A task's support and query sets are pairs (inputs [n, ...], targets [n]), like `fewshot.Batch`. All problems have an
+outer head, whose outputs are the logits on the query set, so every curvature is available.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import metainfluence as mi
 from metainfluence.lab.learn import models
 from metainfluence.lab.learn.models import apply, check_penalty, cross_entropy, linear, zero_linear
 
-# Of the logarithm of an inverse temperature: the largest, and the steps of its bisection.
+# For the logarithm of the inverse temperature: its largest value, and the number of bisection steps.
 _MOST_LOG, _HALVINGS = 8.0, 40
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -27,7 +27,7 @@ class Learner(NamedTuple):
     """A meta-learner.
 
     Attributes:
-      problem: with an outer head.
+      problem: a problem with an outer head.
       init: (key, inputs [n, ...]) -> meta-parameters to start training from.
     """
 
@@ -48,7 +48,7 @@ class WithHead(nn.Module):
 
     @property
     def compute_dtype(self) -> str | None:
-        """That of the features."""
+        """The compute dtype of the features."""
         return getattr(self.features, "compute_dtype", None)
 
     @nn.compact
@@ -59,7 +59,7 @@ class WithHead(nn.Module):
 def _whole_network(
     features: nn.Module, ways: int, loss: Loss, meta_l2: float, network_of: Callable[[Any], Any], adaptation: Any
 ) -> tuple[mi.Bilevel, nn.Module]:
-    """A problem whose task parameters are a copy of the whole network; the outer loss sees λ through θ alone."""
+    """A problem whose task parameters copy the complete network; the outer loss depends on λ only through θ."""
     model = WithHead(features, ways)
 
     def outputs(params, meta_params, batch):
@@ -99,21 +99,21 @@ def maml(
     """MAML (Finn et al., ICML 2017): λ is a network, θ the same network some gradient steps later.
 
     With `order` 1 the inner gradients are held fixed in differentiation (first-order MAML). The total gradient and the
-    total Hessian are then those of another function, λ ↦ L(λ − constant), and not derivatives of the loss that is
-    computed: influence from them predicts where first-order training would go, but has no exact oracle.
+    total Hessian are then those of another function, λ ↦ L(λ − constant), rather than derivatives of the computed loss.
+    Influence from them predicts where first-order training would go, but has no exact oracle.
 
     Args:
       features: a module from inputs to features.
       ways: outputs of the head.
       steps: gradient steps.
-      lr: their length.
+      lr: length of the gradient steps.
       order: 2, or 1 for first-order MAML.
       loss: (outputs [n, ways], targets [n]) -> [n]; `models.squared_error` for regression.
       meta_l2: weight of ‖λ‖² / 2.
-      remat: recompute the steps in reverse mode, which saves memory.
+      remat: recompute the steps in reverse mode to save memory.
 
     Raises:
-      ValueError: another order.
+      ValueError: an order other than 1 or 2.
     """
     if order not in (1, 2):
         raise ValueError(f"order: expected 1 or 2, got {order!r}")
@@ -141,9 +141,9 @@ def meta_sgd(
       features: a module from inputs to features.
       ways: outputs of the head.
       steps: gradient steps.
-      lr: the rates to start from.
+      lr: initial value of the rates.
       loss: (outputs [n, ways], targets [n]) -> [n].
-      meta_l2: weight of ‖λ‖² / 2, rates included.
+      meta_l2: weight of ‖λ‖² / 2, including the rates.
     """
 
     def optimizer(meta_params):
@@ -177,8 +177,8 @@ def imaml(
     Args:
       features: a module from inputs to features.
       ways: outputs of the head.
-      proximal: weight of the proximal term. It must outweigh the loss's negative curvature, so that the inner Hessian
-        is positive definite.
+      proximal: weight of the proximal term. It must outweigh the loss's negative curvature, to make the inner Hessian
+        positive definite.
       loss: (outputs [n, ways], targets [n]) -> [n].
       meta_l2: weight of ‖λ‖² / 2.
       tol: relative gradient norm of the minimum, and relative residual of its derivative; None for eps^(3/4).
@@ -216,7 +216,7 @@ def anil(
       features: a module from inputs to features.
       ways: outputs of the head.
       steps: gradient steps.
-      lr: their length.
+      lr: length of the gradient steps.
       loss: (outputs [n, ways], targets [n]) -> [n].
       meta_l2: weight of ‖λ‖² / 2.
     """
@@ -256,14 +256,14 @@ def r2d2(
     """R2D2 (Bertinetto et al., ICLR 2019): a ridge-regression head in closed form, W = (XᵀCX + βI)⁻¹ XᵀCY.
 
     C holds the support examples' coefficients, Y their one-hot targets. The logits are scale · φ(x) W + bias. λ is
-    {"features", "log_ridge", "scale", "bias"}; or the features alone, where the other three stay as they start.
+    {"features", "log_ridge", "scale", "bias"}, or only the features if the other three keep their initial values.
 
     Args:
       features: a module from inputs to features.
       ways: classes.
-      ridge: β to start from.
+      ridge: initial β.
       meta_l2: weight of ‖λ‖² / 2, of all its parts.
-      learned_head: whether λ holds β, scale and bias. EK-FAC knows layers alone, so it wants False.
+      learned_head: whether λ holds β, scale and bias. EK-FAC supports only layers, so it needs False.
     """
     check_penalty("ridge", ridge, above=True)
     start = {"log_ridge": float(np.log(ridge)), "scale": 10.0, "bias": 0.0}
@@ -282,8 +282,8 @@ def r2d2(
             return mi.adaptation.linear_solve(
                 seen.T @ (weights * seen) + beta * jnp.eye(width, dtype=seen.dtype), seen.T @ targets
             )
-        # The same by the push-through identity, in the number of examples; without a root of C, whose derivative is
-        # infinite at weight 0.
+        # The push-through identity gives the same in the number of examples. A root of C is avoided, since its
+        # derivative is infinite at weight 0.
         return seen.T @ mi.adaptation.linear_solve(
             weights * (seen @ seen.T) + beta * jnp.eye(count, dtype=seen.dtype), targets
         )
@@ -305,8 +305,8 @@ def r2d2(
 def protonet(features: nn.Module, ways: int, *, meta_l2: float = 0.0) -> Learner:
     """Prototypical networks (Snell et al., NeurIPS 2017): logits − ‖φ(x) − p_k‖², p_k the mean of its class's features.
 
-    The mean is weighted, so the only support example of a class has no influence through its weight until that is 0. A
-    class whose weights are all 0 has its prototype at the origin.
+    The mean is weighted, so a class's only support example has no influence through its weight until that weight is 0.
+    If all weights of a class are 0, its prototype is the origin.
 
     Args:
       features: a module from inputs to features.
@@ -335,9 +335,9 @@ def _on_features(outputs: Any, adapt: Any, loss: Loss, meta_l2: float) -> mi.Bil
 
 
 def accuracy(problem: mi.Bilevel, *, batch_size: int | None = None) -> Callable[[Any, mi.Task], jax.Array]:
-    """Makes (meta_params, tasks) -> each task's share of query examples that are classified right, [T].
+    """Makes (meta_params, tasks) -> each task's share of correctly classified query examples, [T].
 
-    A task with an output that is NaN has accuracy NaN; argmax would name the first class.
+    A task with a NaN output has accuracy NaN; argmax would return the first class.
 
     Args:
       problem: with an outer head whose outputs are logits.
@@ -366,13 +366,14 @@ def calibrated_loss(problem: mi.Bilevel) -> Callable[[Any, mi.Task], jax.Array]:
     """Makes (meta_params, tasks) -> mean cross-entropy of the query examples at the temperature that fits them best.
 
     One temperature for all tasks (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017). As a target it
-    leaves out how sure the outputs are, on which accuracy does not depend: of an overconfident learner the plain loss
-    calls helpful whatever makes its outputs smaller, tasks with wrong labels too.
+    ignores how sure the outputs are, on which accuracy does not depend. For an overconfident learner, the plain loss
+    calls helpful whatever makes its outputs smaller, including tasks with wrong labels.
 
-    The temperature minimises the loss, so the gradient needs no derivative of it; second derivatives would.
+    The temperature minimises the loss, so the gradient does not need the temperature's derivative; second derivatives
+    would.
 
     Args:
-      problem: with an outer head whose outputs are logits, the cross-entropy's.
+      problem: with an outer head whose outputs are the logits of a cross-entropy.
 
     Raises:
       ValueError: a problem without an outer head.

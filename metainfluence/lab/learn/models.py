@@ -1,4 +1,4 @@
-"""Flax models from images to features, and a problem on them."""
+"""Flax models from images to features, and a problem that uses them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -23,11 +23,11 @@ class MLP(nn.Module):
     Its parameters take JAX's default float type, so they are float64 where x64 is enabled.
 
     Attributes:
-      widths: of its layers.
+      widths: widths of its layers.
       image_ndim: axes of an image: 2 for grey ones, 3 for those with channels, 1 for vectors.
-      activation: after every layer.
-      compute_dtype: "bfloat16" or "float16" for products in half precision, by `metainfluence.mixed`, where the network
-        is called by `apply`; None for none.
+      activation: applied after every layer.
+      compute_dtype: "bfloat16" or "float16" for products in half precision, by `metainfluence.mixed`, if the network is
+        called by `apply`; None for full precision.
     """
 
     widths: Sequence[int] = (32, 16)
@@ -46,19 +46,20 @@ class MLP(nn.Module):
 class Conv4(nn.Module):
     """The four-layer network of few-shot learning (Vinyals et al., NeurIPS 2016), from images to flat features.
 
-    Each layer is a 3 × 3 convolution, a normalisation, an activation and 2 × 2 pooling. No layer looks at more than one
-    example, unlike with batch normalisation: the loss must be a sum over examples for their weights to mean anything.
+    Each layer is a 3 × 3 convolution, a normalisation, an activation and 2 × 2 pooling. Unlike with batch
+    normalisation, no layer sees more than one example: example weights are only meaningful if the loss is a sum over
+    examples.
 
     Images are [n, H, W] or [n, H, W, C], features [n, ⌊H/2^depth⌋ · ⌊W/2^depth⌋ · width], rounded up with "stride".
 
     Attributes:
       width: channels of every layer.
-      depth: layers.
+      depth: number of layers.
       normalization: over an example's positions and all channels ("layer"), each of 8 groups of channels ("group"), or
         each channel ("instance"); None for none.
       pooling: "max", "average", or "stride" for convolutions that skip every other position, at a quarter of the cost.
-      activation: with a smooth one, as `jnp.tanh`, the total Hessian exists everywhere.
-      impl: of the convolutions, as in `ShiftedConv`.
+      activation: with a smooth one, such as `jnp.tanh`, the total Hessian exists everywhere.
+      impl: implementation of the convolutions, as in `ShiftedConv`.
       compute_dtype: as in `MLP`.
     """
 
@@ -100,7 +101,7 @@ class Conv4(nn.Module):
 def pooled(x: jax.Array, kind: str) -> jax.Array:
     """2 × 2 pooling of [n, H, W, C], "max" or "average"; an odd row or column at the end is left out.
 
-    By reshaping, since XLA's windowed maximum has slow derivatives under `vmap`.
+    It reshapes, since XLA's windowed maximum has slow derivatives under `vmap`.
     """
     n, height, width, channels = x.shape
     blocks = x[:, : height // 2 * 2, : width // 2 * 2].reshape(n, height // 2, 2, width // 2, 2, channels)
@@ -108,7 +109,7 @@ def pooled(x: jax.Array, kind: str) -> jax.Array:
 
 
 def check_penalty(name: str, value: float, *, above: bool = False) -> None:
-    """Raises ValueError unless a penalty's weight is a finite number of at least 0, or, where asked for, above 0."""
+    """Raises ValueError unless a penalty's weight is finite and at least 0 or, with `above`, above 0."""
     if not (np.isfinite(value) and (value > 0 or (value == 0 and not above))):
         raise ValueError(f"{name}: expected a number {'above' if above else 'of at least'} 0, got {value!r}")
 
@@ -119,8 +120,8 @@ def logistic_head_problem(
     """A logistic-regression head, fitted per task on the features that the meta-parameters compute.
 
     The head's l2 term makes the inner problem strictly convex, so the implicit function theorem holds for every task.
-    The head sees the meta-parameters through the support set's features only, so these are what it is adapted to: they
-    are computed once per task and not in every step of the inner solve.
+    The head depends on the meta-parameters only through the support set's features. These are therefore computed once
+    per task, not in every step of the inner solve.
 
     Args:
       model: maps images to features; its variables are the meta-parameters.
@@ -149,7 +150,7 @@ def logistic_head_problem(
         del features
         return 0.5 * head_l2 * optax.tree.norm(head, squared=True)
 
-    # The penalty keeps the inner Hessian well conditioned, so a few products are cheaper than its dense factorisation.
+    # The penalty keeps the inner Hessian well conditioned, so a few products are cheaper than a dense factorisation.
     fit = mi.adaptation.implicit(
         loss,
         zero_head,
@@ -176,7 +177,7 @@ def logistic_head_problem(
 
 
 def apply(model: nn.Module, variables: Any, inputs: jax.Array) -> jax.Array:
-    """The outputs of a Flax model that has no mutable state, in the precision that it names."""
+    """The outputs of a Flax model without mutable state, in the precision that it specifies."""
     dtype = getattr(model, "compute_dtype", None)
     network = model.apply if dtype is None else mi.mixed.compute_in(dtype)(model.apply)
     return cast(jax.Array, network(variables, inputs))

@@ -1,4 +1,4 @@
-"""Run times with the compile time kept apart."""
+"""Run times without compile times."""
 
 import time
 from collections.abc import Callable
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 class Compiled:
     """A function that is compiled ahead of time, once for each combination of shapes that it sees.
 
-    XLA's CPU backend now and then makes, of one and the same program, an executable that returns NaN (jaxlib 0.10.2: 2
-    of 108 compilations of the demo's `vmap(task_loss)`, with identical object code; openxla/xla issue 8471 reports the
-    like). A program whose first results hold NaN is therefore compiled once more.
+    XLA's CPU backend occasionally compiles the same program to an executable that returns NaN (jaxlib 0.10.2: 2 of 108
+    compilations of the demo's `vmap(task_loss)`, with identical object code; openxla/xla issue 8471 reports something
+    similar). A program whose first results hold NaN is therefore compiled once more.
 
     Args:
-      function: of pytrees of arrays.
+      function: a function of pytrees of arrays.
 
     Attributes:
-      compile_seconds: tracing and compiling, over all calls so far.
-      run_seconds: the last call, until its results were there.
+      compile_seconds: tracing and compiling, summed over all calls so far.
+      run_seconds: the last call, until its results were ready.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -37,7 +37,7 @@ class Compiled:
             result = self._run(key, args)
             if not holds_nan(result):
                 return result
-            # Else the next compilation would be answered from JAX's cache.
+            # Otherwise JAX's cache would answer the next compilation.
             jax.clear_caches()
             self._compile(key, args)
         return self._run(key, args)

@@ -1,4 +1,4 @@
-"""Meta-training: steps on the outer objective, of all tasks or of batches; the data weights are an argument."""
+"""Meta-training: steps on the outer objective, of all tasks or of batches; data weights are an argument."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ class TrainingError(RuntimeError):
     """Meta-training whose objective or meta-parameters are no longer finite.
 
     Args:
-      message: with the step and the cause.
+      message: names the step and the cause.
       grew: whether they were finite before, so that smaller steps may help.
     """
 
@@ -42,17 +42,17 @@ class TrainingError(RuntimeError):
         self.grew = grew
 
     def by(self, option: str, rate: float) -> "TrainingError":
-        """The same with the option that is the learning rate, where that may be the cause."""
+        """The same error, naming the option that sets the learning rate if that may be the cause."""
         return TrainingError(f"{self}; lower {option} {rate:g}" if self.grew else str(self), grew=self.grew)
 
 
 class Trained(NamedTuple):
-    """Many models, as `train_many` returns them.
+    """Many models, as returned by `train_many`.
 
     Attributes:
       meta_params: every leaf with a leading axis [M].
       losses: F before each step, [M, num_steps].
-      kept: λ after every `keep_every` steps, leading axes [M, num_steps / keep_every]; None where not asked for.
+      kept: λ after every `keep_every` steps, leading axes [M, num_steps / keep_every]; None if not requested.
     """
 
     meta_params: Any
@@ -61,10 +61,10 @@ class Trained(NamedTuple):
 
 
 def batch_index(step: jax.Array, num_tasks: int, tasks_per_step: int, seed: int | jax.Array) -> jax.Array:
-    """The tasks of one step, int [tasks_per_step]: every epoch is a new order of all tasks, cut into batches.
+    """The tasks of one step, int [tasks_per_step]: every epoch reorders all tasks and cuts them into batches.
 
-    Made by JAX's own generator from (seed, epoch), so it is the same on every machine. The tasks that are left over at
-    the end of an epoch are not used in it.
+    JAX's own generator makes the order from (seed, epoch), so it is the same on every machine. Tasks left over at the
+    end of an epoch are not used in it.
     """
     per_epoch = num_tasks // tasks_per_step
     order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), step // per_epoch), num_tasks)
@@ -82,17 +82,18 @@ def training_steps(
     """Makes the pure function behind `meta_train`, which can be jitted, and vmapped over weights or starting points.
 
     Args:
-      problem: whose total objective is minimised.
+      problem: its total objective is minimised.
       optimizer: any optax optimiser.
       num_steps: length of the scan.
-      tasks_per_step: tasks in each step's batch, whose mean stands for that over all; None for all tasks in each step.
-      lookup: (tasks, *data) -> tasks that the problem takes, as `fewshot.lookup`, for tasks that hold ids into arrays
-        which would be too large to be stacked; None for tasks that hold their data.
+      tasks_per_step: tasks in each step's batch, whose mean estimates that over all tasks; None for all tasks in each
+        step.
+      lookup: (tasks, *data) -> tasks that the problem takes, such as `fewshot.lookup`, for tasks that hold ids into
+        arrays too large to stack; None for tasks that hold their data.
 
     Returns:
       (meta_params, optimizer_state, tasks, weights, first_step=0, seed=0, *data) -> the first two after `num_steps`
       steps, and F (of the batch) before each step. Steps are counted from `first_step`, so that training in pieces is
-      the same as training at once; it and the batches' `seed` mean nothing where all tasks are taken.
+      the same as training at once; `first_step` and the batches' `seed` have no effect if all tasks are used.
     """
     objective = mi.total_objective(problem)
 
@@ -135,22 +136,22 @@ def train_many(
 ) -> Callable[..., Trained]:
     """Makes the pure function that trains M models, which differ in their data weights, in one program.
 
-    This is what ground truth by retraining runs; jit it.
+    Ground truth by retraining runs this function; jit it.
 
     Args:
-      problem: whose total objective is minimised.
+      problem: its total objective is minimised.
       optimizer: any optax optimiser.
-      num_steps: of every model.
+      num_steps: steps of every model.
       tasks_per_step: as in `training_steps`; all models see the same batches.
       lookup: as in `training_steps`.
       batch_size: models at a time, which bounds the memory; None for all M.
       keep_every: steps between two λ that are kept, the last one included, as TracIn needs; None for none.
-      stacked_start: whether the models also differ in where they start.
-      seed: of the batches.
+      stacked_start: whether the models also have different starting points.
+      seed: seed of the batches.
 
     Returns:
       (meta_params, tasks, weights, *data) -> Trained; every leaf of `weights` has a leading axis [M], and with
-      `stacked_start` every leaf of `meta_params` too. A model is the same whatever the others are, up to rounding.
+      `stacked_start` every leaf of `meta_params` too. A model does not depend on the other models, up to rounding.
 
     Raises:
       ValueError: `keep_every` does not divide `num_steps`.
@@ -193,23 +194,24 @@ def meta_train(
     save_every: int | None = None,
     on_block: Callable[[int, tuple[Any, Any]], None] | None = None,
 ) -> Callable[..., Training]:
-    """Makes a trainer, (meta_params, tasks, weights=None, *data) -> Training, that compiles once for all its calls.
+    """Makes a trainer, (meta_params, tasks, weights=None, *data) -> Training, compiled once for all its calls.
 
     Weights are data: a task of weight 0 is absent, while F stays a mean over all T tasks.
 
     Args:
-      problem: whose total objective is minimised.
+      problem: its total objective is minimised.
       optimizer: any optax optimiser.
-      num_steps: in total.
+      num_steps: steps in total.
       tasks_per_step: as in `training_steps`.
       lookup: as in `training_steps`, which takes `data`.
-      seed: of the batches.
-      block_size: steps between two signs of life.
+      seed: seed of the batches.
+      block_size: steps between two progress reports.
       console: where progress goes: a bar on a terminal, else plain lines; None is silent.
-      checkpoints: folder of one run's checkpoints; a run that was cut short goes on from the last one, to the same
-        result. None for none.
+      checkpoints: folder of one run's checkpoints; an interrupted run continues from the last one, to the same result.
+        None for none.
       save_every: steps between two checkpoints, a multiple of `block_size`; None for one at the end only.
-      on_block: called with the number of steps done and (λ, optimiser's state) after every block, before that is saved.
+      on_block: called after every block with the number of steps done and (λ, optimiser's state), before these are
+        saved.
 
     Raises:
       ValueError: `save_every` is no multiple of `block_size`; when training, a folder with another run's checkpoints.
@@ -255,7 +257,7 @@ def meta_train(
 
 
 def _check_finite(losses: np.ndarray, since: int, meta_params: Any) -> None:
-    """Raises TrainingError where F was not finite at a step from `since` on, or λ is not after them."""
+    """Raises TrainingError if F was not finite at a step from `since` on, or if λ is not finite after them."""
     lost = np.flatnonzero(~np.isfinite(losses[since:]))
     if len(lost):
         step = since + int(lost[0])
@@ -280,7 +282,7 @@ def _check_finite(losses: np.ndarray, since: int, meta_params: Any) -> None:
 
 @contextlib.contextmanager
 def _progress(console: Console | None, num_steps: int) -> Iterator[Callable[[int, float], None]]:
-    """Gives advance(done, loss), which shows how far training is."""
+    """Yields advance(done, loss), which shows the progress of training."""
     if console is None:
         yield lambda done, loss: None
     elif console.is_terminal:

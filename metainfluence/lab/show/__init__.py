@@ -1,1 +1,1 @@
-"""Plots, tables and pages, and what commands print."""
+"""Plots, tables, pages, and what commands print."""

@@ -1,4 +1,4 @@
-"""Single examples as a page shows them: a small picture, or a line of text."""
+"""Shows single examples on a page: a small picture, or a line of text."""
 
 import base64
 import functools
@@ -15,12 +15,12 @@ from metainfluence.scoring import Source
 
 LARGEST = 64  # pixels of a picture's longer side
 FEW = 4  # numbers of a leaf that are written out
-SLACK = 0.01  # above 1 and below 0, as rounding and interpolation leave it
-QUALITY = 80  # of photographs, which as PNG take ten times the bytes
+SLACK = 0.01  # above 1 and below 0, for rounding and interpolation
+QUALITY = 80  # of photographs, which take ten times the bytes as PNG
 
 
 class Shown(NamedTuple):
-    """One example: a picture as a data URI, or a text; None for what there is not."""
+    """One example: a picture as a data URI, or a text; None if missing."""
 
     picture: str | None = None
     text: str | None = None
@@ -37,12 +37,12 @@ def gallery(
 
     Args:
       source: the tasks.
-      place: (row) -> where its datum is in the source.
-      images: (a task's support or query) -> [n, H, W] or [n, H, W, C] from 0 to 1; None for data that are no images.
-      text: (a task's support or query) -> a string for each example; None for what its short leaves hold.
+      place: (row) -> the place of its datum in the source.
+      images: (a task's support or query) -> [n, H, W] or [n, H, W, C] from 0 to 1; None for data other than images.
+      text: (a task's support or query) -> a string for each example; None for the contents of its short leaves.
 
     Raises:
-      ValueError: when called, for images of a shape that no picture has, or other than one text for each example.
+      ValueError: when called, for images of an invalid shape, or if there is not exactly one text per example.
     """
 
     @functools.lru_cache(maxsize=8)
@@ -75,7 +75,7 @@ def checked(images: Any) -> np.ndarray:
     """Images as an array of values from 0 to 1.
 
     Raises:
-      ValueError: they have a shape that no picture has, or values that no brightness is.
+      ValueError: their shape is not that of pictures, or their values are not brightness.
     """
     found = np.asarray(images)
     if found.ndim not in (3, 4) or (found.ndim == 4 and found.shape[-1] not in (1, 3)):
@@ -92,7 +92,7 @@ def checked(images: Any) -> np.ndarray:
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """A picture of at most `LARGEST` pixels a side: small ones and drawings as they are, photographs as JPEG."""
+    """A picture of at most `LARGEST` pixels a side: small ones and drawings unchanged, photographs as JPEG."""
     levels = np.clip(np.nan_to_num(pixels) * 255, 0, 255).round().astype(np.uint8)
     picture = Image.fromarray(levels[..., 0] if levels.ndim == 3 and levels.shape[-1] == 1 else levels)
     large = max(picture.size) > LARGEST
@@ -104,7 +104,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def described(data: Any, size: int) -> list[str | None]:
-    """Each example by the numbers of its short leaves, as "x 0.31, y -1.2"; None where no leaf is short."""
+    """Each example as the numbers of its short leaves, as in "x 0.31, y -1.2"; None if no leaf is short."""
     leaves = [
         (jax.tree_util.keystr(path, simple=True, separator="."), np.asarray(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(data)

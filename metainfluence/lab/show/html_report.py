@@ -1,7 +1,7 @@
 """A score file as one HTML page that loads nothing and trusts nothing.
 
-What comes from the file is escaped, and the page's own policy lets no script run but the one whose hash it names. All
-tasks are in the page, by their scores as packed floats; pictures are those of the worst and the best tasks.
+Everything from the file is escaped, and the page's own policy allows only the one script whose hash it names. The page
+holds the scores of all tasks, as packed floats, and pictures of the worst and the best tasks.
 """
 
 import base64
@@ -39,16 +39,16 @@ def page(
     """The page.
 
     Args:
-      table: as read from a score file.
-      title: of the page; None for what the file says it is about.
-      most: tasks that are shown with their examples, half of them from either end of the ranking; and so of single
+      table: a score file that was read.
+      title: title of the page; None takes it from the file.
+      most: tasks that are shown with their examples, half of them from either end of the ranking; the same for single
         examples.
       example: (row about an example) -> its picture or text; None for none.
-      measured: without the worst, beside what is predicted.
-      meta_params: λ, to which its distance from stationarity is then relative.
+      measured: what was measured without the worst, shown next to the prediction.
+      meta_params: λ; if given, its distance from stationarity is relative to it.
 
     Raises:
-      ValueError: metadata that is not a score file's.
+      ValueError: the metadata is not a score file's.
     """
     folder = files("metainfluence.lab.show") / "page"
     script, style = ((folder / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
@@ -81,7 +81,7 @@ def _text(value: Any) -> str:
 
 
 def plain(table: mi.scoring.ScoreTable, bins: Mapping[str, Any]) -> str:
-    """What there is to see where no script runs: the histogram in characters, and the ends of the ranking."""
+    """The content without scripts: the histogram in characters, and both ends of the ranking."""
     edges, counts = bins["edges"], np.asarray(bins["counts"])
     if not counts.sum():
         return ""
@@ -100,7 +100,7 @@ def plain(table: mi.scoring.ScoreTable, bins: Mapping[str, Any]) -> str:
 
 
 def told(metadata: Mapping[str, Any], meta_params: Any) -> tuple[Any, mi.ErrorBudget]:
-    """What the solve, or the run, says of itself, and its budget of errors.
+    """What the solve, or the run, reports about itself, and its error budget.
 
     Raises:
       ValueError: no report on a solve.
@@ -114,7 +114,7 @@ def told(metadata: Mapping[str, Any], meta_params: Any) -> tuple[Any, mi.ErrorBu
 
 
 def subject(table: mi.scoring.ScoreTable) -> str:
-    """What the page is about."""
+    """The page's subject, as a title."""
     count = int(np.sum(table.role == "task"))
     run: Any = table.metadata.get("run")
     try:
@@ -132,27 +132,27 @@ def failed(info: Any) -> bool:
 
 
 def presumes_minimum(info: Any) -> bool:
-    """Whether the estimator takes λ for a minimum."""
+    """Whether the estimator treats λ as a minimum."""
     return isinstance(info, mi.SolveInfo)
 
 
 def smooth(metadata: Mapping[str, Any]) -> bool:
-    """Whether the run answers the data smoothly, as far as that was measured."""
+    """Whether the run responds smoothly to the data, if that was measured."""
     measured = metadata.get("smoothness")
     return not (isinstance(measured, Mapping) and measured.get("verdict") in ("between", "rough"))
 
 
 def believed(info: Any, budget: mi.ErrorBudget) -> bool:
-    """Whether the solve converged, or the run's derivative holds, and no source of error is above a tenth."""
+    """Whether the solve converged, or the run's derivative holds, and no source of error exceeds a tenth."""
     worst = getattr(budget, budget.dominant)
     minimum = not presumes_minimum(info) or bool(budget.min_curvature > 0)
     return not failed(info) and minimum and bool(worst <= 0.1)
 
 
 def rounded_up(value: float) -> float:
-    """A bound in one digit: 0.014 is at most 0.02."""
+    """A bound rounded up to one digit: 0.014 is at most 0.02."""
     exponent = math.floor(math.log10(value))
-    # What a digit says exactly stays what it is, rounding aside.
+    # Numbers that one digit states exactly stay unchanged, up to rounding.
     return round(math.ceil(round(value / 10.0**exponent, 9)) * 10.0**exponent, -exponent)
 
 
@@ -188,13 +188,13 @@ def verdict(table: mi.scoring.ScoreTable, info: Any, budget: mi.ErrorBudget) -> 
 
 
 def signed(value: float) -> str:
-    """A number as the page's script writes it."""
+    """A number in the format of the page's script."""
     digits, _, power = f"{abs(value):.2e}".partition("e")
     return f"{'−' if value < 0 else '+'}{digits}e{int(power)}".replace("e-", "e−")
 
 
 def estimator(metadata: Mapping[str, Any], info: Any) -> str:
-    """Which estimator the scores are by, and why."""
+    """Which estimator the scores are from, and why."""
     run: Any = metadata.get("run")
     asked = run.get("score") if isinstance(run, Mapping) else None
     asked = asked if isinstance(asked, Mapping) else {}
@@ -216,7 +216,7 @@ def estimator(metadata: Mapping[str, Any], info: Any) -> str:
 
 
 def diagnostics(metadata: Mapping[str, Any], info: Any, budget: mi.ErrorBudget, relative: bool) -> str:
-    """What the solve says of itself, and which error dominates."""
+    """What the solve reports about itself, and which error dominates."""
     budget = budget._replace(advice=_worded(metadata, budget.advice))
     if not presumes_minimum(info):
         return diagnostics_of_run(info, budget)
@@ -242,7 +242,7 @@ def diagnostics(metadata: Mapping[str, Any], info: Any, budget: mi.ErrorBudget, 
 
 
 def _worded(metadata: Mapping[str, Any], cure: str) -> str:
-    """A cure as whoever made the file can follow it: in options where a command did."""
+    """A cure worded for whoever made the file: in options if a command did."""
     run: Any = metadata.get("run")
     if not isinstance(run, Mapping):
         return cure
@@ -250,7 +250,7 @@ def _worded(metadata: Mapping[str, Any], cure: str) -> str:
 
 
 def diagnostics_of_run(info: Any, budget: mi.ErrorBudget) -> str:
-    """The same of an estimator that goes by the run."""
+    """The same for an estimator that uses the run."""
     bad = failed(info)
     whose = "The derivative of the run" if isinstance(info, RunInfo) else "The answer of the segments"
     line = f"{whose} does not hold: {budget.advice}." if bad else f"{whose} holds."
@@ -268,7 +268,7 @@ def diagnostics_of_run(info: Any, budget: mi.ErrorBudget) -> str:
 
 
 def _diagnosis(good: bool, line: str, info: Any, budget: mi.ErrorBudget, errors: Sequence[Sequence[str]]) -> str:
-    """A verdict, and what it rests on."""
+    """A verdict, and its grounds."""
     return "".join(
         [
             f'<p class="{"good" if good else "bad"}">{_text(line)}</p>',
@@ -286,6 +286,6 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def ran(metadata: Mapping[str, Any]) -> str:
-    """What the file says of how it was made, all of it."""
+    """Everything that the file says about how it was made."""
     kept = {name: value for name, value in metadata.items() if name not in ("solve", "skipped")}
     return html.escape(json.dumps(kept, indent=2, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""What the page of a report shows, as plain data for its script: scores as packed floats, names, few pictures."""
+"""What a report's page shows, as plain data for its script: scores as packed floats, names, few pictures."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -11,21 +11,21 @@ from metainfluence.lab.show.gallery import Shown
 
 ROLES = ("task", "support", "query")
 LONGEST_CELL = 200
-MOST_WORST = 20_000  # scores of a role that the slider can take away
-MOST_EXAMPLES = 20_000  # of a side that are listed; where there are more, those of the shown tasks and both ends
+MOST_WORST = 20_000  # scores of a role that the slider can remove
+MOST_EXAMPLES = 20_000  # listed examples of a side; if there are more, those of the shown tasks and both ends
 PICTURE_BYTES = 1_600_000
 BINS = 72
-FEW = 10  # examples of a side that are seen without a click, as in page.js
+FEW = 10  # examples of a side that are visible without a click, as in page.js
 
 
 class Measured(NamedTuple):
     """What was measured without the worst of a role.
 
     Attributes:
-      role: of what was removed.
-      removed: how many of the worst were.
+      role: role of what was removed.
+      removed: how many of the worst were removed.
       target: change of the target.
-      after: sentence about the metric of `metainfluence evaluate`; "" where it did not run.
+      after: sentence about the metric of `metainfluence evaluate`; "" if it did not run.
     """
 
     role: str
@@ -49,7 +49,7 @@ def ranked(table: mi.scoring.ScoreTable, role: str) -> np.ndarray:
 
 
 def ends(ranks: np.ndarray, most: int) -> np.ndarray:
-    """The first and the last of a ranking, `most` in all, those at the ends first, as ranks 0, −1, 1, −2."""
+    """The first and the last of a ranking, `most` in all, from the ends inwards: ranks 0, −1, 1, −2."""
     count = len(ranks)
     if count <= most:
         return ranks
@@ -63,14 +63,14 @@ def packed(
     example: Callable[[int], Shown] | None,
     measured: Measured | None,
 ) -> dict[str, Any]:
-    """What the page's script shows."""
+    """The data that the page's script shows."""
     order = {role: ranked(table, role) for role in ROLES}
     position = {cell(table.task[row]): rank for rank, row in enumerate(order["task"].tolist())}
     shown = ends(np.arange(len(order["task"])), most)
     names = [cell(table.task[row]) for row in order["task"][shown].tolist()]
     pictures = _Pictures(example)
     listed = {side: _listed(table, order[side], names, most) for side in ROLES[1:]}
-    # What can be seen without a click comes first, from both ends of the ranking, as long as there is room.
+    # What is visible without a click comes first, from both ends of the ranking, while there is room.
     own = {side: _by_task(table, listed[side]) for side in ROLES[1:]}
     each_task = [own[side].get(name, []) for name in names for side in ROLES[1:]]
     at_the_ends = [ends(order[side], most).tolist() for side in ROLES[1:]]
@@ -98,7 +98,7 @@ def packed(
 
 
 class _Pictures:
-    """Pictures and texts of rows, as long as there is room."""
+    """Pictures and texts of rows, while there is room."""
 
     def __init__(self, example: Callable[[int], Shown] | None):
         self.example, self.room = example, PICTURE_BYTES
@@ -154,7 +154,7 @@ def _role(table: mi.scoring.ScoreTable, role: str, order: np.ndarray) -> dict[st
 
 
 def _edges(scores: np.ndarray) -> np.ndarray:
-    """Edges of equal bins, of which 0 is one where scores have both signs."""
+    """Edges of equal bins; 0 is an edge if scores have both signs."""
     if not len(scores):
         return np.zeros(0)
     low, high = float(scores.min()), float(scores.max())
@@ -168,7 +168,7 @@ def _edges(scores: np.ndarray) -> np.ndarray:
 
 
 def _columns(table: mi.scoring.ScoreTable, rows: np.ndarray) -> dict[str, Any]:
-    """Scores, and the file's own columns with every distinct value once."""
+    """Scores, and the file's own columns with each distinct value stored once."""
     columns = []
     for name, values in table.labels.items():
         codes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Pictures of what the library returns: each takes matplotlib axes, or makes its own, and returns them."""
+"""Plots of the library's results: each function draws on given matplotlib axes, or on new ones, and returns them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
@@ -21,7 +21,7 @@ HARM_COLORS = {
     NOISE: "#00a6a6",
     WRONG_DOMAIN: "#c77dba",
 }
-METHOD_COLORS = (  # none stands for a kind of harm
+METHOD_COLORS = (  # none is used for a kind of harm
     "#1b1b1b", "#e08e1b", "#3c8d5a", "#8a8f98", "#7b5ea7", "#a0522d", "#c2569b", "#3aa6b9", "#b5a642", "#5d6d7e",
     "#e0a3a3", "#7fbf7f", "#c9ced6", "#4b6cb7", "#2f7d7d", "#d9b8e0",
 )  # fmt: skip
@@ -32,14 +32,14 @@ _BAD_COLOR, _FAINT, _DARK = HARM_COLORS[FLIPPED], HARM_COLORS[CLEAN], METHOD_COL
 def ranking_and_detection(
     scores: np.ndarray, harm: np.ndarray, methods: Mapping[str, np.ndarray], path: Path, *, title: str
 ) -> None:
-    """Draw the ranked task scores, coloured by the ground truth, beside the detection curves of several methods.
+    """Draw the ranked task scores, coloured by the ground truth, next to the detection curves of several methods.
 
     Args:
       scores: [T], of every task.
-      harm: [T], the ground truth as given by `fewshot.harm`.
+      harm: [T], the ground truth from `fewshot.harm`.
       methods: name -> scores, as in `detection`.
-      path: of the PNG.
-      title: above both panels.
+      path: path of the PNG.
+      title: title above both panels.
     """
     figure = Figure(figsize=(13, 5), layout="constrained")
     figure.suptitle(title, fontsize=13)
@@ -60,15 +60,15 @@ def ranking(scores: ArrayLike, *, harm: ArrayLike | None = None, ax: Any = None)
 
     Args:
       scores: [T], the predicted change of the target on removal.
-      harm: ground truth to colour the bars by: what is known to be bad, bool [T], or the kind of each task, as strings
-        [T] from `fewshot.harm` or of one's own; None for none.
-      ax: to draw on; None for new ones.
+      harm: ground truth to colour the bars by: known bad tasks, bool [T], or the kind of each task, as strings [T] from
+        `fewshot.harm` or your own; None for none.
+      ax: axes to draw on; None for new ones.
 
     Returns:
       The axes.
 
     Raises:
-      ValueError: scores that are no finite [T]; `harm` of another shape, or neither booleans nor strings.
+      ValueError: scores that are not finite [T]; `harm` of another shape, or neither booleans nor strings.
     """
     values = numbers("scores", scores, (1,))
     kinds = np.full(len(values), CLEAN) if harm is None else _kinds(harm, len(values))
@@ -99,11 +99,11 @@ def examples(
     """Images of a task's most harmful examples, in the first row, and of its most helpful, in the second.
 
     Args:
-      images: [n, H, W] or [n, H, W, C], grey ones or with brightness in [0, 1].
+      images: [n, H, W] or [n, H, W, C], grey or with brightness in [0, 1].
       scores: [n], the predicted change of the target on removal, written above each image.
-      labels: [n], written above as well; None for none.
+      labels: [n], also written above; None for none.
       harm: bool [n], the examples known to be bad, which get a red frame; None for none.
-      axes: array [2, m] to draw on, m examples in a row; None for new ones, of five examples or as many as there are.
+      axes: array [2, m] to draw on, m examples per row; None for new ones, with five examples or as many as there are.
 
     Returns:
       The axes, [2, m].
@@ -139,20 +139,20 @@ def examples(
 def detection(
     methods: Mapping[str, ArrayLike], damaged: ArrayLike, *, colors: Mapping[str, str] | None = None, ax: Any = None
 ) -> Any:
-    """The share of damaged data found against the share inspected, most harmful first, by several methods.
+    """The share of damaged data found against the share inspected, most harmful first, for several methods.
 
     Args:
-      methods: name -> scores, [N], or [draws, N] whose curves are averaged.
+      methods: name -> scores, [N], or [draws, N], whose curves are averaged.
       damaged: bool [N], the ground truth.
-      colors: name -> colour, for methods that have the same one in several pictures; None for `METHOD_COLORS` in turn.
-      ax: to draw on; None for new ones.
+      colors: name -> colour, to give a method the same colour in several plots; None for `METHOD_COLORS` in turn.
+      ax: axes to draw on; None for new ones.
 
     Returns:
       The axes.
 
     Raises:
       TypeError: `damaged` holds no booleans.
-      ValueError: `damaged` without an axis, or scores of another shape, named by their method.
+      ValueError: `damaged` is a scalar, or scores have another shape; the message names the method.
     """
     truth = flags("damaged", damaged, (np.size(damaged),))
     curves = {}
@@ -178,21 +178,21 @@ def detection(
 def predicted_and_retrained(
     predicted: ArrayLike, retrained: ArrayLike, *, harm: ArrayLike | None = None, ax: Any = None
 ) -> Any:
-    """Predicted changes of the target against those found by retraining, with the line on which they agree.
+    """Predicted changes of the target against those found by retraining, with the line of equality.
 
-    The title tells Pearson's and Spearman's correlation.
+    The title states Pearson's and Spearman's correlation.
 
     Args:
-      predicted: [n], as the scores of the data taken away.
-      retrained: [n], the change that was found.
+      predicted: [n], such as the scores of the removed data.
+      retrained: [n], the changes found by retraining.
       harm: as in `ranking`.
-      ax: to draw on; None for new ones.
+      ax: axes to draw on; None for new ones.
 
     Returns:
       The axes.
 
     Raises:
-      ValueError: no finite [n], or `retrained` or `harm` of another shape than `predicted`.
+      ValueError: values that are not finite [n], or `retrained` or `harm` with another shape than `predicted`.
     """
     left, right = numbers("predicted", predicted, (1,)), numbers("retrained", retrained, (1,))
     if left.shape != right.shape:
@@ -218,20 +218,20 @@ def predicted_and_retrained(
 def spectrum(found: mi.Spectrum, *, damping: float | None = None, ax: Any = None) -> Any:
     """Ritz values of the total Hessian in ascending order, each with its residual as an error bar.
 
-    An eigenvalue lies within the bar. Where a damping δ is given, the band |θ| ≤ δ is shaded: directions of less
-    curvature are decided by the damping and not by the data, and below −δ the damped Hessian is not positive definite.
+    Each error bar contains an eigenvalue. If a damping δ is given, the band |θ| ≤ δ is shaded: in directions of less
+    curvature the damping decides, not the data. Below −δ the damped Hessian is not positive definite.
 
     Args:
       found: from `metainfluence.spectrum`.
       damping: δ; None for none.
-      ax: to draw on; None for new ones.
+      ax: axes to draw on; None for new ones.
 
     Returns:
       The axes.
 
     Raises:
-      TypeError: `found` is no `Spectrum`.
-      ValueError: a damping that is negative.
+      TypeError: `found` is not a `Spectrum`.
+      ValueError: a negative damping.
     """
     if not isinstance(found, mi.Spectrum):
         raise TypeError(f"found: expected a metainfluence.Spectrum, got {type(found).__name__}")
@@ -246,7 +246,7 @@ def spectrum(found: mi.Spectrum, *, damping: float | None = None, ax: Any = None
     )  # fmt: skip
     ax.axhline(0, color="black", linewidth=0.8)
     largest = np.abs(values).max()
-    # Of the decades below the largest, those that say something about the damping.
+    # The decades below the largest that are informative about the damping.
     smallest = min(damping, 1e-2 * largest) if damping else 1e-4 * largest
     ax.set_yscale("symlog", linthresh=smallest or 1.0)
     if damping is not None:
@@ -261,27 +261,28 @@ def spectrum(found: mi.Spectrum, *, damping: float | None = None, ax: Any = None
 def damping_sweep(found: mi.damping.Sweep, *, harm: ArrayLike | None = None, ax: Any = None) -> Any:
     """How the tasks' ranking changes with the damping: each task's rank, and the correlation of neighbouring rankings.
 
-    Ranks, since scores shrink as the damping grows. A plateau is where lines are level and the correlation, on the
-    right-hand axis and drawn halfway between two dampings, is near 1. A cross marks a solve that did not converge.
+    Ranks are shown because scores shrink as the damping grows. On a plateau the lines are level and the correlation is
+    near 1; it is drawn halfway between two dampings, on the right-hand axis. A cross marks a solve that did not
+    converge.
 
     Args:
       found: from `metainfluence.damping.sweep`.
       harm: as in `ranking`.
-      ax: to draw on; None for new ones.
+      ax: axes to draw on; None for new ones.
 
     Returns:
-      The axes of the ranks; those of the correlation are their twin.
+      The axes of the ranks; the axes of the correlation are their twin.
 
     Raises:
-      TypeError: `found` is no `Sweep`.
-      ValueError: `harm` of another shape than the tasks.
+      TypeError: `found` is not a `Sweep`.
+      ValueError: `harm` has another shape than the tasks.
     """
     if not isinstance(found, mi.damping.Sweep):
         raise TypeError(f"found: expected a metainfluence.damping.Sweep, got {type(found).__name__}")
     scores = np.asarray(found.task, float)
     kinds = np.full(scores.shape[1], CLEAN) if harm is None else _kinds(harm, scores.shape[1])
     ranks, ax = np.argsort(np.argsort(scores, axis=1), axis=1) + 1, _axes(ax)
-    # Dampings stand side by side, so that 0 has a place among powers of ten.
+    # Dampings are evenly spaced, so that 0 has a place among powers of ten.
     place, dampings = np.arange(len(scores)), np.asarray(found.dampings, float)
     for kind, color in _kind_colors(kinds).items():
         for number, k in enumerate(np.flatnonzero(kinds == kind)):
@@ -293,7 +294,7 @@ def damping_sweep(found: mi.damping.Sweep, *, harm: ArrayLike | None = None, ax:
         ax.scatter(place[failed], height, marker="x", color=_BAD_COLOR, s=40, label="not converged", clip_on=False)
     ax.xaxis.set_major_locator(FixedLocator(place.tolist()))
     ax.xaxis.set_major_formatter(FixedFormatter([f"{damping:.0e}" for damping in dampings]))
-    # The most harmful at the top, as readers look for them.
+    # The most harmful at the top, where readers look for them.
     ax.set(ylim=(scores.shape[1] + 0.5, -0.5), xlim=(-0.1, len(place) - 0.9))
     ax.set(title="Ranking over dampings", xlabel="damping", ylabel="rank of every task, most harmful first")
     twin = ax.twinx()
@@ -306,19 +307,19 @@ def damping_sweep(found: mi.damping.Sweep, *, harm: ArrayLike | None = None, ax:
 
 
 def error_against_products(curves: Mapping[str, Any], *, tol: float | None = None, ax: Any = None) -> Any:
-    """Solvers' error against the number J of Hessian products, on a logarithmic axis.
+    """Solvers' errors against the number J of Hessian products, on a logarithmic axis.
 
     Args:
-      curves: name -> a `metainfluence.solvers.Trace` from `anytime`, whose relative residual is drawn, or a pair
+      curves: name -> a `metainfluence.solvers.Trace` from `anytime`, whose relative residuals are drawn, or a pair
         (products [J], errors [J]).
-      tol: drawn as a line; None for none.
-      ax: to draw on; None for new ones.
+      tol: tolerance, drawn as a line; None for none.
+      ax: axes to draw on; None for new ones.
 
     Returns:
       The axes.
 
     Raises:
-      ValueError: no curves, or one whose two parts disagree in shape, named.
+      ValueError: no curves, or a curve whose two parts differ in shape; the message names it.
     """
     if not curves:
         raise ValueError("curves: expected at least one, got none")
@@ -342,7 +343,7 @@ def error_against_products(curves: Mapping[str, Any], *, tol: float | None = Non
 
 
 def clean(ax: Any) -> Any:
-    """Takes away what is not data: two spines, and all grid lines but faint horizontal ones; returns the axes."""
+    """Removes what is not data: two spines, and all grid lines except faint horizontal ones; returns the axes."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#eceef1")
     ax.set_axisbelow(True)
@@ -350,7 +351,7 @@ def clean(ax: Any) -> Any:
 
 
 def _axes(ax: Any) -> Any:
-    """Axes of a figure of their own, known to no global state, where none are given."""
+    """Axes of a new figure outside matplotlib's global state, unless axes are given."""
     return Figure(figsize=(6.5, 4.2), layout="constrained").subplots() if ax is None else ax
 
 
@@ -369,7 +370,7 @@ def _kinds(harm: ArrayLike, count: int) -> np.ndarray:
 
 
 def _kind_colors(kinds: np.ndarray) -> dict[str, str]:
-    """The colour of each kind that occurs, clean data first; kinds of one's own take what is left over."""
+    """The colour of each kind that occurs, clean data first; other kinds take the remaining colours."""
     present = [kind for kind in (*HARM_COLORS, *np.unique(kinds).tolist()) if kind in kinds]
     own = (color for kind, color in HARM_COLORS.items() if kind not in (CLEAN, *present))
     spare = [*own, *METHOD_COLORS[1:]]

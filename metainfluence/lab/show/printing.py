@@ -13,7 +13,7 @@ from metainfluence.response import RunInfo, SegmentsInfo
 
 Options = Sequence[tuple[str, str]]
 
-# What the library's messages call a cure, and which options of a command are it; longer phrases first.
+# The library's wording of a cure, and the command's options for it; longer phrases come first.
 OF_SCORE: Options = (
     ("lower the solver's tol, or raise the damping", "lower --tol, or raise --damping"),
     ("lower the solver's tol, allow more steps, or raise the damping", "lower --tol, raise --max-steps or --damping"),
@@ -38,7 +38,7 @@ OF_SCORE: Options = (
     ("or ask metainfluence.optimum", "or take --by optimum"),
     ("whether it predicts a removal, smoothness tells", "whether it predicts a removal, --smoothness tells"),
     ("was not measured: metainfluence.smoothness", "was not measured, as --no-smoothness asks for"),
-    # The command takes the automatic damping by itself, and prints the budget.
+    # The command uses the automatic damping by default, and prints the budget.
     (': take damping="auto", and mind the budget', ""),
 )
 OF_EDIT: Options = (
@@ -124,14 +124,14 @@ EVERYWHERE: Options = (
     ("metainfluence.coupling(problem)(meta_params, task) tells", "metainfluence.coupling, in Python, tells"),
 )
 
-# The lab's own learners have closed forms that are exact.
+# The lab's own learners have exact closed forms.
 OF_LAB: Options = (
     ("; whether an inner problem of yours is solved is unknown (closed_form measures it by inner_loss)", ""),
 )
-# λ of a user's own problem is not what `metainfluence train` has trained.
+# λ of a user's own problem was not trained by `metainfluence train`.
 OF_OWN: Options = (("until outer_gradient_norm is small", "until the outer gradient norm is small"),)
 
-# What errors that a command ends with call a cure.
+# Wording of cures in errors that end a command.
 IN_ERRORS: Options = (
     ("resume=False starts anew, with a smaller batch_size", "--no-resume starts anew, with a smaller --batch-size"),
     ("resume=False starts anew", "--no-resume starts anew"),
@@ -151,18 +151,18 @@ BY_COMMAND = {"score": OF_SCORE, "edit": OF_EDIT, "demo": OF_DEMO}
 
 
 def say(text: str) -> None:
-    """Prints a line at once, also into a pipe."""
+    """Prints a line immediately, also into a pipe."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def progress_console() -> Console:
-    """Where progress goes: bars on a terminal, else plain lines."""
+    """Where progress is shown: bars on a terminal, otherwise plain lines."""
     return Console(stderr=True, highlight=False)
 
 
 def facts(info: Any) -> list[tuple[str, str, str]]:
-    """What a solve, a run or its segments say of themselves: name, value, and what that means."""
+    """What a solve, a run or its segments report about themselves: name, value, and what the value means."""
     if not isinstance(info, mi.SolveInfo):
         return facts_of_run(info) if isinstance(info, RunInfo) else facts_of_segments(info)
     positive = "the smallest that was met along any direction, damping included; positive, as it has to be"
@@ -191,7 +191,7 @@ def facts(info: Any) -> list[tuple[str, str, str]]:
 
 
 def facts_of_run(info: RunInfo) -> list[tuple[str, str, str]]:
-    """What a run's derivative says of itself."""
+    """What a run's derivative reports about itself."""
     met = (
         ("steps", info.num_steps, "d", "of the run, gone through and back"),
         ("growth of the cotangent", info.growth, ".1e", "its largest norm on the way back over that at the end"),
@@ -206,7 +206,7 @@ def facts_of_run(info: RunInfo) -> list[tuple[str, str, str]]:
 
 
 def facts_of_segments(info: SegmentsInfo) -> list[tuple[str, str, str]]:
-    """What an answer by segments says of itself."""
+    """What an answer by segments reports about itself."""
     errors, norms = np.asarray(info.relative_error), np.asarray(info.outer_gradient_norm)
     status = mi.SolveStatus(int(info.status)).name
     return [
@@ -220,25 +220,25 @@ def facts_of_segments(info: SegmentsInfo) -> list[tuple[str, str, str]]:
 
 
 def in_options(text: str, options: Options) -> str:
-    """A cure that the library words for its Python functions, worded for a command."""
+    """Rewords a cure, which the library states for its Python functions, in a command's options."""
     for phrase, option in (*options, *EVERYWHERE):
         text = text.replace(phrase, option)
     return text
 
 
 def in_options_of(command: str, text: str) -> str:
-    """An error or a warning of the library, on one line and worded for a command."""
+    """An error or a warning of the library, on one line and reworded for a command."""
     return in_options(" ".join(text.split()), (*BY_COMMAND.get(command, ()), *IN_ERRORS))
 
 
 def say_budget(result: Any, meta_params: Any, options: Options, *, own: bool = True) -> None:
-    """Prints which error dominates, and which of the command's options do something about it.
+    """Prints which error dominates, and which of the command's options reduce it.
 
     Args:
-      result: as `error_budget` takes it.
+      result: an argument for `error_budget`.
       meta_params: λ.
-      options: what the library's cures are called.
-      own: whether the problem is the user's; else one of the lab's learners.
+      options: the wording of the library's cures.
+      own: whether the problem is the user's, not one of the lab's learners.
     """
     options = (*options, *(OF_OWN if own else OF_LAB))
     advice = in_options(mi.error_budget(result, meta_params).advice, options)
@@ -247,7 +247,7 @@ def say_budget(result: Any, meta_params: Any, options: Options, *, own: bool = T
 
 
 def check_solve(result: Any, options: Options) -> None:
-    """As `metainfluence.check`, without the budget and its warnings, which `say_budget` prints, and in options.
+    """Like `metainfluence.check`, worded in options, without the budget and its warnings, which `say_budget` prints.
 
     Raises:
       SolveError: as `check`.
@@ -262,7 +262,7 @@ def check_solve(result: Any, options: Options) -> None:
 
 
 def say_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints cells in columns, the last one ragged."""
+    """Prints cells in columns, the last of which is ragged."""
     lines = [list(map(str, row)) for row in (headers, *rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(headers))]
     for line in lines:

@@ -1,4 +1,4 @@
-"""What the demo prints; every number is handed in."""
+"""What the demo prints; all numbers are passed in."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ SHARES = (0.1, 0.2, 0.4)
 
 
 class Removal(NamedTuple):
-    """One way to know the held-out loss without the flagged tasks, and what it cost."""
+    """One way to find the held-out loss without the flagged tasks, and its cost."""
 
     name: str
     held_out_loss: float
@@ -28,14 +28,14 @@ class Removal(NamedTuple):
 
 
 def console() -> Console:
-    """A console that does not wrap tables where the output is a file or a pipe."""
-    # Paths are no markup.
+    """A console that does not wrap tables when it writes to a file or a pipe."""
+    # Paths are not markup.
     plain = Console(highlight=False, markup=False, emoji=False)
     return plain if plain.is_terminal else Console(highlight=False, markup=False, emoji=False, width=120)
 
 
 def _table(console: Console, title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]], text: int = 1) -> None:
-    """Print a table whose first `text` columns are words, and the rest numbers."""
+    """Print a table whose first `text` columns are words and whose other columns are numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column, header in enumerate(headers):
         table.add_column(header, justify="left" if column < text else "right")
@@ -46,7 +46,7 @@ def _table(console: Console, title: str, headers: Sequence[str], rows: Sequence[
 
 
 def setting(console: Console, config: Any, truth: np.ndarray) -> None:
-    """Say what is run, on what."""
+    """Say what is run, and on which data."""
     kinds = ", ".join(f"{np.sum(truth == kind)} {kind}" for kind in (CLEAN, FLIPPED, SHORTCUT))
     console.print(
         f"{len(truth)} {config.ways}-way {config.shots}-shot tasks on scikit-learn's digits ({kinds}); "
@@ -56,7 +56,7 @@ def setting(console: Console, config: Any, truth: np.ndarray) -> None:
 
 
 def diagnostics(console: Console, info: mi.SolveInfo, budget: mi.ErrorBudget) -> None:
-    """Print what the solve says of itself, and what limits the scores."""
+    """Print what the solve reports about itself, and what limits the scores."""
     assert info.outer_gradient_norm is not None
     assert info.inner_gradient_norm is not None
     assert info.damping is not None
@@ -104,7 +104,7 @@ def detection(
     query_scores: np.ndarray,
     query_flipped: np.ndarray,
 ) -> None:
-    """Print the share of harmful tasks found, and the ROC AUC, overall and for each way of harm."""
+    """Print the share of harmful tasks found, and the ROC AUC, overall and for each kind of harm."""
     rows = []
     for kind, damaged in {"all": truth != CLEAN, FLIPPED: truth == FLIPPED, SHORTCUT: truth == SHORTCUT}.items():
         others = damaged | (truth == CLEAN)
@@ -122,7 +122,7 @@ def detection(
 
 
 def removal(console: Console, flagged: np.ndarray, truth: np.ndarray, before: float, rows: Sequence[Removal]) -> None:
-    """Print the held-out loss without the flagged tasks as each way has it, with the run times."""
+    """Print the held-out loss without the flagged tasks, as found in each way, with the run times."""
     console.print()
     console.print(
         f"Flagged: the {len(flagged)} tasks with a negative score (removing them is predicted to lower the held-out "
@@ -137,7 +137,7 @@ def removal(console: Console, flagged: np.ndarray, truth: np.ndarray, before: fl
 
 
 def files(console: Console, out: Path, seconds: float) -> None:
-    """Say what was written and how long all of it took."""
+    """Say what was written and how long everything took."""
     console.print(
         f"\nWrote {out / 'scores.parquet'} and {out / 'scores.png'}; {seconds:.0f} s in all, compiling included",
         soft_wrap=True,

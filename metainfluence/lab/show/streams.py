@@ -1,4 +1,4 @@
-"""Standard streams for commands: a reader that goes away, or a terminal that lacks a character, is no failure."""
+"""Standard streams for commands, for which a vanished reader or a missing character is no failure."""
 
 import contextlib
 import os
@@ -10,21 +10,21 @@ _FATAL = ("strict", "surrogateescape", "surrogatepass")
 
 
 class Lenient:
-    """A text stream that drops what it is given once its reader is gone, and replaces what its encoding lacks.
+    """A text stream that drops its input once its reader is gone, and replaces characters that its encoding lacks.
 
     Args:
-      stream: a standard stream; None, as Python has it for one that was closed at the start, drops everything.
+      stream: a standard stream; None, which Python uses for a stream closed at startup, drops everything.
     """
 
     def __init__(self, stream: TextIO | None):
         # Never closed, like the standard streams themselves.
         self._stream: Any = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
-        # In the C locale Python's own choice is surrogateescape, which is as strict with what the encoding lacks.
+        # In the C locale Python itself uses surrogateescape, which is just as strict about missing characters.
         if hasattr(self._stream, "reconfigure") and self._stream.errors in _FATAL:
             self._stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        """Writes, as a stream does."""
+        """Writes like a stream."""
         try:
             written: int = self._stream.write(text)
         except BrokenPipeError:
@@ -33,14 +33,14 @@ class Lenient:
         return written
 
     def flush(self) -> None:
-        """Flushes, as a stream does."""
+        """Flushes like a stream."""
         try:
             self._stream.flush()
         except BrokenPipeError:
             self._drop()
 
     def _drop(self) -> None:
-        # Under the stream's own number, so that Python's flush at exit and child processes find no broken pipe either.
+        # Reuses the stream's descriptor, so that Python's flush at exit and child processes find no broken pipe either.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
@@ -51,7 +51,7 @@ class Lenient:
 
 @contextlib.contextmanager
 def lenient() -> Iterator[None]:
-    """Both standard streams as `Lenient` ones."""
+    """Makes both standard streams `Lenient`."""
     out: Any = Lenient(sys.stdout)
     errors: Any = Lenient(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):

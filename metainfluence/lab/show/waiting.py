@@ -1,6 +1,6 @@
-"""A line on a terminal that says what a command is busy with while it prints nothing; on pipes there is none.
+"""A line on a terminal that says what a silent command is doing; on pipes there is none.
 
-Of the standard library alone, since it is there before anything else is imported.
+It uses only the standard library, since it starts before anything else is imported.
 """
 
 import contextlib
@@ -12,23 +12,23 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-# Seconds between two lines, and for how long nothing else must have been written: a bar writes more often.
+# Seconds between two lines, and how long others must have been silent: a bar writes more often.
 TICK, QUIET = 0.2, 1.0
 
-# JAX tells these when it begins and ends to compile.
+# JAX logs to these when it begins and ends compiling.
 _LOGGERS = ("jax._src.interpreters.pxla", "jax._src.dispatch")
 _ERASE = "\r\x1b[K"
 
 
 class Waiting:
-    """What is being waited for.
+    """The activity that a command waits for.
 
     Args:
       stream: the terminal.
-      name: of the command.
+      name: name of the command.
 
     Attributes:
-      thread: which shows it every now and then, until the end.
+      thread: shows the activity every now and then, until the end.
     """
 
     def __init__(self, stream: Any, name: str):
@@ -40,19 +40,19 @@ class Waiting:
         self.thread = threading.Thread(target=self._run, name="metainfluence-waiting", daemon=True)
 
     def phase(self, name: str) -> None:
-        """Something else is begun."""
+        """Begins another activity."""
         with self._lock:
             self._phase, self._since = name, time.monotonic()
 
     def before_write(self, text: str) -> None:
-        """Makes room for what others write."""
+        """Makes room before others write."""
         with self._lock:
             self._erase()
             self._quiet_since = time.monotonic() + QUIET
             self._at_line_start = text.endswith("\n") if text else self._at_line_start
 
     def show(self) -> None:
-        """Writes the line, unless others have written lately or have not ended theirs."""
+        """Writes the line, unless others have written recently or have not finished their line."""
         with self._lock:
             now = time.monotonic()
             if now < self._quiet_since or not self._at_line_start:
@@ -67,7 +67,7 @@ class Waiting:
             self.show()
 
     def end(self) -> None:
-        """The last of it."""
+        """Ends the display."""
         self._ended.set()
         with self._lock:
             self._erase()
@@ -84,7 +84,7 @@ class Waiting:
 
 
 def _width(stream: Any) -> int:
-    """Columns of a terminal; 80 where it does not tell."""
+    """Columns of a terminal; 80 if it does not report them."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
@@ -92,7 +92,7 @@ def _width(stream: Any) -> int:
 
 
 class _Told(logging.Filter):
-    """Hears what JAX tells of compiling, and lets through what it would have said anyway."""
+    """Listens to what JAX logs about compiling, and passes on only what it would have shown anyway."""
 
     def __init__(self, waiting: Waiting):
         super().__init__()
@@ -108,13 +108,13 @@ class _Told(logging.Filter):
 
 
 class _Guarded:
-    """A standard stream before whose text the line goes away."""
+    """A standard stream that clears the line before its text."""
 
     def __init__(self, stream: Any, waiting: Waiting):
         self._stream, self._waiting = stream, waiting
 
     def write(self, text: str) -> int:
-        """Writes, as a stream does."""
+        """Writes like a stream."""
         self._waiting.before_write(text)
         written: int = self._stream.write(text)
         return written
@@ -125,10 +125,10 @@ class _Guarded:
 
 @contextlib.contextmanager
 def waiting(name: str) -> Iterator[Waiting | None]:
-    """Shows on stderr, where that is a terminal, what is going on, within a moment; None where it is none.
+    """Shows on stderr, if that is a terminal, what is going on, within a moment; otherwise yields None.
 
     Args:
-      name: of the command.
+      name: name of the command.
     """
     stream: Any = sys.stderr
     if stream is None or not stream.isatty() or os.environ.get("TERM") == "dumb":

@@ -1,1 +1,1 @@
-"""The same numbers by other libraries, timed beside ours at the same error."""
+"""The same quantities by other libraries, timed against ours at equal error."""

@@ -1,4 +1,4 @@
-"""Who computes what, and how: the candidates of each quantity, ours first."""
+"""Which library computes what, and how: the candidates for each quantity, ours first."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ SINGLE = "single-level scores"
 OURS = "metainfluence"
 _JAXOPT, _OPTIMISTIX = "jaxopt, implicit (L-BFGS, CG)", "optimistix, ImplicitAdjoint (BFGS, CG)"
 _TOLERANCES = tuple(10.0**-power for power in range(1, 13))
-# Three are not enough at any target worth asking for.
+# Three steps are not enough for any useful target.
 _NEWTON_STEPS = (4, 5, 6, 7)
 _UNROLLED_STEPS = (40, 60, 80, 120)
 _CG_STEPS = (5, 10, 20, 40, 80, 160, 320)
@@ -35,7 +35,7 @@ _Way = Callable[..., Any]
 
 
 def two_level_candidates(problem: Problem, quantity: str) -> list[Candidate]:
-    """Those of a quantity of the few-shot problem."""
+    """Candidates for a quantity of the few-shot problem."""
     data = (problem.layers, problem.tasks)
     along = (*data, problem.direction)
     reverse, forward = ", reverse over reverse", ", forward over reverse"
@@ -89,7 +89,7 @@ def _ours(problem: Problem, quantity: str) -> list[Candidate]:
         return scaled(expanded(tol, layers, tasks).mixed_transposed, vector)
 
     def scaled(mixed_transposed: Any, vector: Any) -> Any:
-        # Of F, which is a mean over tasks; the others give the scores on their sum.
+        # Scores of F, which is a mean over tasks; the other libraries give scores of the sum over tasks.
         found = mixed_transposed(vector)
         return jax.tree.map(lambda leaf: leaf * found.task.size, (found.support, found.query))
 
@@ -123,7 +123,7 @@ def _implicit(problem: Problem, library: str, way: _Way, args: tuple[Any, ...], 
 
 def _linear(problem: Problem, library: str) -> Candidate:
     def prepare(tol: float) -> Callable[[], Any]:
-        # The kept map closes over the tolerance, which therefore must not be traced: each has a program of its own.
+        # The kept map closes over the tolerance, so the tolerance must not be traced: each has its own program.
         loss = common.task_loss(_fit(problem, library, tol))
         linear = jax.jit(lambda layers, tasks: jax.vjp(with_jax.slope(loss, tasks), layers)[1])(
             problem.layers, problem.tasks
@@ -139,7 +139,7 @@ def _needs(library: str) -> tuple[str, ...]:
 
 
 def _unrolled(problem: Problem) -> Candidate:
-    """With the longest step that is sure to converge, 1 / the largest curvature."""
+    """Uses the longest step that is sure to converge, 1 / the largest curvature."""
     step_size = 1 / with_jax.largest_curvature(problem)
 
     def prepare(num_steps: int) -> Callable[[], Any]:
@@ -167,7 +167,7 @@ def _torch(
 
 
 def one_level_candidates(problem: SingleLevel) -> list[Candidate]:
-    """Those of the single-level scores."""
+    """Candidates for the single-level scores."""
 
     def ours(tol: Any, layers: Any, train: Any, test: Any) -> Any:
         return single_level.our_scores(SingleLevel(layers, train, test, problem.damping), tol)

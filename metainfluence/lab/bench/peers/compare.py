@@ -1,4 +1,4 @@
-"""Fair timing: each library at its loosest setting that is accurate enough, all of them taking turns."""
+"""Fair timing: each library runs at its loosest setting that is accurate enough, and all take turns."""
 
 import importlib.util
 import logging
@@ -19,12 +19,12 @@ class Candidate(NamedTuple):
 
     Attributes:
       library: its name in the table.
-      settings: to be tried, loose ones first.
-      prepare: setting -> a call without arguments that returns the quantity when it is there; what may be compiled or
-        kept from one call to the next is done here or in the first call.
-      named: setting -> how it is said in the table.
+      settings: settings to try, loose ones first.
+      prepare: setting -> a call without arguments that returns the quantity once it is computed. Whatever may be
+        compiled or kept between calls is made here or in the first call.
+      named: setting -> its name in the table.
       ours: whether it is this library.
-      needs: packages, by the names that they are imported by.
+      needs: required packages, by their import names.
     """
 
     library: str
@@ -40,13 +40,13 @@ class Row(NamedTuple):
 
     Attributes:
       quantity: what was computed.
-      library: by what.
-      ours: whether by this library.
+      library: the library that computed it.
+      ours: whether that is this library.
       seconds: the shortest run, without compiling, since other load only ever adds time; None where it could not be
         computed.
       error: relative to the reference.
-      runs: that were timed.
-      note: how it was set, or why there is no number.
+      runs: number of timed runs.
+      note: its setting, or why there is no number.
     """
 
     quantity: str
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A candidate at its setting."""
+    """A candidate at its chosen setting."""
 
     call: Callable[[], Any]
     error: float
@@ -68,13 +68,13 @@ class Settled(NamedTuple):
 
 _LOG = logging.getLogger(__name__)
 
-# What libraries raise where they cannot compute something, or lack a package; equinox's and PyTorch's own errors are
-# RuntimeErrors.
+# Errors that libraries raise if they cannot compute something, or lack a package; equinox's and PyTorch's own errors
+# are RuntimeErrors.
 _REFUSALS = (TypeError, ValueError, NotImplementedError, RuntimeError, ImportError)
 
 
 def traced(function: Callable[..., Any], *args: Any) -> Callable[[float], Callable[[], Any]]:
-    """`Candidate.prepare` of a JAX function (tolerance, *args), which is compiled once for all tolerances."""
+    """`Candidate.prepare` for a JAX function (tolerance, *args), compiled once for all tolerances."""
     compiled = Compiled(function)
     return lambda tol: lambda: compiled(jnp.asarray(tol), *args)
 
@@ -82,7 +82,7 @@ def traced(function: Callable[..., Any], *args: Any) -> Callable[[float], Callab
 def kept(
     linearize: Callable[..., Any], apply: Callable[..., Any], args: tuple[Any, ...], vector: Any
 ) -> Callable[[float], Callable[[], Any]]:
-    """`Candidate.prepare` where linearize(tolerance, *args) is done once and apply(it, vector) is what is timed."""
+    """`Candidate.prepare` that calls linearize(tolerance, *args) once; only apply(its result, vector) is timed."""
     # Compiled ahead of time, a linear map that closes over arrays would be called with one argument too few.
     first, second = Compiled(linearize), jax.jit(apply)
 
@@ -94,13 +94,13 @@ def kept(
 
 
 def relative_error(found: Any, expected: Any) -> float:
-    """‖found − expected‖ / ‖expected‖ over all entries of two pytrees of the same leaves."""
+    """‖found − expected‖ / ‖expected‖ over all entries of two pytrees with the same leaves."""
     found, expected = (np.asarray(ravel_pytree(jax.tree.leaves(tree))[0]) for tree in (found, expected))
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def settle(candidate: Candidate, expected: Any, target: float) -> Settled | str:
-    """The candidate at its loosest setting within the target, else at its most accurate one; or why it has none."""
+    """The candidate at its loosest setting within the target, else at its most accurate; or why it has none."""
     if missing := [name for name in candidate.needs if importlib.util.find_spec(name) is None]:
         return f"not installed: {', '.join(missing)}"
     best: Settled | None = None
@@ -124,15 +124,15 @@ def settle(candidate: Candidate, expected: Any, target: float) -> Settled | str:
 def race(
     quantity: str, candidates: Sequence[Candidate], expected: Any, *, target: float, repeats: int, budget: float
 ) -> list[Row]:
-    """Rows of one quantity, the candidates taking turns, so that other load on the machine slows all.
+    """Rows of one quantity; the candidates take turns, so that other load on the machine slows them all.
 
     Args:
       quantity: what is computed.
       candidates: ways to compute it.
-      expected: the reference, a pytree whose leaves are in the order of the candidates' results.
+      expected: the reference, a pytree whose leaves have the same order as the candidates' results.
       target: relative error asked for.
       repeats: timed runs of each, at most.
-      budget: seconds after which a candidate is not run again; each is run once.
+      budget: seconds after which a candidate is not run again; each runs at least once.
     """
     settled = []
     for candidate in candidates:

@@ -1,4 +1,4 @@
-"""The two-level problem that every library is given: logistic heads on the features of a tanh MLP."""
+"""The two-level problem that every library solves: logistic heads on the features of a tanh MLP."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,18 +9,18 @@ import optax
 
 import metainfluence as mi
 
-# (features [n, m], labels [n], coefficients [n]) -> head; what a library makes of the inner level.
+# (features [n, m], labels [n], coefficients [n]) -> head: how a library solves the inner level.
 Fit = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # (layers, one task, its weights) -> the query loss.
 TaskLoss = Callable[[Any, mi.Task, mi.Weights], jax.Array]
 
 
 class Problem(NamedTuple):
-    """Plain arrays, of which each library makes its own problem.
+    """Plain arrays, from which each library builds its own problem.
 
     Attributes:
       layers: λ, a tuple of (kernel `[n, m]`, bias `[m]`).
-      head_l2: of ‖head‖² / 2 in the inner objective.
+      head_l2: weight of ‖head‖² / 2 in the inner objective.
       ways: classes.
       tasks: support and query sets, each (images `[T, n, pixels]`, labels `[T, n]`).
     """
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
     @property
     def direction(self) -> Any:
-        """A vector like λ, for products and scores."""
+        """A vector shaped like λ, for products and scores."""
         return jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), self.layers)
 
 
@@ -56,7 +56,7 @@ def losses(head: jax.Array, features: jax.Array, labels: jax.Array) -> jax.Array
 def inner_objective(
     head: jax.Array, features: jax.Array, labels: jax.Array, coefficients: jax.Array, head_l2: float
 ) -> jax.Array:
-    """What a task's head minimises."""
+    """The objective that a task's head minimises."""
     return jnp.sum(losses(head, features, labels) * coefficients) + 0.5 * head_l2 * jnp.sum(jnp.square(head))
 
 
@@ -72,7 +72,7 @@ def task_loss(fit: Fit) -> TaskLoss:
 
 
 def ours(problem: Problem, tol: Any) -> mi.Bilevel:
-    """As the library's problem, which computes a task's features once, as all that are compared do."""
+    """Our library's problem, which computes a task's features once, as all the compared problems do."""
     fit = mi.adaptation.implicit(
         losses,
         lambda features, labels: problem.zero_head,
@@ -95,8 +95,8 @@ def ours(problem: Problem, tol: Any) -> mi.Bilevel:
 def dense_fit(problem: Problem, num_steps: int = 12) -> Fit:
     """The oracle's head: Newton's method with the dense Hessian, its last two steps differentiated.
 
-    A Newton step from a minimum that is held fixed has the derivative that the implicit function theorem gives, and two
-    have the second derivative too, since each step doubles the order to which the minimum is right.
+    One Newton step from a minimum that is held fixed has the derivative that the implicit function theorem gives. Two
+    steps have the second derivative too, since each step doubles the order to which the minimum is right.
     """
     shape = problem.zero_head.shape
 

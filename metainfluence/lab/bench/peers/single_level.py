@@ -1,7 +1,7 @@
-"""Influence with one level only, as dattri and pyDVL compute it: each training example on each test example's loss.
+"""Single-level influence, as dattri and pyDVL compute it: each training example on each test example's loss.
 
 The score of training example i for test example j is ∇ℓ_jᵀ (H + δI)⁻¹ ∇ℓ_i / N, with H the Hessian of the mean training
-loss: what the test loss gains, to first order, on the example's removal.
+loss: to first order, the increase of the test loss when the example is removed.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def dense_scores(problem: SingleLevel) -> jax.Array:
     """The oracle, `[test, train]`, by the dense Hessian.
 
     Raises:
-      ValueError: the damped Hessian is not positive definite, so that conjugate gradients have no solution.
+      ValueError: the damped Hessian is not positive definite, so conjugate gradients do not apply.
     """
     flat, unravel = ravel_pytree(problem.layers)
 
@@ -79,7 +79,7 @@ def dense_scores(problem: SingleLevel) -> jax.Array:
 
 
 def our_scores(problem: SingleLevel, tol: Any) -> jax.Array:
-    """By the library: one task, all training examples its query set, and parameters that are not adapted."""
+    """Scores by this library: one task whose query set is all training examples, and parameters that do not adapt."""
     bilevel = mi.bilevel(
         lambda params, layers, query: example_losses(layers, query),
         mi.adaptation.closed_form(lambda layers, support, coefficients: ()),
@@ -90,7 +90,7 @@ def our_scores(problem: SingleLevel, tol: Any) -> jax.Array:
         solver=mi.solvers.cg(tol=tol),
         damping=problem.damping,
     )
-    # The support set is not looked at.
+    # The support set is not used.
     train = problem.train
     tasks = jax.tree.map(lambda leaf: leaf[None], mi.Task((train[0][:1], train[1][:1]), train))
     return jax.vmap(lambda example: scores(problem.layers, tasks, example).query[0])(problem.test)
@@ -111,7 +111,7 @@ def torch_model(problem: SingleLevel) -> Any:
 
 
 def dattri_scores(problem: SingleLevel, make: Callable[[Any], Any]) -> Callable[[], jax.Array]:
-    """By a dattri attributor, `make(task)`, with each set in one batch, as its documentation asks for."""
+    """Scores by a dattri attributor, `make(task)`, with each set in one batch, as its documentation asks."""
     import torch
     from dattri.task import AttributionTask
 
@@ -131,7 +131,7 @@ def dattri_scores(problem: SingleLevel, make: Callable[[Any], Any]) -> Callable[
     attributor.cache(train)
 
     def call() -> Any:
-        # dattri gathers its scores in PyTorch's default precision, and draws progress bars.
+        # dattri collects its scores in PyTorch's default precision, and draws progress bars.
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
@@ -145,7 +145,7 @@ def dattri_scores(problem: SingleLevel, make: Callable[[Any], Any]) -> Callable[
 
 
 def pydvl_scores(problem: SingleLevel, make: Callable[[Any, Any], Any]) -> Callable[[], jax.Array]:
-    """By a pyDVL influence model, `make(model, loss)`, fitted anew in each call, since fitting is where it solves."""
+    """Scores by a pyDVL influence model, `make(model, loss)`, fitted anew in each call, since the fit solves."""
     import torch
 
     from metainfluence.lab.bench.peers.with_torch import arrays, tensors

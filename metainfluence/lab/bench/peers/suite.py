@@ -1,4 +1,4 @@
-"""Other libraries on the same problem, at the same error."""
+"""Compares other libraries with ours on the same problem, at the same error."""
 
 import dataclasses
 import functools
@@ -36,9 +36,9 @@ TWO_LEVELS = (GRADIENT, PRODUCT, LINEAR, SCORES, ROUTE)
 
 @dataclasses.dataclass(frozen=True)
 class PeersBenchConfig:
-    """Total gradients, Hessian products and scores beside other libraries': logistic heads on a tanh MLP, in float64.
+    """Total gradients, Hessian products and scores against other libraries: logistic heads on a tanh MLP, in float64.
 
-    Every library is run at its loosest setting whose error against a dense reference is within the target.
+    Every library runs at its loosest setting whose error against a dense reference is within the target.
     """
 
     dataset: str = "omniglot"
@@ -58,33 +58,33 @@ class PeersBenchConfig:
     num_train: Count = 500
     """Digits that the single-level MLP is trained on."""
     num_test: Count = 20
-    """Digits whose losses are its targets."""
+    """Digits whose losses are the single-level targets."""
     hidden: Count = 16
-    """Its hidden units."""
+    """Hidden units of the single-level MLP."""
     single_damping: Positive = 0.1
-    """Of its solves."""
+    """Damping of the single-level solves."""
     target: Positive = 1e-6
-    """Relative error asked for."""
+    """Relative error to reach."""
     repeats: Count = 20
     """Timed runs of each, at most; the shortest is reported."""
     budget: Positive = 5.0
     """Seconds after which a slow candidate is not run again."""
     quantities: tuple[str, ...] = (*TWO_LEVELS, SINGLE)
-    """What is measured."""
+    """Quantities to measure."""
     libraries: tuple[str, ...] = ("metainfluence", "jaxopt", "optimistix", "torch.func", "dattri", "pyDVL")
-    """By what."""
+    """Libraries to measure."""
     least_gradient: NotNegative = 2.0
-    """Target: total gradients, the fastest peer's time over ours."""
+    """Target for total gradients: the fastest peer's time over ours, at least."""
     least_product: NotNegative = 8.0
-    """Target: the same of a Hessian product."""
+    """Target for a Hessian product: the same ratio."""
     least_scores: NotNegative = 50.0
-    """Target: the same of all scores."""
+    """Target for all scores: the same ratio."""
     out: OutFolder = Path("bench-output")
     """Folder for peers.md and peers.json."""
 
 
 class Target(NamedTuple):
-    """A bar, and what was measured: the fastest peer's time over ours."""
+    """A bar, and the measured ratio: the fastest peer's time over ours."""
 
     quantity: str
     peer: str
@@ -93,7 +93,7 @@ class Target(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """Whether the ratio is at the bar."""
+        """Whether the ratio reaches the bar."""
         return self.ratio >= self.bar
 
 
@@ -151,7 +151,7 @@ def one_level(config: PeersBenchConfig) -> SingleLevel:
 
 
 def measure(config: PeersBenchConfig) -> list[Row]:
-    """All rows; ours come first in each quantity."""
+    """Measures all rows; ours come first for each quantity."""
     found: list[Row] = []
     timed = functools.partial(race, target=config.target, repeats=config.repeats, budget=config.budget)
 
@@ -179,7 +179,7 @@ def reference(problem: Problem, quantity: str) -> Any:
 
 
 def ratios(rows: list[Row]) -> list[float | None]:
-    """Each row's time over that of our first one of the same quantity; None where either is missing."""
+    """Each row's time over that of our first row for the same quantity; None if either is missing."""
     ours: dict[str, float] = {}
     for row in rows:
         if row.ours and row.seconds is not None:
@@ -190,7 +190,7 @@ def ratios(rows: list[Row]) -> list[float | None]:
 
 
 def targets(config: PeersBenchConfig, rows: list[Row]) -> list[Target]:
-    """The bars of what was measured, against the fastest peer that is accurate enough."""
+    """The bars of the quantities that were measured, against the fastest peer that is accurate enough."""
     bars = {
         GRADIENT: config.least_gradient,
         PRODUCT: config.least_product,

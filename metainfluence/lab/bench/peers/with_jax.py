@@ -1,4 +1,4 @@
-"""The two-level quantities by jaxopt and optimistix, and the ways to differentiate that they allow."""
+"""The two-level quantities by jaxopt and optimistix, with the kinds of differentiation that these support."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _MAX_STEPS = 500
 
 
 def jaxopt_implicit(problem: Problem, tol: Any) -> Fit:
-    """L-BFGS, with the implicit function theorem and CG behind it."""
+    """L-BFGS, differentiated by the implicit function theorem with CG."""
     import jaxopt
 
     solver = jaxopt.LBFGS(
@@ -29,7 +29,7 @@ def jaxopt_implicit(problem: Problem, tol: Any) -> Fit:
 
 
 def largest_curvature(problem: Problem) -> float:
-    """The largest eigenvalue over tasks of the inner Hessian at the zero head, near which those along the way are."""
+    """The largest eigenvalue over tasks of the inner Hessian at the zero head, close to those along the path."""
 
     def largest(images: jax.Array, labels: jax.Array) -> jax.Array:
         x = features(problem.layers, images)
@@ -61,7 +61,7 @@ def jaxopt_unrolled(problem: Problem, num_steps: int, step_size: float) -> Fit:
 
 
 def optimistix_implicit(problem: Problem, tol: Any) -> Fit:
-    """BFGS behind `ImplicitAdjoint`, whose linear solver is CG and is told that the Hessian is positive."""
+    """BFGS with `ImplicitAdjoint`, whose linear solver is CG and is told that the Hessian is positive."""
     import lineax
     import optimistix
 
@@ -101,7 +101,7 @@ def slope(loss: TaskLoss, tasks: mi.Task) -> Callable[[Any], Any]:
 
 
 def reverse_over_reverse(loss: TaskLoss, layers: Any, tasks: mi.Task, vector: Any) -> Any:
-    """A product with the Hessian of the mean loss, the way that a custom_vjp allows."""
+    """A product with the Hessian of the mean loss, reverse over reverse, as a custom_vjp requires."""
     return jax.vjp(slope(loss, tasks), layers)[1](vector)[0]
 
 
@@ -111,10 +111,10 @@ def forward_over_reverse(loss: TaskLoss, layers: Any, tasks: mi.Task, vector: An
 
 
 def scores_per_example(loss: TaskLoss, layers: Any, tasks: mi.Task, direction: Any) -> Any:
-    """∂_w ⟨D_λL_k, direction⟩ of all support and query examples, by one gradient in λ for each.
+    """∂_w ⟨D_λL_k, direction⟩ of all support and query examples, by one gradient in λ per example.
 
-    The examples of a task are mapped by vmap, the tasks one after the other, since each example's gradient is as large
-    as λ.
+    The examples of a task are mapped by vmap and the tasks run one after the other, since each example's gradient is as
+    large as λ.
     """
 
     def dot(gradient: Any) -> jax.Array:

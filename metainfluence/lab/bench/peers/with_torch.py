@@ -1,6 +1,7 @@
-"""The two-level quantities by torch.func: Newton's method, and its steps differentiated at the minimum.
+"""The two-level quantities by torch.func: Newton's method, with its steps differentiated at the minimum.
 
-See `metainfluence.lab.bench.peers.problem.dense_fit` for why one step gives the first derivative and two the second.
+See `metainfluence.lab.bench.peers.problem.dense_fit` for why one step gives the first derivative and two steps the
+second.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from metainfluence.lab.bench.peers.problem import Problem
 
 
 def tensors(tree: Any) -> Any:
-    """Arrays as tensors, in their own precision."""
+    """Arrays as tensors of the same precision."""
     return jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf)), tree)
 
 
@@ -40,8 +41,8 @@ class Peer:
 
     Args:
       problem: the problem.
-      num_steps: of Newton's method from zero.
-      batched: whether tasks are mapped by vmap, or taken one by one.
+      num_steps: steps of Newton's method from zero.
+      batched: whether tasks are mapped by vmap or processed one by one.
     """
 
     def __init__(self, problem: Problem, num_steps: int, *, batched: bool):
@@ -80,7 +81,7 @@ class Peer:
         return _losses(head.reshape(self.shape), _features(layers, query[0]), query[1]).mean()
 
     def _each(self, function: Callable[..., Any], *data: Any) -> Any:
-        """A function of a task over all tasks."""
+        """Applies a function of a task to all tasks."""
         if self.batched:
             return vmap(function)(*data)
         leaves, structure = jax.tree.flatten(data)
@@ -101,18 +102,18 @@ class Peer:
         return grad(mean)
 
     def linear(self) -> Callable[[], Any]:
-        """The product with the Hessian of the mean loss, reverse over reverse, all else done."""
+        """The Hessian product of the mean loss, reverse over reverse, after everything else has been computed."""
         back = vjp(self.slope(), self.layers)[1]
         return lambda: back(self.direction)[0]
 
     def product(self, *, forward: bool) -> Any:
-        """The same from λ."""
+        """The same product, computed from λ."""
         if forward:
             return jvp(self.slope(), (self.layers,), (self.direction,))[1]
         return self.linear()()
 
     def scores(self) -> Any:
-        """∂_w ⟨D_λL_k, direction⟩ of all examples, by one gradient in λ for each."""
+        """∂_w ⟨D_λL_k, direction⟩ of all examples, by one gradient in λ per example."""
 
         def dot(gradient: Any) -> torch.Tensor:
             pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(self.direction), strict=True)

@@ -1,1 +1,1 @@
-"""Solvers, curvatures and dampings measured against exact answers."""
+"""Solvers, curvatures and dampings compared with exact answers."""

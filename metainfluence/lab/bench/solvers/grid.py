@@ -1,4 +1,4 @@
-"""Every solver × every curvature against the exact answer, accuracy against products, and what a removal step gains."""
+"""Every solver × every curvature against the exact answer, accuracy against products, and gains of removal steps."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,12 +20,12 @@ Row = dict[str, Any]
 
 
 def steps_of(config: SolverBenchConfig, solver: str) -> jax.Array:
-    """What bounds a solver's steps where nothing else is asked for."""
+    """The limit on a solver's steps, unless another is asked for."""
     return jnp.int32(config.solve.num_terms if solver == "neumann" else NO_LIMIT)
 
 
 def cells(config: SolverBenchConfig, measured: Measured) -> Iterator[Row]:
-    """Rows of the grid: one solve for the scores and one for the removal step by every curvature and solver."""
+    """Rows of the grid: for each curvature and solver one solve for the scores and one for the removal step."""
     exact_step = flat(measured.solved(measured.removal))
     exact_scores = measured.task_scores(measured.solved(measured.slope))
     tol = jnp.asarray(config.solve.tol)
@@ -55,7 +55,7 @@ def cells(config: SolverBenchConfig, measured: Measured) -> Iterator[Row]:
 
 
 def budgets(config: SolverBenchConfig, measured: Measured) -> Iterator[Row]:
-    """Rows of accuracy and time against J, by the programs that the grid has compiled for the exact curvature."""
+    """Rows of accuracy and time against J, from the programs that the grid has compiled for the exact curvature."""
     exact_scores = measured.task_scores(measured.solved(measured.slope))
     runs = [
         (name, jnp.asarray(1e-12), jnp.int32(steps))
@@ -89,10 +89,10 @@ def budgets(config: SolverBenchConfig, measured: Measured) -> Iterator[Row]:
 
 
 def removals(config: SolverBenchConfig, measured: Measured) -> Iterator[Row]:
-    """Rows of what one removal step gains, by curvature, sign of the eigenvalues and damping, all solved exactly.
+    """Rows of the gain of one removal step, by curvature, sign of the eigenvalues and damping, all solved exactly.
 
-    The step to λ without the flipped tasks is judged by the objective without them, F(λ', w'): by how much it falls.
-    Training on from λ without these tasks, against training on with them, is the change that the step is to predict.
+    The step to λ without the flipped tasks is judged by how much it lowers the objective without them, F(λ', w'). It
+    should predict the difference between training on from λ without these tasks and training on with them.
     """
     setting, domain = measured.setting, measured.exact.operator.domain
     objective = jax.jit(mi.total_objective(setting.problem))
@@ -123,7 +123,7 @@ def removals(config: SolverBenchConfig, measured: Measured) -> Iterator[Row]:
 
 
 def facts(measured: Measured) -> Row:
-    """What the problem is like."""
+    """Facts about the problem."""
     values, shape = measured.curved["exact"].eigen.values, jnp.shape(measured.setting.tasks.query.labels)
     return {
         "problem": measured.name,
@@ -137,7 +137,7 @@ def facts(measured: Measured) -> Row:
 
 
 def together(config: SolverBenchConfig, measured: Measured) -> list[Row]:
-    """Products for task-IF of all tasks at one tolerance: separate CG solves, and solvers that solve them together."""
+    """Products for task-IF of all tasks at one tolerance: separate CG solves, and solvers that solve all together."""
     setting, tol = measured.setting, jnp.asarray(config.solve.tol)
     operator = measured.exact.operator.damped(measured.damping)
     gradients = jax.jit(jax.vmap(mi.total_gradient(setting.problem), in_axes=(None, 0)))
@@ -166,7 +166,7 @@ def together(config: SolverBenchConfig, measured: Measured) -> list[Row]:
         rows.append(
             {
                 "solver": name,
-                # Of one basis, which all share.
+                # Products for one basis, which all right-hand sides share.
                 "products": int(np.max(info.num_matvecs)),
                 "residual": float(np.max(info.relative_residual)),
                 "status": status_name(info),

@@ -1,4 +1,4 @@
-"""What the solver benchmark measures with: programs with their time and memory, errors, and the solvers by name."""
+"""The solver benchmark's tools: programs with their time and memory, errors, and the solvers by name."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ from metainfluence.lab.learn.timing import holds_nan
 NO_LIMIT = 1000
 ENOUGH_SECONDS = 1.0
 
-# name -> (configuration, tol, steps) -> solver; tol and steps may be traced, so that one program serves many of them.
+# name -> (configuration, tol, steps) -> solver; tol and steps may be traced, so one program serves many values of them.
 SOLVERS: dict[str, Callable[[SolverBenchConfig, Any, Any], mi.solvers.Solver]] = {
     "identity": lambda config, tol, steps: mi.solvers.identity(),
     "ekfac": lambda config, tol, steps: mi.solvers.ekfac(tol=tol),
@@ -47,12 +47,12 @@ def _preconditioned(tol: Any, steps: Any, preconditioner: mi.solvers.Solver) -> 
 
 
 class Program:
-    """A function compiled ahead of time for the shapes of its arguments, with what running it takes.
+    """A function compiled ahead of time for the shapes of its arguments, with the time and memory of running it.
 
-    Where the first results hold NaN it is compiled once more, for the reason that `timing.Compiled` gives.
+    If its first results hold NaN, it is compiled once more, for the reason that `timing.Compiled` gives.
 
     Attributes:
-      megabytes: arguments, results and temporaries, by XLA's analysis of the program; None where there is none.
+      megabytes: arguments, results and temporaries, as XLA analyses the program; None without an analysis.
       seconds: the median of the last `measure`, or the last call.
     """
 
@@ -71,7 +71,7 @@ class Program:
     def __call__(self, *args: Any) -> Any:
         result = self._run(args)
         if not self._trusted and holds_nan(result):
-            jax.clear_caches()  # Else the compilation would be answered from JAX's cache.
+            jax.clear_caches()  # Otherwise JAX's cache would answer the compilation.
             self._compile()
             result = self._run(args)
         self._trusted = True
@@ -84,7 +84,7 @@ class Program:
         return result
 
     def measure(self, *args: Any, repeats: int) -> Any:
-        """Runs once, then `repeats` times more for the median unless that would take long."""
+        """Runs once, then `repeats` times more for the median, unless that would take long."""
         result = self(*args)
         seconds: list[float] = []
         while len(seconds) < repeats and sum(seconds, self.seconds if not seconds else 0.0) < ENOUGH_SECONDS:
@@ -95,7 +95,7 @@ class Program:
 
 
 def solver_program(config: SolverBenchConfig, name: str, operator: mi.Operator, rhs: Any) -> Program:
-    """(operator, rhs, tol, steps) -> (solution, info), the work on the operator included.
+    """(operator, rhs, tol, steps) -> (solution, info), including the work on the operator.
 
     Raises:
       ValueError: the solver cannot treat the operator.
@@ -109,5 +109,5 @@ def solver_program(config: SolverBenchConfig, name: str, operator: mi.Operator, 
 
 
 def status_name(info: mi.SolveInfo) -> str:
-    """Status of one solve, or the worst of several."""
+    """Status of one solve, or the worst status of several."""
     return mi.SolveStatus(int(np.max(np.asarray(info.status)))).name

@@ -1,4 +1,4 @@
-"""The solver benchmark's options, a group for each thing that they are about."""
+"""The solver benchmark's options, one group per subject."""
 
 import dataclasses
 from pathlib import Path
@@ -17,36 +17,36 @@ SOLVERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Solve:
-    """How exactly, and with how much, solves are made."""
+    """How exact the solves are, and how much they may cost."""
 
     tol: Positive = 1e-6
     """Relative residual at which solves stop."""
     rank: Count = 50
-    """Of nystrom and lanczos."""
+    """Rank of nystrom and lanczos."""
     num_terms: Count = 50
-    """Of the Neumann series."""
+    """Terms of the Neumann series."""
     budgets: tuple[Count, ...] = (5, 10, 20, 40, 80)
     """Steps at which accuracy is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Damping:
-    """As shares of the exact Hessian's largest eigenvalue."""
+    """Dampings, as shares of the exact Hessian's largest eigenvalue."""
 
     grid: NotNegative = 0.01
-    """Of the grid and the budgets; more where H needs it."""
+    """Damping of the grid and the budgets; higher if H needs it."""
     removals: tuple[NotNegative, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
-    """Of the removal steps."""
+    """Dampings of the removal steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """Few-shot tasks of digits, on which the three problems are."""
+    """Few-shot tasks of digits, on which the three problems are defined."""
 
     count: Count = 64
-    """Of the grid's problems."""
+    """Tasks of each of the grid's problems."""
     flipped: Size = 8
-    """Of these, with flipped query labels; they are what is removed."""
+    """How many of these have flipped query labels; these are removed."""
     ways: Ways = 5
     """Classes per task."""
     shots: Count = 2
@@ -57,17 +57,17 @@ class Tasks:
 
 @dataclasses.dataclass(frozen=True)
 class Anil:
-    """The problem whose head alone adapts."""
+    """The problem in which only the head adapts."""
 
     widths: tuple[Count, ...] = (6, 6)
     """Layers of the feature extractor."""
     head_l2: Positive = 0.1
-    """Penalty of the head; of the problem with many meta-parameters, too."""
+    """Penalty of the head, also in the problem with many meta-parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Imaml:
-    """The problem whose whole network is minimised near λ."""
+    """The problem that minimises the whole network near λ."""
 
     hidden: Count = 4
     """Hidden units of the network."""
@@ -77,14 +77,14 @@ class Imaml:
 
 @dataclasses.dataclass(frozen=True)
 class Maml:
-    """The problem whose whole network takes a few gradient steps from λ."""
+    """The problem in which the whole network takes a few gradient steps from λ."""
 
     hidden: Count = 4
     """Hidden units of the network."""
     learning_rate: Positive = 0.1
-    """Of the gradient steps."""
+    """Length of the gradient steps."""
     num_steps: Count = 5
-    """Their number."""
+    """Number of gradient steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Training:
     """Meta-training of the three problems."""
 
     meta_l2: NotNegative = 1e-3
-    """Penalty of the meta-parameters; of the problem with many of them, too."""
+    """Penalty of the meta-parameters, also in the problem with many of them."""
     learning_rate: Positive = 0.02
-    """Adam's, falling to 0 along a cosine."""
+    """Adam's learning rate, falling to 0 along a cosine."""
     num_steps: Count = 100
     """Meta-training steps."""
 
@@ -106,7 +106,7 @@ class Inner:
     conditions: tuple[Positive, ...] = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8)
     """Condition numbers of the inner problems."""
     damping: NotNegative = 0.1
-    """Of task-IF."""
+    """Damping of task-IF."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +116,11 @@ class Large:
     widths: tuple[Count, ...] = (120, 48)
     """Layers of its feature extractor, on 28 × 28 pixels."""
     num_tasks: Count = 64
-    """Its tasks."""
+    """Tasks."""
     num_steps: Count = 150
-    """Its meta-training steps."""
+    """Meta-training steps."""
     learning_rate: Positive = 0.002
-    """Adam's there."""
+    """Adam's learning rate."""
     tol: Positive = 1e-3
     """Relative residual of its timed solve."""
 
@@ -130,19 +130,19 @@ class SolverBenchConfig:
     """Solvers × curvatures on three problems on digits, inner solvers, and the solvers' targets; in float64."""
 
     tables: tuple[str, ...] = TABLES
-    """What to measure: of grid, budgets, removals, inner, targets."""
+    """What to measure: some of grid, budgets, removals, inner, targets."""
     problems: tuple[str, ...] = PROBLEMS
-    """Of anil (implicit head), imaml (whole network, proximal), maml (whole network, unrolled)."""
+    """Some of anil (implicit head), imaml (whole network, proximal), maml (whole network, unrolled)."""
     curvatures: tuple[str, ...] = CURVATURES
-    """Of exact, linearized, gamma, gauss_newton, direct."""
+    """Some of exact, linearized, gamma, gauss_newton, direct."""
     solvers: tuple[str, ...] = SOLVERS
-    """In the grid; names as in the table."""
+    """Solvers in the grid, named as in the table."""
     together: tuple[str, ...] = ("anil",)
-    """Of the problems, those on which task-IF of all tasks is solved."""
+    """The problems on which task-IF of all tasks is solved."""
     repeats: Count = 3
     """Timed runs; the median is reported."""
     seed: Size = 0
-    """Of tasks and initial parameters."""
+    """Seed of tasks and initial parameters."""
     out: OutFolder = Path("bench-output")
     """Folder for solvers.md and solvers.json."""
     solve: Solve = dataclasses.field(default_factory=Solve)
@@ -155,11 +155,11 @@ class SolverBenchConfig:
     inner: Inner = dataclasses.field(default_factory=Inner)
     large: Large = dataclasses.field(default_factory=Large)
     digits: DemoConfig = dataclasses.field(default_factory=DemoConfig)
-    """The demo at whose meta-parameters the targets are measured."""
+    """The demo that supplies the meta-parameters for the targets."""
 
 
 def check(config: SolverBenchConfig) -> None:
-    """Raises ValueError for names that there are not."""
+    """Raises ValueError for unknown names."""
     known = {
         "tables": TABLES,
         "problems": PROBLEMS,

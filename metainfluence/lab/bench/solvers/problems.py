@@ -1,4 +1,4 @@
-"""The solver benchmark's problems: three kinds of adaptation on digits, trained, and one with many meta-parameters."""
+"""The solver benchmark's problems: three trained kinds of adaptation on digits, and one with many meta-parameters."""
 
 from typing import Any, NamedTuple
 
@@ -19,15 +19,15 @@ RANDOM_CLASSES, RANDOM_IMAGES, RANDOM_SIZE = 60, 20, 28
 
 
 class Setting(NamedTuple):
-    """A problem at a λ that was trained for it.
+    """A problem with a λ trained for it.
 
     Attributes:
-      problem: with a head, so that every curvature can be had.
+      problem: with a head, so that every curvature is available.
       meta_params: trained λ.
       tasks: T training tasks.
-      held_out: clean tasks on other images, on which the target is taken.
+      held_out: clean tasks on other images, for the target.
       without: weights that leave out the tasks with flipped labels.
-      trained_on: λ trained on from `meta_params` with all tasks; None where nobody asks for it.
+      trained_on: λ after training on from `meta_params` with all tasks; None if not needed.
       retrained: the same under `without`.
     """
 
@@ -97,7 +97,7 @@ def _whole_network(config: SolverBenchConfig, hidden: int, image: Any, adaptatio
     first, second = mi.ekfac.Dense("w1", "b1"), mi.ekfac.Dense("w2", "b2")
 
     def model(params, meta_params, batch):
-        del meta_params  # The loss sees λ through θ alone.
+        del meta_params  # The loss depends on λ only through θ.
         flat = batch.images.reshape(batch.images.shape[0], -1)
         return second(params, jnp.tanh(first(params, flat)))
 
@@ -159,7 +159,7 @@ def of_demo(config: demo.DemoConfig) -> Setting:
 
 
 def large(config: SolverBenchConfig) -> tuple[Setting, str]:
-    """Many meta-parameters, and the name of the data: Omniglot where it is prepared, else random images."""
+    """A problem with many meta-parameters, and the name of its data: Omniglot if it is prepared, else random images."""
     try:
         images, labels = omniglot.load()
         name = "Omniglot"
@@ -187,7 +187,7 @@ def large(config: SolverBenchConfig) -> tuple[Setting, str]:
 
 
 def random_images(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random images, of the classes that a fixed random network gives them; as many of each class as any other.
+    """Random images in the classes that a fixed random network gives them, with the same number in each class.
 
     Returns:
       images: float [N, 28, 28].
@@ -198,7 +198,7 @@ def random_images(seed: int) -> tuple[np.ndarray, np.ndarray]:
     images = rng.random((4 * RANDOM_CLASSES * RANDOM_IMAGES, pixels))
     hidden = np.tanh((images - 0.5) @ rng.normal(size=(pixels, 64)) / 4)
     order = np.argsort(hidden @ rng.normal(size=64))
-    # Neighbours along the network's output are one class; three of four images between classes are left out.
+    # Neighbours along the network's output form one class; three of four images, those between classes, are left out.
     chosen = order.reshape(RANDOM_CLASSES, -1)[:, :RANDOM_IMAGES]
     return images[chosen.ravel()].reshape(-1, RANDOM_SIZE, RANDOM_SIZE), np.repeat(
         np.arange(RANDOM_CLASSES), RANDOM_IMAGES

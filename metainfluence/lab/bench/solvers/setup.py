@@ -1,4 +1,4 @@
-"""What the solver benchmark's rows of one problem are measured by: expansions, exact answers, compiled solves."""
+"""What is needed to measure the solver benchmark's rows of one problem: expansions, exact answers, compiled solves."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ BATCHED = ("dense", "nystrom")
 
 
 class Eigen(NamedTuple):
-    """All eigenpairs of a curvature, without damping: `values` `[n]`, and `vectors` `[n, n]`, one a row."""
+    """All eigenpairs of a curvature, without damping: `values` `[n]`, and `vectors` `[n, n]`, one per row."""
 
     values: np.ndarray
     vectors: np.ndarray
@@ -31,15 +31,15 @@ class Eigen(NamedTuple):
 
 
 class Curved(NamedTuple):
-    """The problem's expansion by one curvature, and what its parts take.
+    """The problem's expansion by one curvature, and the cost of its parts.
 
     Attributes:
       operator: without damping.
-      stored: the same as a matrix that is kept.
+      stored: the same operator as a stored matrix.
       eigen: its eigenpairs.
-      seconds: of making it.
+      seconds: time to make it.
       product: program of one product.
-      dense: program of all products at once, the matrix.
+      dense: program of all products at once, which gives the matrix.
     """
 
     operator: mi.Operator
@@ -51,19 +51,19 @@ class Curved(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One problem with all that its rows are measured by.
+    """One problem with everything that its rows are measured with.
 
     Attributes:
-      name: of the problem.
+      name: name of the problem.
       setting: the problem at its λ.
       exact: expansion by the exact curvature.
-      curved: by curvature.
+      curved: the expansion by each curvature.
       programs: (whether the matrix is stored, solver) -> its program, or why there is none.
-      epoch_seconds: of one meta-gradient epoch.
+      epoch_seconds: time of one meta-gradient epoch.
       scores: program of (exact expansion, solution) -> Weights of sensitivities.
       slope: ∇φ of the held-out loss.
-      removal: ∂_w D_λF along the removal of the flipped tasks, whose solution is minus the change of λ.
-      damping: of all cells.
+      removal: ∂_w D_λF along the removal of the flipped tasks; the solution for it is minus the change of λ.
+      damping: damping of all cells.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Measured(NamedTuple):
         return unravel(jnp.asarray(self.curved["exact"].eigen.solve(np.asarray(vector), self.damping)))
 
     def task_scores(self, solution: Any) -> np.ndarray:
-        """Scores of all tasks by a solution for the slope."""
+        """Scores of all tasks from a solution for the slope."""
         return np.asarray(self.scores(self.exact, solution).task)
 
 
@@ -93,12 +93,12 @@ def _multiply(matrix: jax.Array, vector: Any) -> Any:
 
 
 def _stored_sample(operator: mi.Operator, number: int) -> mi.Operator:
-    del number  # What was stored is what `sampled` asks for by default.
+    del number  # By default `sampled` asks for the number of tasks that was stored.
     return operator
 
 
 def stored(operator: mi.Operator, matrix: jax.Array, of_sample: jax.Array, losses: Any) -> mi.Operator:
-    """An operator by its matrix: whatever made it, solvers then have one program for all."""
+    """An operator given by its matrix: however it was made, solvers then have one program for all."""
     product, sample = Partial(_multiply, matrix), Partial(_multiply, of_sample)
     part = dataclasses.replace(operator, product=sample, losses=None, sample=None, num_groups=1)
     return dataclasses.replace(operator, product=product, losses=losses, sample=Partial(_stored_sample, part))
@@ -112,7 +112,7 @@ def measure(config: SolverBenchConfig, name: str, setting: Setting) -> Measured:
     epoch.measure(*point, repeats=3 * config.repeats)
     slope = jax.jit(jax.grad(mi.query_loss(problem)))(setting.meta_params, setting.held_out)
 
-    # The curvature of a sample of tasks is that at weights which leave out all others.
+    # The curvature of a sample of tasks is that at weights that leave out all others.
     count = jnp.shape(weights.task)[0]
     number = min(max(4, count // 16), count)
     chosen = jax.random.permutation(jax.random.key(0), count)[:number]
@@ -167,7 +167,7 @@ def measure(config: SolverBenchConfig, name: str, setting: Setting) -> Measured:
         scores=scores,
         slope=slope,
         removal=jax.jit(lambda expansion, direction: expansion.mixed(direction))(exact, direction),
-        # The exact curvature is positive definite, so that there is one exact answer.
+        # The exact curvature is then positive definite, so there is one exact answer.
         damping=float(max(config.damping.grid * values[-1], -2 * values[0])),
     )
 
@@ -175,7 +175,7 @@ def measure(config: SolverBenchConfig, name: str, setting: Setting) -> Measured:
 def program_for(
     config: SolverBenchConfig, measured: Measured, curvature: str, solver: str
 ) -> tuple[Program | str, mi.Operator]:
-    """The compiled solve of one cell, or why there is none, and the damped operator it takes."""
+    """The compiled solve of one cell, or why there is none, and its damped operator."""
     kept = curvature != "exact" or solver == "dense"
     curved = measured.curved[curvature]
     operator = (curved.stored if kept else curved.operator).damped(measured.damping)
@@ -191,7 +191,7 @@ def program_for(
 def cost(
     measured: Measured, curvature: str, solver: str, program: Program, products: int
 ) -> tuple[float, float | None]:
-    """Seconds from λ to a solution, and megabytes: measured, or, where the matrix is stored, added up from parts."""
+    """Seconds from λ to a solution, and megabytes: measured, or, if the matrix is stored, added up from parts."""
     curved = measured.curved[curvature]
     if curvature == "exact" and solver != "dense":
         return curved.seconds + program.seconds, program.megabytes

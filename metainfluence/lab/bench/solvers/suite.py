@@ -1,4 +1,4 @@
-"""Solvers, curvatures and dampings measured against exact answers, in one run."""
+"""Solvers, curvatures and dampings compared with exact answers, in one run."""
 
 import dataclasses
 import json
@@ -15,10 +15,10 @@ from metainfluence.lab.experiments import inner_solvers
 
 
 def run(config: SolverBenchConfig) -> None:
-    """Measure, print each table as soon as it is there, and write them all.
+    """Measure, print each table as soon as it is ready, and write them all.
 
     Raises:
-      ValueError: a table, problem, curvature or solver that there is not.
+      ValueError: an unknown table, problem, curvature or solver.
     """
     check(config)
     jax.config.update("jax_enable_x64", True)
@@ -36,7 +36,7 @@ def run(config: SolverBenchConfig) -> None:
 
     def add(name: str, rows: list[dict[str, Any]]) -> None:
         found.setdefault(name, []).extend(rows)
-        # Written as it comes, so that a run that is stopped leaves what it has measured.
+        # Written table by table, so that a stopped run leaves what it has measured.
         record = {"heading": heading, "seconds": time.perf_counter() - started, "rows": found}
         record["config"] = dataclasses.asdict(config)
         (config.out / "solvers.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")

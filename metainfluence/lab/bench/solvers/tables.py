@@ -1,4 +1,4 @@
-"""The solver benchmark's tables, for the console and as markdown."""
+"""The solver benchmark's tables, for the console and as Markdown."""
 
 import dataclasses
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def _short(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows under a title, with a sentence that says what the columns are."""
+    """Rows under a title, with a sentence that explains the columns."""
 
     title: str
     note: str
@@ -44,11 +44,11 @@ class Table:
     rows: list[Row]
 
     def cells(self) -> list[list[str]]:
-        """The rows as text; what a row lacks is a dash."""
+        """The rows as text; a missing value is a dash."""
         return [["–" if row.get(key) is None else show(row[key]) for key, _, show in self.columns] for row in self.rows]
 
     def print(self, console: Console) -> None:
-        """To a console."""
+        """Prints the table to a console."""
         table = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
         for _, header, show in self.columns:
             table.add_column(header, justify="left" if show is str else "right")
@@ -59,7 +59,7 @@ class Table:
         console.print(self.note)
 
     def markdown(self) -> str:
-        """As a section."""
+        """The table as a Markdown section."""
         rule = [":---" if show is str else "---:" for _, _, show in self.columns]
         lines = [[header for _, header, _ in self.columns], rule, *self.cells()]
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -204,7 +204,7 @@ def all_of(config: SolverBenchConfig, found: dict[str, list[Row]]) -> list[Table
 
 
 def _spread(rows: list[Row], fixed: tuple[str, ...], key: str, value: str) -> list[Row]:
-    """One row for each combination of the fixed keys, with the values of the others side by side under `key`'s."""
+    """One row for each combination of the fixed keys, with one column for each value of `key`."""
     wide: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         place = tuple(row[name] for name in fixed)
@@ -213,7 +213,7 @@ def _spread(rows: list[Row], fixed: tuple[str, ...], key: str, value: str) -> li
 
 
 def _removals(rows: list[Row]) -> list[Table]:
-    """Two tables, a column per damping."""
+    """Two tables, with one column per damping."""
     fixed: tuple[Column, ...] = tuple((name, name, str) for name in ("problem", "curvature", "eigenvalues"))
     shares = dict.fromkeys(row["damping_share"] for row in rows)
     columns = fixed + tuple((str(share), f"damping {100 * share:g} %", _short) for share in shares)
@@ -240,7 +240,7 @@ def _removals(rows: list[Row]) -> list[Table]:
 
 
 def _inner(rows: list[Row]) -> list[Table]:
-    """Two tables, a row per condition number and a column per inner solver."""
+    """Two tables, with one row per condition number and one column per inner solver."""
     names = dict.fromkeys(row["inner_solver"] for row in rows)
     columns: tuple[Column, ...] = (("asked", "asked", _error), ("condition", "cond(H_in)", _error))
     columns += tuple((name, name, _error) for name in names)

@@ -1,4 +1,4 @@
-"""What the solvers are held to, each bar with the number that was measured."""
+"""The solvers' targets, each bar with the measured number."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def target(name: str, what: str, value: float, bar: float, *, at_most: bool, sound: bool = True) -> Row:
-    """One bar; not met where a solve that it rests on did not converge."""
+    """One bar; it counts as not met if a solve that it rests on did not converge."""
     met = sound and (value <= bar if at_most else value >= bar)
     return {
         "target": name,
@@ -107,10 +107,10 @@ def at_the_demo(config: SolverBenchConfig) -> tuple[list[Row], list[Row]]:
 
 
 def with_many_meta_parameters(config: SolverBenchConfig) -> tuple[list[Row], list[Row]]:
-    """Scores of everything at many meta-parameters: what was run, and target (c).
+    """Scores of everything with many meta-parameters: what was run, and target (c).
 
-    By the defaults, which choose the damping, and by the default solver and plain CG at that damping, given to them.
-    References are CG's at a residual of 1e-8.
+    Three runs: the defaults, which choose the damping; the default solver given that damping; and plain CG given that
+    damping. The references are CG's at a residual of 1e-8.
     """
     setting, data = problems.large(config)
     problem, point = setting.problem, (setting.meta_params, setting.tasks, setting.held_out)
@@ -162,7 +162,7 @@ def with_many_meta_parameters(config: SolverBenchConfig) -> tuple[list[Row], lis
 
 
 def all_tasks_together(rows: list[Row]) -> list[Row]:
-    """Target (d), of the rows that `solver_bench_grid.together` made."""
+    """Target (d), from the rows made by `grid.together`."""
     alone = {row["problem"]: row for row in rows if row["solver"].startswith("cg")}
     return [
         target(
