@@ -276,6 +276,10 @@ def test_the_page_begins_with_what_a_reader_asks(tmp_path):
     assert "), after 4.0 s of preparing. " in editing
     assert "without 2 of 20" not in editing
     assert editing.endswith("An edit by itself: 1.8 to 5 × as fast. Training on for 9 steps: 2 to 10 × as fast.")
+    unprepared = [row for row in rows if row["how"] != "edit, prepared once"]
+    pq.write_table(pa.Table.from_pylist(results.aligned(unprepared)), folder / "results.parquet")
+    assert "so much: Omniglot unknown. An edit by itself: 1.8 to 5 ×" in answers.lines(tmp_path, "small")[-1]
+    pq.write_table(pa.Table.from_pylist(results.aligned(rows)), folder / "results.parquet")
     edited, prepared, *_ = verdicts.worth("Omniglot", verdicts.rows_of(tmp_path, "editing_omniglot", "small"))
     assert (edited.measured, edited.met) == ("5.0 ×", False)
     assert (prepared.measured, prepared.met) == ("40 ×, +0.1250 ± 0.0000", True)
@@ -371,6 +375,15 @@ def test_verdicts_whose_rows_are_not_here_are_those_of_the_report_before(tmp_pat
     found = verdicts.lines(tmp_path, "small", old + "\n".join(lines) + "\n\n## Another\n\n| MAML: no | 1 | 1 | met |\n")
     assert found[2:4] == old.splitlines()[-2:]
     assert found[4:] == ["| digits: ROC AUC of damaged tasks, optimum | 0.500 | ≥ 0.95 | missed |", *lines[1:]]
+
+
+def test_flipped_examples_have_a_verdict_of_their_own(tmp_path):
+    row = {"level": "support", "how": "scored", "method": methods.OWN, "auc": 0.875}
+    place = tmp_path / verdicts.EXAMPLES["Omniglot, examples"] / "small" / results.ROWS
+    place.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([row]), place)
+    (told,) = verdicts.all_of(tmp_path, "small")
+    assert told == ("Omniglot, examples: ROC AUC of flipped support examples, influence on F", "0.875", "≥ 0.9", False)
 
 
 def test_verdicts_hold_the_measurement_against_the_bar():
