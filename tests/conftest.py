@@ -1,8 +1,11 @@
 """Float64 and strict promotion for every test: a value that JAX had to guess about fails here, not at a user's."""
 
+import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 # Compiling takes far longer here than running. Older versions compile in a quarter of the time without XLA's newer
 # emitters, newer ones in half of it with less of LLVM. XLA aborts on a flag that it does not know.
@@ -34,6 +37,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run and in every order of tests."""
     return np.random.default_rng(20240607)
+
+
+@pytest.fixture(autouse=True)
+def _few_memory_maps() -> Iterator[None]:
+    """Forgets compiled programs before a worker has as many memory maps as Linux allows a process, 65,530.
+
+    One test compiles up to a thousand of them, and XLA aborts where it gets no more.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 40_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
